@@ -1,0 +1,364 @@
+"""RunConfig: the one owner of every training value. Loads a run YAML, applies overrides, checks, dumps.
+
+The keys of the published configurations (facebookresearch/coconut `args/*.yaml`) keep their names and meanings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from coconut_ds.errors import InputError, did_you_mean
+
+Method = Literal["coconut", "cot", "no_cot", "no_thoughts"]
+Scope = Literal["sequence", "last_pass"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _published_spellings(cls, value: Any) -> Any:
+        # The published YAMLs write None, which YAML reads as a string.
+        return None if value == "None" else value
+
+
+class LatentContextConfig(_Section):
+    """The latent window: a thought is the weighted average of the last `len(weights)` hidden states."""
+
+    weights: tuple[float, ...] = (0.6, 0.3, 0.1)
+    """Newest state first; each at least 0, the first above 0. They are normalised to sum to 1."""
+    scope: Scope = "sequence"
+    """`sequence` reaches across passes; `last_pass` is what the code of coconut-contextual computes."""
+
+    @field_validator("weights")
+    @classmethod
+    def _usable(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
+        if not weights or weights[0] <= 0 or min(weights) < 0:
+            raise ValueError("needs at least one weight, the first above 0 and none negative")
+        return weights
+
+
+class ScratchModelConfig(_Section):
+    """A small model with random weights, used when `model_id` is `scratch`."""
+
+    architecture: Literal["gpt2", "llama"] = "gpt2"
+    n_layer: int = Field(2, ge=1)
+    n_embd: int = Field(128, ge=1)
+    n_head: int = Field(4, ge=1)
+    n_positions: int = Field(128, ge=1)
+    """Longest sequence in tokens, thoughts and markers included."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class RunConfig(_Section):
+    """Every training value of a run. Units: epochs and optimizer steps from 0 here, tokens, examples."""
+
+    # What is trained, under which name
+    project: str = "coconut_ds"
+    name: str = "run"
+    save_path: str = "runs"
+    """The run folder is `save_path/name`."""
+    only_eval: bool = False
+    """Evaluate `load_model_path` on `test_path` (or `val_path`) and stop."""
+    debug: bool = False
+    """At most 5000 training and 32 validation examples, no checkpoints, no wandb, as published."""
+
+    # Method
+    coconut: bool = False
+    cot: bool = False
+    no_cot: bool = False
+    no_thoughts: bool = False
+    c_thought: int = Field(1, ge=0)
+    """Thoughts per replaced step."""
+    epochs_per_stage: int = Field(1, ge=1)
+    max_latent_stage: int = Field(0, ge=0)
+    """Steps replaced at most; in the stage after it all remaining steps are dropped."""
+    pad_latent_to_max: bool = False
+    """Beyond the last latent stage every example gets the same number of thoughts."""
+    uniform_prob: float = Field(0.0, ge=0, le=1)
+    """Probability with which a training example draws its stage uniformly."""
+    latent_context: LatentContextConfig | None = None
+    """Null is plain Coconut."""
+
+    # Model
+    model_id: str = "openai-community/gpt2"
+    """Hub id, folder, or `scratch`."""
+    model: ScratchModelConfig | None = None
+    load_model_path: str | None = None
+    """Weights to start from: a checkpoint of ours, an HF folder or hub id, or a published `.pt` state dict."""
+
+    # Data
+    train_path: str | None = None
+    val_path: str | None = None
+    test_path: str | None = None
+
+    # Optimisation
+    seed: int = Field(0, ge=0)
+    resume: int = Field(0, ge=0)
+    """First epoch, counted from 0, of a run that starts from `load_model_path`; with `only_eval` it selects the stage."""
+    num_epochs: int = Field(1, ge=1)
+    batch_size_training: int = Field(32, ge=1)
+    """Micro-batch: examples per rank in one forward."""
+    gradient_accumulation_steps: int | None = Field(None, ge=1)
+    """Micro-batches per optimizer step and rank; worked out from `train_batch_size` where that is given, else 1."""
+    train_batch_size: int | None = Field(None, ge=1)
+    """Examples per optimizer step over all ranks."""
+    lr: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(0.0, ge=0)
+    """Gradients are clipped to this norm; 0 is off, as published."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps."""
+    reset_optimizer: Literal[False, "stage", "epoch"] = False
+    """`true` means `stage`, what the paper describes; `epoch` is what the published code does."""
+    loss_normalization: Literal["token", "micro_batch"] = "token"
+
+    # Memory strategy and precision
+    deepspeed: str = "ds_configs/zero2_offload.json"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] | None = None
+    """Null follows `bf16`; `auto` is bf16 where the device has it, else fp16 on CUDA, else fp32."""
+    bf16: bool = False
+
+    # Evaluation
+    eval_batch_size: int = Field(16, ge=1)
+    """Examples per rank in one decoding batch."""
+    max_new_tokens: int = Field(128, ge=1)
+
+    # Records
+    save_only_improve: bool = False
+    keep_checkpoints: int | None = Field(None, ge=1)
+    """How many checkpoints stay on disk, the best one always among them; null keeps all."""
+    log_every_steps: int = Field(1, ge=1)
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+
+    @field_validator("reset_optimizer", mode="before")
+    @classmethod
+    def _true_means_stage(cls, value: Any) -> Any:
+        return "stage" if value is True else value
+
+    @property
+    def method(self) -> Method:
+        for name in ("cot", "no_cot", "no_thoughts"):
+            if getattr(self, name):
+                return name  # type: ignore[return-value]
+        return "coconut"
+
+    @property
+    def thoughts_per_step(self) -> int:
+        return self.c_thought if self.method == "coconut" else 0
+
+    @property
+    def uses_markers(self) -> bool:
+        return self.method == "coconut"
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.save_path) / self.name
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a run: the keys it concerns and what to do about it."""
+
+    keys: tuple[str, ...]
+    message: str
+
+
+class ConfigError(InputError):
+    """Everything wrong with a configuration, found in one pass."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]):
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  - {problem.message}" for problem in problems)
+        super().__init__(f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run YAML and apply `key=value` overrides (dotted keys reach into sections).
+
+    Raises ConfigError with every unknown key, wrong value and contradiction together.
+    """
+    values = _read_yaml(path)
+    problems = [problem for text in overrides if (problem := _apply_override(values, text))]
+    config, invalid = _validate(values)
+    problems += invalid
+    named = {key for problem in invalid for key in problem.keys}
+    problems += [problem for problem in contradictions(config) if not named & set(problem.keys)]
+    if problems:
+        raise ConfigError(str(path), problems)
+    return config
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"run file {path} cannot be read: {error.strerror}; name a YAML such as run_configs/prosqa.yaml")
+    except yaml.YAMLError as error:
+        raise InputError(f"run file {path} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(values, dict):
+        raise InputError(f"run file {path} must hold `key: value` lines, found {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], text: str) -> Problem | None:
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        return Problem((text,), f"{text!r}: an override is written key=value")
+    *sections, last = key.split(".")
+    target = values
+    for section in sections:
+        if not isinstance(target.get(section), dict):
+            target[section] = {}
+        target = target[section]
+    try:
+        target[last] = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        return Problem((key,), f"{key}: {raw!r} is not a YAML value: {' '.join(str(error).split())}")
+    return None
+
+
+def _validate(values: dict[str, Any]) -> tuple[RunConfig, list[Problem]]:
+    """The configuration with unusable keys left at their defaults, and a problem for each of them."""
+    try:
+        return RunConfig.model_validate(values), []
+    except ValidationError as error:
+        problems = [_describe(item) for item in error.errors()]
+        rejected = {str(item["loc"][0]) for item in error.errors()}
+        usable = {key: value for key, value in values.items() if str(key) not in rejected}
+        return RunConfig.model_validate(usable), problems
+
+
+def _describe(item: Any) -> Problem:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        section = _sections().get(location[0], RunConfig) if len(location) > 1 else RunConfig
+        hint = did_you_mean(location[-1], section.model_fields)
+        return Problem((location[0],), f"{key}: unknown key{hint}")
+    rule = item["msg"].removeprefix("Value error, ")
+    return Problem((location[0],), f"{key}: {item['input']!r}: {rule[0].lower()}{rule[1:]}")
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    return {"latent_context": LatentContextConfig, "model": ScratchModelConfig}
+
+
+def contradictions(config: RunConfig) -> list[Problem]:
+    """Values that are fine one by one and cannot stand together."""
+    rules = (_method_rules, _model_rules, _data_rules, _batch_rules)
+    return [Problem(keys, message) for rule in rules for keys, message in rule(config)]
+
+
+_Found = list[tuple[tuple[str, ...], str]]
+
+
+def _method_rules(config: RunConfig) -> _Found:
+    found: _Found = []
+    controls = [name for name in ("cot", "no_cot", "no_thoughts") if getattr(config, name)]
+    exclusive = controls + ["coconut"] * (config.coconut and controls not in ([], ["no_thoughts"]))
+    if len(exclusive) > 1:
+        found.append((tuple(exclusive), f"{', '.join(exclusive)}: only one of them can be true"))
+    if not controls and not config.coconut:
+        keys = ("coconut", "cot", "no_cot", "no_thoughts")
+        found.append((keys, f"{', '.join(keys)}: all false; set the one to train to true"))
+    if config.method == "coconut" and config.coconut and config.c_thought == 0:
+        found.append((("c_thought", "coconut"), "c_thought: 0 with coconut: use no_thoughts: true, or at least 1"))
+    if config.latent_context and config.method != "coconut":
+        message = f"latent_context: {config.method} has no thoughts; set latent_context to null"
+        found.append((("latent_context", config.method), message))
+    return found
+
+
+def _model_rules(config: RunConfig) -> _Found:
+    found: _Found = []
+    if config.model is not None and config.model_id != "scratch":
+        message = f"model: describes a model from scratch, but model_id is {config.model_id!r}; drop one of them"
+        found.append((("model", "model_id"), message))
+    if config.model_id == "scratch" and config.model is None:
+        found.append((("model", "model_id"), "model_id: scratch needs a `model:` section (architecture, n_layer, ...)"))
+    if config.model and config.model.n_embd % config.model.n_head:
+        message = f"model.n_embd: {config.model.n_embd} must be a multiple of model.n_head ({config.model.n_head})"
+        found.append((("model",), message))
+    if config.bf16 and config.precision not in (None, "bf16"):
+        message = f"bf16: true, but precision is {config.precision}; drop one of them"
+        found.append((("bf16", "precision"), message))
+    if config.resume and not config.load_model_path:
+        message = (
+            f"resume: {config.resume} starts a run from other weights at that epoch and needs load_model_path; "
+            "an interrupted run continues by itself when it is started again"
+        )
+        found.append((("resume", "load_model_path"), message))
+    return found
+
+
+def _data_rules(config: RunConfig) -> _Found:
+    found: _Found = []
+    if config.only_eval:
+        if not config.load_model_path:
+            found.append((("only_eval", "load_model_path"), "only_eval: needs load_model_path, the weights to evaluate"))
+        if not (config.test_path or config.val_path):
+            found.append((("only_eval", "val_path"), "only_eval: needs test_path or val_path, the set to evaluate on"))
+        return found
+    for key in ("train_path", "val_path"):
+        if not getattr(config, key):
+            found.append(((key,), f"{key}: missing; name a JSON file"))
+    if config.resume >= config.num_epochs:
+        message = f"resume: {config.resume} leaves nothing to train, num_epochs is {config.num_epochs}"
+        found.append((("resume", "num_epochs"), message))
+    return found
+
+
+def _batch_rules(config: RunConfig) -> _Found:
+    found: _Found = []
+    accumulation = config.gradient_accumulation_steps
+    whole = config.batch_size_training * (accumulation or 1)
+    if config.train_batch_size and config.train_batch_size % whole:
+        what = "batch_size_training" if accumulation is None else "batch_size_training * gradient_accumulation_steps"
+        message = f"train_batch_size: {config.train_batch_size} must be a multiple of {what} ({whole})"
+        found.append((("train_batch_size", "batch_size_training", "gradient_accumulation_steps"), message))
+    if not all(0 <= beta < 1 for beta in config.adam_betas):
+        found.append((("adam_betas",), f"adam_betas: {list(config.adam_betas)}: each must be at least 0 and below 1"))
+    return found
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """How an optimizer step is split: `total = micro * accumulation * world`, in examples."""
+
+    micro: int
+    accumulation: int
+    world: int
+
+    @property
+    def total(self) -> int:
+        return self.micro * self.accumulation * self.world
+
+
+def batch_sizes(config: RunConfig, world: int) -> BatchSizes:
+    """Split the effective batch over `world` ranks; raises ConfigError where it does not divide."""
+    micro, accumulation = config.batch_size_training, config.gradient_accumulation_steps
+    if config.train_batch_size is None:
+        return BatchSizes(micro, accumulation or 1, world)
+    if accumulation is None and config.train_batch_size % (micro * world) == 0:
+        accumulation = config.train_batch_size // (micro * world)
+    if accumulation is None or micro * accumulation * world != config.train_batch_size:
+        split = f"{micro} a micro-batch" + (f" x {accumulation} accumulated" if accumulation else "") + f" x {world} ranks"
+        message = (
+            f"train_batch_size: {config.train_batch_size} cannot be made from {split}; "
+            "change batch_size_training, or leave gradient_accumulation_steps out so that it is worked out"
+        )
+        raise ConfigError("batch sizes", [Problem(("train_batch_size",), message)])
+    return BatchSizes(micro, accumulation, world)

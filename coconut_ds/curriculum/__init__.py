@@ -1,0 +1,1 @@
+"""Examples, stages and batches: everything between a JSON file and the model."""

@@ -1,0 +1,119 @@
+"""Tokenized examples -> padded batches: first thoughts aligned, labels, positions, the thought span as ints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from coconut_ds.curriculum.stages import Layout
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token ids a sequence is built from, other than the example's own."""
+
+    pad: int
+    start_latent: int | None = None
+    end_latent: int | None = None
+    latent: int | None = None
+    """The three markers are None for methods that use none."""
+
+    @property
+    def has_markers(self) -> bool:
+        return self.latent is not None
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One sequence before padding: its ids, where its thoughts stand, and from where on it is supervised."""
+
+    ids: list[int]
+    first_thought: int
+    n_thoughts: int
+    first_target: int
+
+
+class Batch(NamedTuple):
+    """What one forward takes, and what the loop wants to know about it without asking the device."""
+
+    inputs: dict[str, Any]
+    """input_ids, attention_mask, labels, position_ids, each (B, T), and thought_span: (first column, end) or None."""
+    n_targets: int
+    """Supervised tokens, counted after the causal shift."""
+    indices: list[int]
+    """Position of each row's example in its data file; empty for a filler."""
+
+
+def training_sequence(row: dict[str, Any], layout: Layout, tokens: Tokens) -> TokenSequence:
+    """question [start] thoughts [end] remaining steps, answer; everything before the steps is unsupervised."""
+    ids, first_thought = _opening(row, layout.n_thoughts, tokens)
+    first_target = len(ids)
+    for step in row["steps_ids"][layout.n_skip :]:
+        ids += step
+    return TokenSequence(ids + row["answer_ids"], first_thought, layout.n_thoughts, first_target)
+
+
+def prompt_sequence(row: dict[str, Any], n_thoughts: int, tokens: Tokens) -> TokenSequence:
+    """question [start] thoughts [end]."""
+    ids, first_thought = _opening(row, n_thoughts, tokens)
+    return TokenSequence(ids, first_thought, n_thoughts, len(ids))
+
+
+def _opening(row: dict[str, Any], n_thoughts: int, tokens: Tokens) -> tuple[list[int], int]:
+    ids = list(row["question_ids"])
+    if not tokens.has_markers:
+        return ids, len(ids)
+    ids.append(tokens.start_latent)
+    first_thought = len(ids)
+    return ids + [tokens.latent] * n_thoughts + [tokens.end_latent], first_thought
+
+
+def collate_training(sequences: Sequence[TokenSequence], indices: list[int], pad: int) -> Batch:
+    """Left-pad until all first thoughts stand in one column, right-pad the rest.
+
+    Rows without thoughts get no left padding. No rows at all gives a filler: one unsupervised token, so that every
+    rank runs the same number of micro-batches.
+    """
+    if not sequences:
+        sequences = [TokenSequence([pad], 0, 0, 1)]
+    with_thoughts = [each for each in sequences if each.n_thoughts]
+    column = max((each.first_thought for each in with_thoughts), default=0)
+    offsets = [column - each.first_thought if each.n_thoughts else 0 for each in sequences]
+    return _collate(sequences, offsets, indices, pad)
+
+
+def collate_prompts(sequences: Sequence[TokenSequence], indices: list[int], pad: int) -> Batch:
+    """Left-pad so that every prompt ends in the same column."""
+    width = max(len(each.ids) for each in sequences)
+    return _collate(sequences, [width - len(each.ids) for each in sequences], indices, pad)
+
+
+def _collate(sequences: Sequence[TokenSequence], offsets: list[int], indices: list[int], pad: int) -> Batch:
+    shape = (len(sequences), max(offset + len(each.ids) for each, offset in zip(sequences, offsets)))
+    input_ids = torch.full(shape, pad)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    spans = []
+    for row, (each, offset) in enumerate(zip(sequences, offsets)):
+        end = offset + len(each.ids)
+        input_ids[row, offset:end] = torch.tensor(each.ids)
+        attention_mask[row, offset:end] = 1
+        position_ids[row, offset:end] = torch.arange(len(each.ids))
+        labels[row, offset + each.first_target : end] = input_ids[row, offset + each.first_target : end]
+        if each.n_thoughts:
+            first = offset + each.first_thought
+            spans.append((first, first + each.n_thoughts))
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "position_ids": position_ids,
+        "thought_span": (min(first for first, _ in spans), max(end for _, end in spans)) if spans else None,
+    }
+    return Batch(inputs, int((labels[:, 1:] != IGNORED).sum()), indices)

@@ -1,0 +1,117 @@
+"""JSON records -> checked, tokenized examples in an Arrow table. Tokenized once; stages are views made on the fly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from coconut_ds.curriculum.stages import Curriculum
+from coconut_ds.errors import InputError, did_you_mean
+
+KEYS = ("question", "steps", "answer")
+
+
+class DataError(InputError):
+    """A data file that cannot be used."""
+
+
+def read_records(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Read and check a JSON list of records with the keys question, steps, answer.
+
+    Raises DataError naming the file, the index of the record (from 0) and the key.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            records = json.load(file)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; data/README.md says how to get or make the data")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}")
+    except json.JSONDecodeError as error:
+        what = "is empty" if not Path(path).read_text(encoding="utf-8").strip() else f"is not JSON: {error}"
+        raise DataError(f"{path}: {what}; it must hold a JSON list of records")
+    if not isinstance(records, list) or not records:
+        found = "an empty list" if records == [] else f"a JSON {type(records).__name__}"
+        raise DataError(f"{path}: must hold a list of records with {', '.join(KEYS)}; found {found}")
+    records = records[:limit]
+    for index, record in enumerate(records):
+        problem = _problem_with(record)
+        if problem:
+            raise DataError(f"{path}: record {index}: {problem}")
+    return records
+
+
+def _problem_with(record: Any) -> str | None:
+    if not isinstance(record, dict):
+        return f"must be an object with {', '.join(KEYS)}, found {type(record).__name__}"
+    for key in KEYS:
+        if key not in record:
+            return f"key {key!r} is missing{did_you_mean(key, record)}"
+    for key in ("question", "answer"):
+        if not isinstance(record[key], str):
+            return f"key {key!r} must be text, found {type(record[key]).__name__} {record[key]!r}"
+        if not record[key].strip():
+            return f"key {key!r} is empty"
+    if not isinstance(record["steps"], list):
+        return f"key 'steps' must be a list of texts, found {type(record['steps']).__name__} {record['steps']!r}"
+    for number, step in enumerate(record["steps"]):
+        if not isinstance(step, str):
+            return f"key 'steps': entry {number} must be text, found {type(step).__name__} {step!r}"
+    return None
+
+
+def tokenize(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Tokenize each part apart: question + newline, each step + newline, "### " + answer, EOS.
+
+    Columns: question_ids (list of ids), steps_ids (list of lists), answer_ids, and the texts question, steps, answer.
+    """
+    texts = Dataset.from_list([{key: record[key] for key in KEYS} for record in records])
+    return texts.map(
+        _tokenize_batch, batched=True, fn_kwargs={"tokenizer": tokenizer}, keep_in_memory=True, new_fingerprint="tokens"
+    )
+
+
+def _tokenize_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    def ids(texts: Iterable[str], special: bool) -> list[list[int]]:
+        texts = list(texts)
+        return tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
+
+    flat_steps = iter(ids((step + "\n" for steps in batch["steps"] for step in steps), special=False))
+    return {
+        "question_ids": ids((question + "\n" for question in batch["question"]), special=True),
+        "steps_ids": [[next(flat_steps) for _ in steps] for steps in batch["steps"]],
+        "answer_ids": [
+            answer + [tokenizer.eos_token_id]
+            for answer in ids(("### " + answer for answer in batch["answer"]), special=False)
+        ],
+    }
+
+
+def check_lengths(path: str | Path, examples: Dataset, curriculum: Curriculum, n_positions: int, new_tokens: int) -> None:
+    """Raise DataError for the first example that does not fit the model's positions, in training or when decoding.
+
+    The training bound is the longest layout of any stage; the decoding bound the longest prompt plus `new_tokens`.
+    """
+    markers = 2 if curriculum.uses_markers else 0
+    for index, row in enumerate(examples.select_columns(["question_ids", "steps_ids", "answer_ids"])):
+        steps = [len(step) for step in row["steps_ids"]]
+        prompt = len(row["question_ids"]) + markers
+        stages = range(curriculum.max_latent_stage + 2)
+        layouts = [curriculum.layout(stage, len(steps)) for stage in stages]
+        training = prompt + max(each.n_thoughts + sum(steps[each.n_skip :]) for each in layouts) + len(row["answer_ids"])
+        if training > n_positions:
+            raise DataError(
+                f"{path}: record {index}: key 'question' and 'steps': {training} tokens with thoughts and answer, "
+                f"the model has {n_positions} positions; leave the record out or use a model with more"
+            )
+        decoding = prompt + curriculum.most_thoughts(len(steps)) + new_tokens
+        if decoding > n_positions:
+            raise DataError(
+                f"{path}: record {index}: key 'question': a prompt of {decoding - new_tokens} tokens and max_new_tokens "
+                f"{new_tokens} need {decoding} positions, the model has {n_positions}; lower max_new_tokens"
+            )

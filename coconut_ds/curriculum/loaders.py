@@ -1,0 +1,131 @@
+"""Per-stage loaders over one tokenized set: training windows (seeded, resumable) and evaluation batches (no repeats)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+from coconut_ds.config import BatchSizes
+from coconut_ds.curriculum.collator import (
+    Batch,
+    Tokens,
+    collate_prompts,
+    collate_training,
+    prompt_sequence,
+    training_sequence,
+)
+from coconut_ds.curriculum.stages import Curriculum
+
+_ID_COLUMNS = ["question_ids", "steps_ids", "answer_ids"]
+
+
+class TrainingWindows(torch.utils.data.Dataset):
+    """One epoch of one rank: item w is the list of micro-batches of optimizer step w (an accumulation window).
+
+    The order is a permutation fixed by (seed, epoch); window w holds the same examples whatever the number of ranks
+    and the micro-batch size, as long as their product with the accumulation is the same. Every rank gets the same
+    number of micro-batches; where examples run out, the missing ones are fillers without a supervised token.
+    """
+
+    def __init__(
+        self, examples: Dataset, curriculum: Curriculum, tokens: Tokens, sizes: BatchSizes, rank: int, epoch: int
+    ):
+        self._examples = examples.select_columns(_ID_COLUMNS)
+        self._curriculum = curriculum
+        self._tokens = tokens
+        self._sizes = sizes
+        self._rank = rank
+        self._epoch = epoch
+        self._stage = curriculum.stage(epoch)
+        generator = torch.Generator().manual_seed(_mix(curriculum.seed, epoch))
+        self._order = torch.randperm(len(examples), generator=generator).tolist()
+
+    def __len__(self) -> int:
+        return windows_per_epoch(len(self._order), self._sizes)
+
+    def __getitem__(self, window: int) -> list[Batch]:
+        if not 0 <= window < len(self):
+            raise IndexError(f"window {window} of an epoch of {len(self)}")
+        sizes = self._sizes
+        chosen = self._order[window * sizes.total : (window + 1) * sizes.total]
+        starts = range(0, len(chosen), sizes.micro * sizes.world)
+        mine = [start + self._rank * sizes.micro for start in starts]
+        return [self._micro_batch(chosen[start : start + sizes.micro]) for start in mine]
+
+    def _micro_batch(self, indices: list[int]) -> Batch:
+        sequences = []
+        for index, row in zip(indices, _rows(self._examples, indices)):
+            layout = self._curriculum.training_layout(self._stage, len(row["steps_ids"]), self._epoch, index)
+            sequences.append(training_sequence(row, layout, self._tokens))
+        return collate_training(sequences, indices, self._tokens.pad)
+
+
+def windows_per_epoch(n_examples: int, sizes: BatchSizes) -> int:
+    """Optimizer steps in an epoch; the last one may be smaller."""
+    return -(-n_examples // sizes.total)
+
+
+def training_loader(windows: TrainingWindows, first_window: int = 0) -> DataLoader:
+    """Loader over the accumulation windows of an epoch, from `first_window` on."""
+    return DataLoader(windows, batch_size=None, sampler=range(first_window, len(windows)), pin_memory=_pin())
+
+
+def loss_loader(
+    examples: Dataset, curriculum: Curriculum, tokens: Tokens, stage: int, batch_size: int, rank: int, world: int
+) -> DataLoader:
+    """This rank's share of a set in the training layout of `stage`, every example once over all ranks."""
+
+    def collate(indices: list[int], rows: list[dict[str, Any]]) -> Batch:
+        layouts = [curriculum.layout(stage, len(row["steps_ids"])) for row in rows]
+        sequences = [training_sequence(row, layout, tokens) for row, layout in zip(rows, layouts)]
+        return collate_training(sequences, indices, tokens.pad)
+
+    return _evaluation_loader(examples, collate, batch_size, rank, world)
+
+
+def prompt_loader(
+    examples: Dataset, curriculum: Curriculum, tokens: Tokens, stage: int, batch_size: int, rank: int, world: int
+) -> DataLoader:
+    """This rank's share of a set as prompts of `stage`, every example once over all ranks."""
+
+    def collate(indices: list[int], rows: list[dict[str, Any]]) -> Batch:
+        counts = [curriculum.prompt_thoughts(stage, len(row["steps_ids"])) for row in rows]
+        sequences = [prompt_sequence(row, count, tokens) for row, count in zip(rows, counts)]
+        return collate_prompts(sequences, indices, tokens.pad)
+
+    return _evaluation_loader(examples, collate, batch_size, rank, world)
+
+
+def _evaluation_loader(
+    examples: Dataset, collate: Callable[[list[int], list[dict]], Batch], batch_size: int, rank: int, world: int
+) -> DataLoader:
+    columns = examples.select_columns(_ID_COLUMNS)
+    lengths = [len(ids) for ids in columns["question_ids"]]
+    # Like lengths together, so that little is padded; dealt out in turn, so that every rank has about as much to do.
+    mine = sorted(range(len(lengths)), key=lengths.__getitem__)[rank::world]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    return DataLoader(
+        batches,  # type: ignore[arg-type]
+        batch_size=None,
+        collate_fn=lambda indices: collate(indices, _rows(columns, indices)),
+        pin_memory=_pin(),
+    )
+
+
+def _rows(examples: Dataset, indices: list[int]) -> list[dict[str, Any]]:
+    if not indices:
+        return []
+    columns = examples[indices]
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def _mix(seed: int, epoch: int) -> int:
+    return seed * 1_000_003 + epoch
+
+
+def _pin() -> bool:
+    return torch.cuda.is_available()

@@ -1,0 +1,80 @@
+"""Rank, world size and the few collectives the loop needs; all of it works with no process group at all."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """Rank of this process; read from the launcher's environment until the process group exists."""
+    return dist.get_rank() if _initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Number of ranks; read from the launcher's environment until the process group exists."""
+    return dist.get_world_size() if _initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """Index of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device of this rank: its GPU where there is one, else the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def barrier() -> None:
+    if _initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed over all ranks, in place and returned."""
+    if _initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    return values
+
+
+def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The largest of each of `values` over all ranks, in place and returned."""
+    if _initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def gather_to_main(value: Any) -> list[Any] | None:
+    """The picklable `value` of every rank, on rank 0; None elsewhere."""
+    if not _initialized():
+        return [value]
+    gathered: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, gathered, dst=0)
+    return gathered
+
+
+def from_main(value: Any) -> Any:
+    """The picklable `value` of rank 0, on every rank."""
+    if not _initialized():
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def close() -> None:
+    """Leave the process group, so that the process ends without warnings."""
+    if _initialized():
+        dist.destroy_process_group()
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,1 @@
+"""DeepSpeed: its configuration, its engine, and what a stage switch does to it."""

@@ -1,0 +1,49 @@
+"""The DeepSpeed engine: process group, optimizer, `deepspeed.initialize`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from torch import nn
+
+from coconut_ds import distributed
+from coconut_ds.config import RunConfig
+from coconut_ds.engine.ds_config import Device, offloads_optimizer
+
+
+def start_process_group() -> None:
+    """Join the ranks the launcher started: NCCL on GPUs, gloo on CPUs."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(distributed.device())
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def describe_device() -> Device:
+    """What the accelerator of this rank can compute in."""
+    accelerator = get_accelerator()
+    return Device(
+        kind="cuda" if torch.cuda.is_available() else "cpu",
+        has_bf16=bool(accelerator.is_bf16_supported()),
+        has_fp16=bool(accelerator.is_fp16_supported()),
+    )
+
+
+def build_engine(model: nn.Module, config: RunConfig, ds_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """Wrap `model` in the engine it keeps for the life of the process."""
+    optimizer = _optimizer(model, config, on_host=offloads_optimizer(ds_config))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    return engine
+
+
+def _optimizer(model: nn.Module, config: RunConfig, on_host: bool) -> torch.optim.Optimizer:
+    settings = {"lr": config.lr, "betas": config.adam_betas, "eps": 1e-8, "weight_decay": config.weight_decay}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if on_host:
+        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
+    return torch.optim.AdamW(parameters, fused=True, **settings)

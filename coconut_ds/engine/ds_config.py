@@ -1,0 +1,194 @@
+"""Pure: (ds_configs JSON, RunConfig, batch sizes, device) -> the final DeepSpeed dict. No DeepSpeed import.
+
+The run YAML owns training values, the JSON owns the memory strategy and may say "auto" for the rest. Every "auto" is
+resolved here, because DeepSpeed drops the ones it does not know in silence; unknown top-level keys are refused for the
+same reason. Evidence for each refusal: `docs/ZERO.md`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from coconut_ds.config import BatchSizes, RunConfig
+from coconut_ds.errors import InputError, did_you_mean
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+MEMORY_KEYS = frozenset(
+    """zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer bf16 bfloat16 fp16 data_types
+    communication_data_type prescale_gradients gradient_predivide_factor disable_allgather steps_per_print
+    wall_clock_breakdown memory_breakdown dump_state aio comms_logger flops_profiler checkpoint""".split()
+)
+"""Top-level keys of DeepSpeed that may stand in a ds JSON beside those owned by the run YAML."""
+
+_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_OWNED_KEYS = frozenset((*_BATCH_KEYS, "gradient_clipping", "optimizer", "scheduler", "managed_gradient_accumulation"))
+
+_REFUSED_KEYS = {
+    "activation_checkpointing": "DeepSpeed's checkpointing is reentrant and breaks a multi-pass forward under ZeRO-2",
+    "elasticity": "DeepSpeed 0.19 removed it",
+    "torch_autocast": "it is global to the process and outlives the engine; set precision in the run YAML",
+    "amp": "DeepSpeed 0.19 removed it; set precision in the run YAML",
+    "tensorboard": "records belong to metrics.jsonl and wandb",
+    "wandb": "set wandb in the run YAML",
+    "csv_monitor": "records belong to metrics.jsonl",
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the configuration has to know about the device."""
+
+    kind: Literal["cpu", "cuda"]
+    has_bf16: bool
+    has_fp16: bool
+
+
+class DeepSpeedConfigError(InputError):
+    """Everything wrong with a ds JSON, or with it and the run YAML together, found in one pass."""
+
+
+def read_ds_json(path: str | Path) -> dict[str, Any]:
+    """Read a ds JSON file; raises DeepSpeedConfigError when it cannot be read or is not an object."""
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DeepSpeedConfigError(f"deepspeed file {path} cannot be read: {error.strerror}; see ds_configs/")
+    except ValueError as error:
+        raise DeepSpeedConfigError(f"deepspeed file {path} is not JSON: {error}")
+    if not isinstance(raw, dict):
+        raise DeepSpeedConfigError(f"deepspeed file {path} must hold a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def resolve_precision(config: RunConfig, device: Device) -> Precision:
+    """The precision to train in; raises DeepSpeedConfigError where the device has no such arithmetic."""
+    wanted = config.precision or ("bf16" if config.bf16 else "fp32")
+    if wanted == "auto":
+        if device.has_bf16 and device.kind == "cuda":
+            return "bf16"
+        return "fp16" if device.kind == "cuda" and device.has_fp16 else "fp32"
+    if wanted == "bf16" and not device.has_bf16:
+        raise DeepSpeedConfigError("precision: bf16, but this device has none (compute capability 8.0); use fp16 or fp32")
+    if wanted == "fp16" and not device.has_fp16:
+        raise DeepSpeedConfigError("precision: fp16, but this device has none; use fp32 or bf16")
+    return wanted  # type: ignore[return-value]
+
+
+def resolve_ds_config(
+    raw: dict[str, Any], config: RunConfig, sizes: BatchSizes, device: Device, run_file: str = "the run YAML"
+) -> dict[str, Any]:
+    """The dict for `deepspeed.initialize`, with every "auto" resolved and training values taken from the run.
+
+    Raises DeepSpeedConfigError listing unknown keys, clashes between the two files, and combinations known to break.
+    """
+    precision = resolve_precision(config, device)
+    zero = _without_auto(raw.get("zero_optimization", {}))
+    problems = [
+        *_unknown_keys(raw),
+        *_clashes(raw, config, sizes, precision, run_file),
+        *_broken_combinations(zero, raw, precision),
+    ]
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        raise DeepSpeedConfigError(f"{config.deepspeed}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
+    resolved = {key: _without_auto(value) for key, value in raw.items() if key in MEMORY_KEYS and value != "auto"}
+    resolved.pop("bfloat16", None)
+    resolved |= {
+        "train_batch_size": sizes.total,
+        "train_micro_batch_size_per_gpu": sizes.micro,
+        "gradient_accumulation_steps": sizes.accumulation,
+        # Windows end where an epoch ends, so the loop and not DeepSpeed's counter says when to step.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {**resolved.get("bf16", {}), "enabled": precision == "bf16"},
+        "fp16": {**resolved.get("fp16", {}), "enabled": precision == "fp16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": raw.get("steps_per_print", 2**31 - 1),
+    }
+    return resolved
+
+
+def offloads_optimizer(ds_config: dict[str, Any]) -> bool:
+    """Whether optimizer states live in host memory."""
+    return ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
+    return value
+
+
+def _unknown_keys(raw: dict[str, Any]) -> Iterator[str]:
+    for key in raw:
+        if key in _REFUSED_KEYS:
+            yield f"{key}: refused: {_REFUSED_KEYS[key]}"
+        elif key not in MEMORY_KEYS | _OWNED_KEYS:
+            yield f"{key}: unknown key, which DeepSpeed would ignore{did_you_mean(key, MEMORY_KEYS | _OWNED_KEYS)}"
+
+
+def _clashes(
+    raw: dict[str, Any], config: RunConfig, sizes: BatchSizes, precision: Precision, run_file: str
+) -> Iterator[str]:
+    owned = {
+        "train_batch_size": sizes.total,
+        "train_micro_batch_size_per_gpu": sizes.micro,
+        "gradient_accumulation_steps": sizes.accumulation,
+        "gradient_clipping": config.max_grad_norm,
+        "managed_gradient_accumulation": False,
+        "bf16.enabled": precision == "bf16",
+        "bfloat16.enabled": precision == "bf16",
+        "fp16.enabled": precision == "fp16",
+        "optimizer.type": ("AdamW", "Adam"),
+        "optimizer.params.lr": config.lr,
+        "optimizer.params.betas": list(config.adam_betas),
+        "optimizer.params.eps": 1e-8,
+        "optimizer.params.weight_decay": config.weight_decay,
+        "scheduler.type": ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR"),
+    }
+    for key, value in _leaves(raw):
+        section = key.split(".")[0]
+        if key in owned:
+            wanted = owned[key]
+            if value != "auto" and value != wanted and not (isinstance(wanted, tuple) and value in wanted):
+                yield f"{key}: {value!r} here, but {wanted!r} follows from {run_file}; write \"auto\" here"
+        elif section in ("optimizer", "scheduler") and value != "auto":
+            yield f"{key}: {value!r} here, but {run_file} owns training values; write \"auto\" here and set it there"
+
+
+def _leaves(raw: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _broken_combinations(zero: Any, raw: dict[str, Any], precision: Precision) -> Iterator[str]:
+    if not isinstance(zero, dict):
+        yield f"zero_optimization: {zero!r} must be an object with a stage"
+        return
+    stage = zero.get("stage", 0)
+    offload = zero.get("offload_optimizer", {}).get("device", "none")
+    if stage not in (0, 1, 2):
+        yield f"zero_optimization.stage: {stage!r}: this version trains with 0, 1 and 2; see ds_configs/"
+    if stage == 0 and precision == "fp16":
+        yield "zero_optimization.stage: 0 with fp16 trains on unscaled losses in DeepSpeed 0.19.8; use stage 1 or fp32"
+    if stage == 0 and offload != "none":
+        yield "zero_optimization.offload_optimizer: DeepSpeed ignores it at stage 0; use stage 1 or 2"
+    if zero.get("offload_param", {}).get("device", "none") != "none":
+        yield "zero_optimization.offload_param: needs stage 3, which this version does not train with; remove it"
+    if stage == 1 and zero.get("overlap_comm"):
+        yield "zero_optimization.overlap_comm: true is not possible at stage 1 with windows of our own; set it to false"
+    accumulation_dtype = raw.get("data_types", {}).get("grad_accum_dtype")
+    if offload != "none" and precision == "fp16" and accumulation_dtype == "fp32":
+        yield (
+            "data_types.grad_accum_dtype: fp32 with fp16 and an offloaded optimizer never recovers from an overflow in "
+            "DeepSpeed 0.19.8; remove it"
+        )

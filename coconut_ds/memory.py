@@ -1,0 +1,66 @@
+"""Peak memory: the allocator's on a GPU, live tensor bytes or the resident set on a CPU."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+GIB = 2**30
+
+
+def peak_memory_gib() -> float:
+    """Highest memory use since the process started or `reset_peak_memory`, in GiB.
+
+    On a GPU what the allocator handed out; on a CPU the resident set of the process, which cannot be reset.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak on a GPU; nothing on a CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+class LiveTensorMeter(TorchDispatchMode):
+    """Counts the bytes of tensors created inside the context and still alive: the allocator's view, without a GPU.
+
+    `live` and `peak` are bytes. Storages are counted once, however many views they have; temporaries inside a kernel
+    are not seen. Slow: every operation passes through Python.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor):
+                self._count(value.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        n_bytes = storage.nbytes()
+        self.live += n_bytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, key, n_bytes)
+
+    def _release(self, key: int, n_bytes: int) -> None:
+        self._known.discard(key)
+        self.live -= n_bytes

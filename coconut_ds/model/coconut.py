@@ -1,0 +1,189 @@
+"""The multi-pass forward of Coconut, and the loss on supervised tokens.
+
+Shapes: B rows, T columns, D hidden size, V vocabulary, N supervised tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from coconut_ds.model.latents import LatentContext, next_thought, states_in_reach
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class CoconutOutput(ModelOutput):
+    """`loss` is the mean over supervised tokens, `loss_sum` their sum and `n_targets` their number (0-d tensors).
+
+    `logits` (B, T, V) is filled only when no labels were given.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_sum: torch.Tensor | None = None
+    n_targets: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """All columns after the passes: hidden states after the final norm, and the embeddings that were fed."""
+
+    hidden: torch.Tensor
+    """(B, T, D)"""
+    inputs_embeds: torch.Tensor
+    """(B, T, D), thoughts filled in"""
+    cache: DynamicCache | None
+
+
+class Coconut(nn.Module):
+    """A causal language model whose `<|latent|>` positions are fed earlier hidden states instead of embeddings.
+
+    The prefix (columns before the first thought of the batch) runs once, then one column per thought on the KV cache;
+    the last thought column runs together with the tail. Chain of Continuous Thought, arXiv 2412.06769, section 3.
+    """
+
+    def __init__(
+        self,
+        base_causallm: PreTrainedModel,
+        *,
+        latent_token_id: int | None,
+        start_latent_id: int | None,
+        end_latent_id: int | None,
+        eos_token_id: int,
+        latent_context: LatentContext | None = None,
+    ):
+        super().__init__()
+        self.base_causallm = base_causallm
+        self.latent_token_id = latent_token_id
+        self.start_latent_id = start_latent_id
+        self.end_latent_id = end_latent_id
+        self.eos_token_id = eos_token_id
+        self.latent_context = latent_context or LatentContext()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        thought_span: Sequence[int] | None = None,
+    ) -> CoconutOutput:
+        """All tensors (B, T). Labels are -100 where nothing is learned; a label is predicted from the column before.
+
+        `thought_span` is (first thought column of the batch, one past the last); the collator knows it, and where it
+        is missing it is read from `input_ids`. Raises ValueError when a thought stands in column 0.
+        """
+        encoded = self.encode(input_ids, attention_mask, position_ids, thought_span)
+        if labels is None:
+            return CoconutOutput(logits=self.lm_head(encoded.hidden))
+        targets = labels[:, 1:]
+        supervised = targets != IGNORED_LABEL
+        logits = self.lm_head(encoded.hidden[:, :-1][supervised])  # (N, V)
+        loss_sum = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        n_targets = supervised.sum()
+        return CoconutOutput(loss=loss_sum / n_targets.clamp_min(1), loss_sum=loss_sum, n_targets=n_targets)
+
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.base_causallm.get_output_embeddings()
+
+    def encode(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        thought_span: Sequence[int] | None = None,
+        *,
+        use_cache: bool = False,
+    ) -> Encoded:
+        """Run all passes over (B, T) inputs. The cache is returned with `use_cache`, covering every column."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+        span = tuple(thought_span) if thought_span else self._find_thoughts(input_ids)
+        embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (B, T, D)
+        cache = DynamicCache(config=self.base_causallm.config) if span or use_cache else None
+        if span is None:
+            hidden = self._run(embeds, 0, attention_mask, position_ids, cache)
+            return Encoded(hidden, embeds, cache if use_cache else None)
+        hidden_parts, fed_parts = [], []
+        for fed, hidden in self._passes(span, input_ids, embeds, attention_mask, position_ids, cache):
+            fed_parts.append(fed)
+            hidden_parts.append(hidden)
+        return Encoded(torch.cat(hidden_parts, dim=1), torch.cat(fed_parts, dim=1), cache if use_cache else None)
+
+    def _passes(
+        self,
+        span: tuple[int, ...],
+        input_ids: torch.Tensor,
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: DynamicCache | None,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (embeddings fed, hidden states), each (B, columns, D), of the prefix, each thought, and the tail."""
+        first, end = span
+        if first == 0:
+            raise ValueError("a thought stands in column 0, where no hidden state precedes it; put a token before it")
+        context = self.latent_context
+        is_thought = input_ids == self.latent_token_id  # (B, T)
+        first_real = attention_mask.argmax(dim=1)  # (B,)
+        fed = embeds[:, :first]
+        hidden = self._run(fed, 0, attention_mask, position_ids, cache)
+        yield fed, hidden
+        recent = hidden[:, -context.reach :].flip(1)  # (B, J, D), newest first
+        for column in range(first, end):
+            available = states_in_reach(context.scope, column, first_real, is_thought[:, column - 1])
+            thought = next_thought(recent, available, context.weights)  # (B, D)
+            # In another row this column can be an ordinary token.
+            fed = torch.where(is_thought[:, column, None], thought, embeds[:, column])[:, None]
+            if column == end - 1:
+                fed = torch.cat([fed, embeds[:, end:]], dim=1)
+            hidden = self._run(fed, column, attention_mask, position_ids, cache)
+            yield fed, hidden
+            recent = torch.cat([hidden[:, :1], recent], dim=1)[:, : context.reach]
+
+    def _run(
+        self,
+        embeds: torch.Tensor,
+        start: int,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: DynamicCache | None,
+    ) -> torch.Tensor:
+        """One pass of the backbone without its LM head over the columns from `start` on: (B, columns, D)."""
+        end = start + embeds.shape[1]
+        return self.base_causallm.base_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask[:, :end],
+            position_ids=position_ids[:, start:end],
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def _find_thoughts(self, input_ids: torch.Tensor) -> tuple[int, int] | None:
+        if self.latent_token_id is None:
+            return None
+        columns = (input_ids == self.latent_token_id).any(dim=0).nonzero()
+        return (int(columns[0]), int(columns[-1]) + 1) if len(columns) else None
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int = 128,
+        thought_span: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Greedy continuations (B, max_new_tokens) of left-padded prompts (B, T), right-padded with EOS after EOS."""
+        from coconut_ds.model.generation import greedy_decode
+
+        return greedy_decode(self, input_ids, attention_mask, max_new_tokens, thought_span)

@@ -1,0 +1,54 @@
+"""Batched greedy decoding that starts from the cached thoughts. The decoding loop is that of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from coconut_ds.model.coconut import Coconut
+
+
+@torch.no_grad()
+def greedy_decode(
+    model: Coconut,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    max_new_tokens: int,
+    thought_span: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Greedy continuations, shape (B, max_new_tokens), EOS after EOS.
+
+    Prompts are (B, T), left-padded, and end in an ordinary token: every column but the last is run once to fill the
+    KV cache with the thoughts in it, and `generate` of the backbone goes on from there. Raises ValueError when a
+    prompt ends in a thought or in padding.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    ends_badly = (input_ids[:, -1] == model.latent_token_id) | (attention_mask[:, -1] == 0)
+    if ends_badly.any():
+        rows = ends_badly.nonzero().flatten().tolist()
+        raise ValueError(
+            f"prompts {rows} end in a thought or in padding; pad on the left and end with a token such as <|end-latent|>"
+        )
+    cache = None
+    if input_ids.shape[1] > 1:
+        # The thoughts never reach the last column, so the span found for the whole prompt holds for its head.
+        head = slice(None, -1)
+        cache = model.encode(input_ids[:, head], attention_mask[:, head], None, thought_span, use_cache=True).cache
+    tokens = model.base_causallm.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=model.eos_token_id,
+        pad_token_id=model.eos_token_id,
+    )
+    new_tokens = tokens[:, input_ids.shape[1] :]
+    return F.pad(new_tokens, (0, max_new_tokens - new_tokens.shape[1]), value=model.eos_token_id)

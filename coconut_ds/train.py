@@ -1,0 +1,66 @@
+"""Entry of every run: `deepspeed --num_gpus 2 coconut_ds/train.py --run run_configs/prosqa.yaml [key=value ...]`."""
+
+import os
+import sys
+from pathlib import Path
+
+# The launcher starts this file by path, which puts its folder first on sys.path; the package lies one above.
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(_HERE.parent), *(entry for entry in sys.path if not entry or Path(entry).resolve() != _HERE)]
+# Before torch is imported: ranks on one machine share its cores instead of fighting for them.
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+
+from coconut_ds.config import RunConfig, batch_sizes, load_run_config  # noqa: E402
+from coconut_ds.errors import InputError  # noqa: E402
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", required=True, help="run YAML, see run_configs/")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and DeepSpeed configurations")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # inserted by the launcher
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the YAML")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when the run is complete, 2 when the user has to put something right."""
+    options = parse_arguments(arguments)
+    try:
+        config = load_run_config(options.run, options.overrides)
+        return run(config, options)
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def run(config: RunConfig, options: argparse.Namespace) -> int:
+    from coconut_ds import distributed
+    from coconut_ds.console import quiet_libraries
+    from coconut_ds.engine.build import describe_device, start_process_group
+    from coconut_ds.engine.ds_config import read_ds_json, resolve_ds_config
+    from coconut_ds.training import session
+
+    sizes = batch_sizes(config, distributed.world_size())
+    device = describe_device()
+    ds_config = resolve_ds_config(read_ds_json(config.deepspeed), config, sizes, device, options.run)
+    if options.dry_run:
+        if distributed.is_main():
+            print(f"# run\n{config.to_yaml()}\n# deepspeed\n{json.dumps(ds_config, indent=2)}")
+        return 0
+    quiet_libraries()
+    start_process_group()
+    try:
+        (session.evaluate if config.only_eval else session.train)(config, sizes, ds_config)
+    finally:
+        distributed.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Evaluation: loss in the training layout, exact match of decoded answers, every example counted once over all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from coconut_ds import distributed
+from coconut_ds.curriculum.collator import Batch, Tokens
+from coconut_ds.curriculum.loaders import loss_loader, prompt_loader
+from coconut_ds.curriculum.stages import Curriculum
+from coconut_ds.model.coconut import Coconut
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one set in one stage. `mean_new_tokens` counts thoughts and generated tokens before EOS."""
+
+    valid_loss: float
+    accuracy: float
+    cot_match: float
+    n_correct: int
+    n_total: int
+    mean_new_tokens: float
+    examples_per_s: float
+    accuracy_by_steps: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates one set; `batch_size` in examples per rank."""
+
+    model: Coconut
+    examples: Dataset
+    curriculum: Curriculum
+    tokens: Tokens
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+    max_new_tokens: int
+
+    @torch.no_grad()
+    def run(self, stage: int) -> tuple[Evaluation, list[dict[str, Any]]] | None:
+        """The figures and one prediction per example in file order, on rank 0; None on the others."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            loss = self.loss(stage)
+            started = time.monotonic()
+            share = [row for batch in self._prompts(stage) for row in self._predict(batch)]
+            shares = distributed.gather_to_main(share)
+            seconds = time.monotonic() - started
+        finally:
+            self.model.train(was_training)
+        if shares is None:
+            return None
+        predictions = sorted((row for part in shares for row in part), key=lambda row: row["index"])
+        return summarize(predictions, loss, seconds), predictions
+
+    def loss(self, stage: int) -> float:
+        """Mean loss over all supervised tokens of the set in the layout of `stage`, the same on every rank."""
+        totals = torch.zeros(2, dtype=torch.float64)
+        world, rank = distributed.world_size(), distributed.rank()
+        for batch in loss_loader(self.examples, self.curriculum, self.tokens, stage, self.batch_size, rank, world):
+            output = self.model(**to_device(batch.inputs))
+            totals += torch.tensor([output.loss_sum.item(), batch.n_targets], dtype=torch.float64)
+        loss_sum, n_targets = distributed.sum_over_ranks(totals.to(distributed.device())).tolist()
+        return loss_sum / n_targets
+
+    def _prompts(self, stage: int):
+        world, rank = distributed.world_size(), distributed.rank()
+        return prompt_loader(self.examples, self.curriculum, self.tokens, stage, self.batch_size, rank, world)
+
+    def _predict(self, batch: Batch) -> list[dict[str, Any]]:
+        inputs = to_device(batch.inputs)
+        new_tokens = self.model.generate(
+            inputs["input_ids"], inputs["attention_mask"], self.max_new_tokens, inputs["thought_span"]
+        )
+        n_thoughts = (batch.inputs["input_ids"] == (-1 if self.tokens.latent is None else self.tokens.latent)).sum(dim=1)
+        rows = zip(batch.indices, new_tokens.tolist(), n_thoughts.tolist())
+        return [self._prediction(index, ids, thoughts) for index, ids, thoughts in rows]
+
+    def _prediction(self, index: int, ids: list[int], n_thoughts: int) -> dict[str, Any]:
+        example = self.examples[index]
+        eos = self.tokenizer.eos_token_id
+        ids = ids[: ids.index(eos)] if eos in ids else ids
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        given, expected = given_answer(text), clean_answer(example["answer"])
+        return {
+            "index": index,
+            "question": example["question"],
+            "expected": expected,
+            "given": given,
+            "correct": given == expected,
+            "cot_correct": given_chain(text) == "\n".join(example["steps"]),
+            "text": text,
+            "n_steps": len(example["steps"]),
+            "n_thoughts": n_thoughts,
+            "n_new_tokens": len(ids),
+        }
+
+
+def to_device(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Tensors on this rank's device; other values unchanged."""
+    device = distributed.device()
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in inputs.items()
+    }
+
+
+def given_answer(text: str) -> str:
+    """The answer in generated text: what follows the last `#`."""
+    return clean_answer(text.split("#")[-1])
+
+
+def clean_answer(text: str) -> str:
+    return text.replace(",", "").strip()
+
+
+def given_chain(text: str) -> str:
+    """The chain of thought in generated text (which starts after the question's newline): what precedes the first `#`."""
+    return text.split("#")[0].strip()
+
+
+def summarize(predictions: list[dict[str, Any]], loss: float, seconds: float) -> Evaluation:
+    """Figures from the predictions of a whole set."""
+    total = len(predictions)
+    by_steps = defaultdict(list)
+    for row in predictions:
+        by_steps[row["n_steps"]].append(row["correct"])
+    n_correct = sum(row["correct"] for row in predictions)
+    return Evaluation(
+        valid_loss=loss,
+        accuracy=n_correct / total,
+        cot_match=sum(row["cot_correct"] for row in predictions) / total,
+        n_correct=n_correct,
+        n_total=total,
+        mean_new_tokens=sum(row["n_thoughts"] + row["n_new_tokens"] for row in predictions) / total,
+        examples_per_s=total / seconds,
+        accuracy_by_steps={str(steps): sum(hits) / len(hits) for steps, hits in sorted(by_steps.items())},
+    )

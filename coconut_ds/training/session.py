@@ -1,0 +1,178 @@
+"""Builds the parts of a run from its configuration and lets them work: training, or evaluation alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from coconut_ds import distributed
+from coconut_ds.config import BatchSizes, RunConfig
+from coconut_ds.console import say
+from coconut_ds.curriculum.collator import Tokens
+from coconut_ds.curriculum.examples import check_lengths, read_records, tokenize
+from coconut_ds.curriculum.stages import Curriculum
+from coconut_ds.engine.build import build_engine
+from coconut_ds.errors import InputError
+from coconut_ds.model.backbone import END_LATENT, LATENT, START_LATENT, Backbone, scratch_backbone, word_tokenizer
+from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.latents import LatentContext
+from coconut_ds.tracking import Tracker, describe_environment, read_events
+from coconut_ds.training.checkpoint import load_initial, stored_settings
+from coconut_ds.training.evaluator import Evaluation, Evaluator
+from coconut_ds.training.trainer import Parts, Trainer, write_predictions
+
+_DEBUG_TRAIN, _DEBUG_VALID = 5000, 32
+
+
+def train(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any]) -> None:
+    """Train a run to its end and print accuracy by stage."""
+    torch.manual_seed(config.seed)
+    train_records = read_records(config.train_path, _DEBUG_TRAIN if config.debug else None)
+    valid_records = read_records(config.val_path, _DEBUG_VALID if config.debug else None)
+    backbone = load_initial(config, lambda: _scratch(config, train_records))
+    curriculum = Curriculum.of(config)
+    train_set = _examples(config.train_path, train_records, backbone, curriculum, config.max_new_tokens)
+    valid_set = _examples(config.val_path, valid_records, backbone, curriculum, config.max_new_tokens)
+    model, tokens = _coconut(config, backbone)
+    if distributed.is_main():
+        _write_description(config, ds_config)
+    # Ranks draw their own dropout from here on; weights and order were drawn from the seed they share.
+    torch.manual_seed(config.seed + 1_000_003 * distributed.rank())
+    engine = build_engine(model, config, ds_config)
+    tracker = Tracker(config, distributed.is_main())
+    evaluator = Evaluator(
+        engine.module, valid_set, curriculum, tokens, backbone.tokenizer, config.eval_batch_size, config.max_new_tokens
+    )
+    say(_opening(config, sizes, ds_config, backbone, len(train_set)))
+    try:
+        Trainer(Parts(config, sizes, curriculum, tokens, backbone, engine, train_set, evaluator, tracker)).fit()
+    finally:
+        tracker.close()
+    say(summary_table(read_events(tracker.path, "eval")) if distributed.is_main() else "")
+    say(f"run folder: {config.run_folder}")
+
+
+def evaluate(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any]) -> None:
+    """Evaluate `load_model_path` on the test set, or on the validation set where no test set is named."""
+    path = config.test_path or config.val_path
+    records = read_records(path, _DEBUG_VALID if config.debug else None)
+    backbone = load_initial(config, lambda: None)
+    curriculum = Curriculum.of(config)
+    stage = _stage_to_evaluate(config, curriculum)
+    examples = _examples(path, records, backbone, curriculum, config.max_new_tokens)
+    model, tokens = _coconut(config, backbone)
+    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+    model.to(distributed.device(), torch.float16 if ds_config["fp16"]["enabled"] else dtype)
+    evaluator = Evaluator(
+        model, examples, curriculum, tokens, backbone.tokenizer, config.eval_batch_size, config.max_new_tokens
+    )
+    outcome = evaluator.run(stage)
+    if outcome is None:
+        return
+    evaluation, predictions = outcome
+    name = f"eval_{Path(path).stem}"
+    write_predictions(config, name, predictions)
+    say(_evaluation_text(config, path, stage, evaluation))
+    say(f"predictions: {config.run_folder / 'predictions' / name}.jsonl")
+    say(json.dumps({"path": str(path), "stage": stage, **evaluation.as_dict()}))
+
+
+def _scratch(config: RunConfig, records: list[dict[str, Any]]) -> Backbone:
+    shape = config.model.model_dump()
+    texts = (text for record in records for text in (record["question"], *record["steps"], record["answer"]))
+    tokenizer = word_tokenizer(texts, shape["n_positions"])
+    return scratch_backbone(shape.pop("architecture"), tokenizer, **shape)
+
+
+def _examples(
+    path: str, records: list[dict[str, Any]], backbone: Backbone, curriculum: Curriculum, new_tokens: int
+) -> Dataset:
+    examples = tokenize(records, backbone.tokenizer)
+    check_lengths(path, examples, curriculum, backbone.n_positions, new_tokens)
+    return examples
+
+
+def _coconut(config: RunConfig, backbone: Backbone) -> tuple[Coconut, Tokens]:
+    ids = backbone.marker_ids() if config.uses_markers else dict.fromkeys((START_LATENT, END_LATENT, LATENT))
+    context = config.latent_context
+    model = Coconut(
+        backbone.model,
+        latent_token_id=ids[LATENT],
+        start_latent_id=ids[START_LATENT],
+        end_latent_id=ids[END_LATENT],
+        eos_token_id=backbone.tokenizer.eos_token_id,
+        latent_context=LatentContext(context.weights, context.scope) if context else None,
+    )
+    tokens = Tokens(backbone.tokenizer.pad_token_id, ids[START_LATENT], ids[END_LATENT], ids[LATENT])
+    return model, tokens
+
+
+def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:
+    """The stage named by `resume`, else the one stored with the weights, else 0.
+
+    Raises InputError when the run and the weights disagree about the thoughts.
+    """
+    stored = stored_settings(config.load_model_path)
+    if stored is None:
+        return curriculum.stage(config.resume)
+    context = config.latent_context.model_dump(mode="json") if config.latent_context else None
+    asked = {
+        "method": config.method,
+        "c_thought": config.thoughts_per_step,
+        "max_latent_stage": config.max_latent_stage,
+        "pad_latent_to_max": config.pad_latent_to_max,
+        "latent_context": context,
+    }
+    differing = [key for key, value in asked.items() if stored[key] != value]
+    if differing:
+        lines = "\n".join(f"  - {key}: trained with {stored[key]!r}, the run says {asked[key]!r}" for key in differing)
+        raise InputError(f"{config.load_model_path} was trained otherwise than it would be evaluated\n{lines}")
+    return curriculum.stage(config.resume) if config.resume else stored["stage"]
+
+
+def _write_description(config: RunConfig, ds_config: dict[str, Any]) -> None:
+    folder = config.run_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run_config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8")
+
+
+def _opening(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any], backbone: Backbone, n_train: int) -> str:
+    precision = next((name for name in ("bf16", "fp16") if ds_config[name]["enabled"]), "fp32")
+    n_parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
+    context = config.latent_context
+    window = f", window {list(context.weights)} ({context.scope})" if context else ""
+    return (
+        f"{config.name}: {config.method}{window}, {n_parameters / 1e6:.2f} M parameters, {precision}, {config.deepspeed}, "
+        f"{sizes.world} x {distributed.device().type}\n"
+        f"{n_train} training examples, {sizes.total} a step ({sizes.micro} x {sizes.accumulation} accumulated x "
+        f"{sizes.world} ranks), {config.num_epochs} epochs"
+    )
+
+
+def summary_table(evaluations: list[dict[str, Any]]) -> str:
+    """Accuracy per stage: the last and the best evaluation in each."""
+    rows = ["stage  epochs   last accuracy   best accuracy   tokens an answer"]
+    for stage in sorted({row["stage"] for row in evaluations}):
+        mine = [row for row in evaluations if row["stage"] == stage]
+        last, best = mine[-1], max(mine, key=lambda row: row["accuracy"])
+        rows.append(
+            f"{stage:>5}  {mine[0]['epoch']:>2}-{last['epoch']:<3}   {last['accuracy']:>13.1%}   "
+            f"{best['accuracy']:>13.1%}   {last['mean_new_tokens']:>16.1f}"
+        )
+    return "\n".join(rows)
+
+
+def _evaluation_text(config: RunConfig, path: str, stage: int, evaluation: Evaluation) -> str:
+    by_steps = ", ".join(f"{steps} steps {share:.1%}" for steps, share in evaluation.accuracy_by_steps.items())
+    return (
+        f"{config.load_model_path} on {path}, stage {stage}: accuracy {evaluation.accuracy:.1%} "
+        f"({evaluation.n_correct}/{evaluation.n_total}; {by_steps}), chain match {evaluation.cot_match:.1%}, "
+        f"loss {evaluation.valid_loss:.4f}, {evaluation.mean_new_tokens:.1f} tokens an answer, "
+        f"{evaluation.examples_per_s:.1f} examples/s"
+    )
