@@ -102,7 +102,7 @@ class RunConfig(_Section):
     # Optimisation
     seed: int = Field(0, ge=0)
     resume: int = Field(0, ge=0)
-    """First epoch, counted from 0, of a run that starts from `load_model_path`; with `only_eval` it selects the stage."""
+    """First epoch, from 0, of a run that starts from `load_model_path`; with `only_eval` it selects the stage."""
     num_epochs: int = Field(1, ge=1)
     batch_size_training: int = Field(32, ge=1)
     """Micro-batch: examples per rank in one forward."""
@@ -149,7 +149,7 @@ class RunConfig(_Section):
     def method(self) -> Method:
         for name in ("cot", "no_cot", "no_thoughts"):
             if getattr(self, name):
-                return name  # type: ignore[return-value]
+                return name
         return "coconut"
 
     @property
@@ -205,9 +205,10 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"run file {path} cannot be read: {error.strerror}; name a YAML such as run_configs/prosqa.yaml")
+        message = f"run file {path} cannot be read: {error.strerror}; name a YAML such as run_configs/prosqa.yaml"
+        raise InputError(message) from None
     except yaml.YAMLError as error:
-        raise InputError(f"run file {path} is not YAML: {' '.join(str(error).split())}")
+        raise InputError(f"run file {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"run file {path} must hold `key: value` lines, found {type(values).__name__}")
     return values
@@ -308,9 +309,9 @@ def _data_rules(config: RunConfig) -> _Found:
     found: _Found = []
     if config.only_eval:
         if not config.load_model_path:
-            found.append((("only_eval", "load_model_path"), "only_eval: needs load_model_path, the weights to evaluate"))
+            found.append((("only_eval", "load_model_path"), "only_eval: needs load_model_path, what to evaluate"))
         if not (config.test_path or config.val_path):
-            found.append((("only_eval", "val_path"), "only_eval: needs test_path or val_path, the set to evaluate on"))
+            found.append((("only_eval", "val_path"), "only_eval: needs test_path or val_path, the set"))
         return found
     for key in ("train_path", "val_path"):
         if not getattr(config, key):
@@ -355,9 +356,10 @@ def batch_sizes(config: RunConfig, world: int) -> BatchSizes:
     if accumulation is None and config.train_batch_size % (micro * world) == 0:
         accumulation = config.train_batch_size // (micro * world)
     if accumulation is None or micro * accumulation * world != config.train_batch_size:
-        split = f"{micro} a micro-batch" + (f" x {accumulation} accumulated" if accumulation else "") + f" x {world} ranks"
+        accumulated = f" x {accumulation} accumulated" if accumulation else ""
         message = (
-            f"train_batch_size: {config.train_batch_size} cannot be made from {split}; "
+            f"train_batch_size: {config.train_batch_size} cannot be made from {micro} a micro-batch{accumulated} "
+            f"x {world} ranks; "
             "change batch_size_training, or leave gradient_accumulation_steps out so that it is worked out"
         )
         raise ConfigError("batch sizes", [Problem(("train_batch_size",), message)])

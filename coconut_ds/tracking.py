@@ -32,7 +32,7 @@ class Tracker:
         self._wandb: Any = None
         if is_main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a", encoding="utf-8")
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
             if config.wandb != "disabled" and not config.debug:
                 self._wandb = _guarded(lambda: _start_wandb(config))
 
@@ -55,7 +55,7 @@ class Tracker:
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if _step_of(line) <= last_step]
         self.path.write_text("".join(kept), encoding="utf-8")
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def close(self) -> None:
         if self._file is not None:

@@ -26,9 +26,7 @@ from math import exp, factorial
 from pathlib import Path
 from statistics import mean
 
-PERSONS = (
-    "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split()
-)
+PERSONS = "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split()
 CONCEPTS = (
     "bompus boompus brimpus chorpus dumpus felpus fompus gerpus gorpus grimpus gwompus hilpus impus jelpus jompus "
     "kerpus lempus lorpus numpus quimpus rempus rompus rorpus scrompus shumpus sterpus storpus terpus timpus tumpus "
@@ -37,9 +35,7 @@ CONCEPTS = (
 
 MEAN_PARENTS = 1.5
 _MOST_PARENTS = 12  # the Poisson tail beyond it has probability 1e-8
-_POISSON_CDF = list(
-    accumulate(exp(-MEAN_PARENTS) * MEAN_PARENTS**k / factorial(k) for k in range(_MOST_PARENTS + 1))
-)
+_POISSON_CDF = list(accumulate(exp(-MEAN_PARENTS) * MEAN_PARENTS**k / factorial(k) for k in range(_MOST_PARENTS + 1)))
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class Graph:
 
 
 def draw_edges(rng: random.Random, n_nodes: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """Algorithm 1: edges (parent, child) and the label of each node (bit 1: descends from node 0, bit 2: from node 1)."""
+    """Algorithm 1: edges (parent, child), and labels telling whether a node descends from node 0 (1) and 1 (2)."""
     labels = [1, 2]
     depth = [0, 0]
     by_label: list[list[int]] = [[], [0], [1], []]
@@ -89,9 +85,7 @@ def draw_edges(rng: random.Random, n_nodes: int) -> tuple[list[tuple[int, int]],
     return edges, labels
 
 
-def _choose_without_replacement(
-    rng: random.Random, candidates: list[int], count: int, depth: list[int]
-) -> list[int]:
+def _choose_without_replacement(rng: random.Random, candidates: list[int], count: int, depth: list[int]) -> list[int]:
     pool = list(candidates)
     weights = [1.5 * depth[node] + 1 for node in pool]
     chosen = []
@@ -107,7 +101,7 @@ def shortest_paths(edges: list[tuple[int, int]], root: int) -> dict[int, tuple[i
     children: dict[int, list[int]] = {}
     for parent, child in edges:
         children.setdefault(parent, []).append(child)
-    paths = {root: (root,)}
+    paths: dict[int, tuple[int, ...]] = {root: (root,)}
     frontier = [root]
     for node in frontier:
         for child in children.get(node, ()):
@@ -339,8 +333,10 @@ def _print_statistics(path: Path) -> int:
         return 2
     for name, value in found.items():
         if isinstance(value, dict):
-            value = "  ".join(f"{key}: {share:.1%}" for key, share in value.items())
-        print(f"{name:>20}  {value:.4g}" if isinstance(value, float) else f"{name:>20}  {value}")
+            text = "  ".join(f"{key}: {share:.1%}" for key, share in value.items())
+        else:
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        print(f"{name:>20}  {text}")
     return 0
 
 

@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     """What one forward takes, and what the loop wants to know about it without asking the device."""
 
     inputs: dict[str, Any]
-    """input_ids, attention_mask, labels, position_ids, each (B, T), and thought_span: (first column, end) or None."""
+    """input_ids, attention_mask, labels, position_ids, each (B, T), and thought_span: (first column, end) or ()."""
     n_targets: int
     """Supervised tokens, counted after the causal shift."""
     indices: list[int]
@@ -114,6 +114,6 @@ def _collate(sequences: Sequence[TokenSequence], offsets: list[int], indices: li
         "attention_mask": attention_mask,
         "labels": labels,
         "position_ids": position_ids,
-        "thought_span": (min(first for first, _ in spans), max(end for _, end in spans)) if spans else None,
+        "thought_span": (min(first for first, _ in spans), max(end for _, end in spans)) if spans else (),
     }
     return Batch(inputs, int((labels[:, 1:] != IGNORED).sum()), indices)

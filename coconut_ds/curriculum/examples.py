@@ -29,12 +29,13 @@ def read_records(path: str | Path, limit: int | None = None) -> list[dict[str, A
         with open(path, encoding="utf-8") as file:
             records = json.load(file)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; data/README.md says how to get or make the data")
+        message = f"{path}: cannot be read: {error.strerror}; data/README.md says how to get or make the data"
+        raise DataError(message) from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}")
+        raise DataError(f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
         what = "is empty" if not Path(path).read_text(encoding="utf-8").strip() else f"is not JSON: {error}"
-        raise DataError(f"{path}: {what}; it must hold a JSON list of records")
+        raise DataError(f"{path}: {what}; it must hold a JSON list of records") from None
     if not isinstance(records, list) or not records:
         found = "an empty list" if records == [] else f"a JSON {type(records).__name__}"
         raise DataError(f"{path}: must hold a list of records with {', '.join(KEYS)}; found {found}")
@@ -86,13 +87,15 @@ def _tokenize_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) 
         "question_ids": ids((question + "\n" for question in batch["question"]), special=True),
         "steps_ids": [[next(flat_steps) for _ in steps] for steps in batch["steps"]],
         "answer_ids": [
-            answer + [tokenizer.eos_token_id]
+            [*answer, tokenizer.eos_token_id]
             for answer in ids(("### " + answer for answer in batch["answer"]), special=False)
         ],
     }
 
 
-def check_lengths(path: str | Path, examples: Dataset, curriculum: Curriculum, n_positions: int, new_tokens: int) -> None:
+def check_lengths(
+    path: str | Path, examples: Dataset, curriculum: Curriculum, n_positions: int, new_tokens: int
+) -> None:
     """Raise DataError for the first example that does not fit the model's positions, in training or when decoding.
 
     The training bound is the longest layout of any stage; the decoding bound the longest prompt plus `new_tokens`.
@@ -103,7 +106,8 @@ def check_lengths(path: str | Path, examples: Dataset, curriculum: Curriculum, n
         prompt = len(row["question_ids"]) + markers
         stages = range(curriculum.max_latent_stage + 2)
         layouts = [curriculum.layout(stage, len(steps)) for stage in stages]
-        training = prompt + max(each.n_thoughts + sum(steps[each.n_skip :]) for each in layouts) + len(row["answer_ids"])
+        middle = max(each.n_thoughts + sum(steps[each.n_skip :]) for each in layouts)
+        training = prompt + middle + len(row["answer_ids"])
         if training > n_positions:
             raise DataError(
                 f"{path}: record {index}: key 'question' and 'steps': {training} tokens with thoughts and answer, "
@@ -112,6 +116,7 @@ def check_lengths(path: str | Path, examples: Dataset, curriculum: Curriculum, n
         decoding = prompt + curriculum.most_thoughts(len(steps)) + new_tokens
         if decoding > n_positions:
             raise DataError(
-                f"{path}: record {index}: key 'question': a prompt of {decoding - new_tokens} tokens and max_new_tokens "
-                f"{new_tokens} need {decoding} positions, the model has {n_positions}; lower max_new_tokens"
+                f"{path}: record {index}: key 'question': a prompt of {decoding - new_tokens} tokens and "
+                f"max_new_tokens {new_tokens} need {decoding} positions, the model has {n_positions}; lower "
+                "max_new_tokens"
             )

@@ -1,4 +1,4 @@
-"""Per-stage loaders over one tokenized set: training windows (seeded, resumable) and evaluation batches (no repeats)."""
+"""Per-stage loaders over one tokenized set: seeded training windows, evaluation without repeats."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from coconut_ds.config import RunConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """How one example is laid out: the first `n_skip` steps are left out, `n_thoughts` thoughts stand in their place."""
+    """How one example is laid out: `n_thoughts` thoughts stand in place of the first `n_skip` steps."""
 
     n_skip: int
     n_thoughts: int

@@ -42,7 +42,12 @@ def build_engine(model: nn.Module, config: RunConfig, ds_config: dict[str, Any])
 
 
 def _optimizer(model: nn.Module, config: RunConfig, on_host: bool) -> torch.optim.Optimizer:
-    settings = {"lr": config.lr, "betas": config.adam_betas, "eps": 1e-8, "weight_decay": config.weight_decay}
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": config.adam_betas,
+        "eps": 1e-8,
+        "weight_decay": config.weight_decay,
+    }
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if on_host:
         return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)

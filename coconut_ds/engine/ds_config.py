@@ -57,9 +57,9 @@ def read_ds_json(path: str | Path) -> dict[str, Any]:
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise DeepSpeedConfigError(f"deepspeed file {path} cannot be read: {error.strerror}; see ds_configs/")
+        raise DeepSpeedConfigError(f"deepspeed file {path} cannot be read: {error.strerror}; see ds_configs/") from None
     except ValueError as error:
-        raise DeepSpeedConfigError(f"deepspeed file {path} is not JSON: {error}")
+        raise DeepSpeedConfigError(f"deepspeed file {path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise DeepSpeedConfigError(f"deepspeed file {path} must hold a JSON object, found {type(raw).__name__}")
     return raw
@@ -73,10 +73,10 @@ def resolve_precision(config: RunConfig, device: Device) -> Precision:
             return "bf16"
         return "fp16" if device.kind == "cuda" and device.has_fp16 else "fp32"
     if wanted == "bf16" and not device.has_bf16:
-        raise DeepSpeedConfigError("precision: bf16, but this device has none (compute capability 8.0); use fp16 or fp32")
+        raise DeepSpeedConfigError("precision: bf16, but this device has none (needs capability 8.0); use fp16 or fp32")
     if wanted == "fp16" and not device.has_fp16:
         raise DeepSpeedConfigError("precision: fp16, but this device has none; use fp32 or bf16")
-    return wanted  # type: ignore[return-value]
+    return wanted
 
 
 def resolve_ds_config(
@@ -157,9 +157,9 @@ def _clashes(
         if key in owned:
             wanted = owned[key]
             if value != "auto" and value != wanted and not (isinstance(wanted, tuple) and value in wanted):
-                yield f"{key}: {value!r} here, but {wanted!r} follows from {run_file}; write \"auto\" here"
+                yield f'{key}: {value!r} here, but {wanted!r} follows from {run_file}; write "auto" here'
         elif section in ("optimizer", "scheduler") and value != "auto":
-            yield f"{key}: {value!r} here, but {run_file} owns training values; write \"auto\" here and set it there"
+            yield f'{key}: {value!r} here, but {run_file} owns training values; write "auto" here and set it there'
 
 
 def _leaves(raw: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def scratch_backbone(architecture: str, tokenizer: PreTrainedTokenizerBase, **sh
     return Backbone(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer)
 
 
-def _gpt2_config(tokenizer: PreTrainedTokenizerBase, dropout: float, **shape: int) -> PreTrainedConfig:
+def _gpt2_config(tokenizer: PreTrainedTokenizerBase, dropout: float, **shape: Any) -> PreTrainedConfig:
     return GPT2Config(
         vocab_size=len(tokenizer),
         embd_pdrop=dropout,
@@ -139,7 +139,7 @@ def _llama_config(
     )
 
 
-_SCRATCH_CONFIGS = {"gpt2": _gpt2_config, "llama": _llama_config}
+_SCRATCH_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {"gpt2": _gpt2_config, "llama": _llama_config}
 
 
 def word_tokenizer(texts: Iterable[str], n_positions: int) -> PreTrainedTokenizerBase:
@@ -186,12 +186,13 @@ def add_markers(backbone: Backbone) -> None:
     source = vocabulary.get(_MARKERS_START_FROM)
     n_before = len(tokenizer)
     tokenizer.add_tokens(missing)
-    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+    embeddings: Any = model.get_input_embeddings()
+    if embeddings.num_embeddings < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     new = [tokenizer.get_vocab()[marker] for marker in missing]
-    heads = [model.get_input_embeddings().weight]
-    if model.get_output_embeddings().weight is not heads[0]:
-        heads.append(model.get_output_embeddings().weight)
+    tables: list[Any] = [model.get_input_embeddings().weight]
+    if model.get_output_embeddings().weight is not tables[0]:
+        tables.append(model.get_output_embeddings().weight)
     with torch.no_grad():
-        for weight in heads:
+        for weight in tables:
             weight[new] = weight[source].clone() if source is not None else weight[:n_before].mean(dim=0)

@@ -38,9 +38,14 @@ class Encoded:
 
     hidden: torch.Tensor
     """(B, T, D)"""
-    inputs_embeds: torch.Tensor
-    """(B, T, D), thoughts filled in"""
+    fed: Sequence[torch.Tensor]
+    """What each pass was fed, (B, columns, D) each."""
     cache: DynamicCache | None
+
+    @property
+    def inputs_embeds(self) -> torch.Tensor:
+        """(B, T, D), thoughts filled in."""
+        return torch.cat(tuple(self.fed), dim=1)
 
 
 class Coconut(nn.Module):
@@ -78,8 +83,8 @@ class Coconut(nn.Module):
     ) -> CoconutOutput:
         """All tensors (B, T). Labels are -100 where nothing is learned; a label is predicted from the column before.
 
-        `thought_span` is (first thought column of the batch, one past the last); the collator knows it, and where it
-        is missing it is read from `input_ids`. Raises ValueError when a thought stands in column 0.
+        `thought_span` is (first thought column of the batch, one past the last), or () for a batch without thoughts;
+        the collator knows it, and where it is missing it is read from `input_ids`. Raises ValueError when a thought stands in column 0.
         """
         encoded = self.encode(input_ids, attention_mask, position_ids, thought_span)
         if labels is None:
@@ -109,17 +114,15 @@ class Coconut(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         if position_ids is None:
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
-        span = tuple(thought_span) if thought_span else self._find_thoughts(input_ids)
+        span = self._find_thoughts(input_ids) if thought_span is None else tuple(thought_span)
         embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (B, T, D)
         cache = DynamicCache(config=self.base_causallm.config) if span or use_cache else None
-        if span is None:
-            hidden = self._run(embeds, 0, attention_mask, position_ids, cache)
-            return Encoded(hidden, embeds, cache if use_cache else None)
-        hidden_parts, fed_parts = [], []
-        for fed, hidden in self._passes(span, input_ids, embeds, attention_mask, position_ids, cache):
-            fed_parts.append(fed)
-            hidden_parts.append(hidden)
-        return Encoded(torch.cat(hidden_parts, dim=1), torch.cat(fed_parts, dim=1), cache if use_cache else None)
+        if span:
+            passes = list(self._passes(span, input_ids, embeds, attention_mask, position_ids, cache))
+        else:
+            passes = [(embeds, self._run(embeds, 0, attention_mask, position_ids, cache))]
+        fed, hidden = zip(*passes)
+        return Encoded(torch.cat(hidden, dim=1), fed, cache if use_cache else None)
 
     def _passes(
         self,
@@ -132,10 +135,12 @@ class Coconut(nn.Module):
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (embeddings fed, hidden states), each (B, columns, D), of the prefix, each thought, and the tail."""
         first, end = span
+        if self.latent_token_id is None:
+            raise ValueError(f"thought_span {span}: this model was built without latent_token_id")
         if first == 0:
             raise ValueError("a thought stands in column 0, where no hidden state precedes it; put a token before it")
         context = self.latent_context
-        is_thought = input_ids == self.latent_token_id  # (B, T)
+        is_thought = torch.eq(input_ids, self.latent_token_id)  # (B, T)
         first_real = attention_mask.argmax(dim=1)  # (B,)
         fed = embeds[:, :first]
         hidden = self._run(fed, 0, attention_mask, position_ids, cache)
@@ -170,11 +175,11 @@ class Coconut(nn.Module):
             use_cache=cache is not None,
         ).last_hidden_state
 
-    def _find_thoughts(self, input_ids: torch.Tensor) -> tuple[int, int] | None:
+    def _find_thoughts(self, input_ids: torch.Tensor) -> tuple[int, ...]:
         if self.latent_token_id is None:
-            return None
+            return ()
         columns = (input_ids == self.latent_token_id).any(dim=0).nonzero()
-        return (int(columns[0]), int(columns[-1]) + 1) if len(columns) else None
+        return (int(columns[0]), int(columns[-1]) + 1) if len(columns) else ()
 
     def generate(
         self,

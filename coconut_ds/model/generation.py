@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +32,16 @@ def greedy_decode(
     if ends_badly.any():
         rows = ends_badly.nonzero().flatten().tolist()
         raise ValueError(
-            f"prompts {rows} end in a thought or in padding; pad on the left and end with a token such as <|end-latent|>"
+            f"prompts {rows} end in a thought or in padding; pad on the left and end with an ordinary token, "
+            "such as <|end-latent|>"
         )
     cache = None
     if input_ids.shape[1] > 1:
         # The thoughts never reach the last column, so the span found for the whole prompt holds for its head.
         head = slice(None, -1)
         cache = model.encode(input_ids[:, head], attention_mask[:, head], None, thought_span, use_cache=True).cache
-    tokens = model.base_causallm.generate(
+    backbone: Any = model.base_causallm
+    tokens = backbone.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
         past_key_values=cache,

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch.optim.lr_scheduler import LRScheduler
@@ -134,7 +133,7 @@ def read_progress(path: Path) -> Progress:
 
 
 def export_model(folder: Path, backbone: Backbone, settings: dict[str, Any], weights: dict | None = None) -> None:
-    """Write safetensors, config, tokenizer and latent settings; `AutoModelForCausalLM.from_pretrained` loads the folder."""
+    """Write safetensors, config, tokenizer and latent settings: a folder that plain transformers loads."""
     backbone.model.save_pretrained(folder, state_dict=weights)
     backbone.tokenizer.save_pretrained(folder)
     (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -152,18 +151,22 @@ def stored_settings(load_model_path: str) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def load_initial(config: RunConfig, backbone_from_scratch: Any) -> Backbone:
+def load_initial(config: RunConfig, from_scratch: Callable[[], Backbone] | None = None) -> Backbone:
     """The backbone a run starts from, with marker tokens where its method uses them.
 
     `load_model_path` may be a checkpoint of ours, an HF folder or hub id, or a `.pt` state dict as the published code
-    saves it. `backbone_from_scratch` makes the model of `model_id: scratch`.
+    saves it. `from_scratch` makes the model of `model_id: scratch`.
     """
     source = config.load_model_path
     is_state_dict = source is not None and Path(source).is_file()
     if source is not None and not is_state_dict:
         backbone = load_backbone(str(_model_folder(source)))
     elif config.model_id == "scratch":
-        backbone = backbone_from_scratch()
+        if from_scratch is None:
+            raise InputError(
+                "load_model_path: a state dict has no shape and model_id is scratch; name the model's folder"
+            )
+        backbone = from_scratch()
     else:
         backbone = load_backbone(config.model_id)
     if is_state_dict:
@@ -188,7 +191,7 @@ def _load_state_dict(backbone: Backbone, path: str) -> None:
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     # Published Coconut also stores its embedding table under a second name.
     state.pop("embedding.weight", None)
-    model = backbone.model
+    model: Any = backbone.model
     name = next(name for name, value in model.named_parameters() if value is model.get_input_embeddings().weight)
     n_rows = state[name].shape[0] if name in state else None
     n_own = model.get_input_embeddings().num_embeddings
@@ -218,19 +221,12 @@ def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
 
 
 def _random_states() -> dict[str, Any]:
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached),
-    }
+    """Dropout is all that draws numbers while training; the order of the examples depends on seed and epoch alone."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def _set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"]:
         torch.cuda.set_rng_state_all(states["cuda"])
-    random.setstate(states["python"])
-    kind, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, cached))

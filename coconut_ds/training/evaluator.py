@@ -1,4 +1,4 @@
-"""Evaluation: loss in the training layout, exact match of decoded answers, every example counted once over all ranks."""
+"""Evaluation: loss in the training layout, exact match of decoded answers, each example counted once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from coconut_ds import distributed
@@ -75,7 +76,7 @@ class Evaluator:
         loss_sum, n_targets = distributed.sum_over_ranks(totals.to(distributed.device())).tolist()
         return loss_sum / n_targets
 
-    def _prompts(self, stage: int):
+    def _prompts(self, stage: int) -> DataLoader:
         world, rank = distributed.world_size(), distributed.rank()
         return prompt_loader(self.examples, self.curriculum, self.tokens, stage, self.batch_size, rank, world)
 
@@ -84,7 +85,8 @@ class Evaluator:
         new_tokens = self.model.generate(
             inputs["input_ids"], inputs["attention_mask"], self.max_new_tokens, inputs["thought_span"]
         )
-        n_thoughts = (batch.inputs["input_ids"] == (-1 if self.tokens.latent is None else self.tokens.latent)).sum(dim=1)
+        latent = -1 if self.tokens.latent is None else self.tokens.latent
+        n_thoughts = (batch.inputs["input_ids"] == latent).sum(dim=1)
         rows = zip(batch.indices, new_tokens.tolist(), n_thoughts.tolist())
         return [self._prediction(index, ids, thoughts) for index, ids, thoughts in rows]
 
@@ -92,7 +94,7 @@ class Evaluator:
         example = self.examples[index]
         eos = self.tokenizer.eos_token_id
         ids = ids[: ids.index(eos)] if eos in ids else ids
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         given, expected = given_answer(text), clean_answer(example["answer"])
         return {
             "index": index,
@@ -127,7 +129,7 @@ def clean_answer(text: str) -> str:
 
 
 def given_chain(text: str) -> str:
-    """The chain of thought in generated text (which starts after the question's newline): what precedes the first `#`."""
+    """The chain of thought in generated text, which starts after the question: what precedes the first `#`."""
     return text.split("#")[0].strip()
 
 

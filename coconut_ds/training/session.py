@@ -31,12 +31,13 @@ _DEBUG_TRAIN, _DEBUG_VALID = 5000, 32
 def train(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any]) -> None:
     """Train a run to its end and print accuracy by stage."""
     torch.manual_seed(config.seed)
-    train_records = read_records(config.train_path, _DEBUG_TRAIN if config.debug else None)
-    valid_records = read_records(config.val_path, _DEBUG_VALID if config.debug else None)
+    train_path, val_path = str(config.train_path), str(config.val_path)
+    train_records = read_records(train_path, _DEBUG_TRAIN if config.debug else None)
+    valid_records = read_records(val_path, _DEBUG_VALID if config.debug else None)
     backbone = load_initial(config, lambda: _scratch(config, train_records))
     curriculum = Curriculum.of(config)
-    train_set = _examples(config.train_path, train_records, backbone, curriculum, config.max_new_tokens)
-    valid_set = _examples(config.val_path, valid_records, backbone, curriculum, config.max_new_tokens)
+    train_set = _examples(train_path, train_records, backbone, curriculum, config.max_new_tokens)
+    valid_set = _examples(val_path, valid_records, backbone, curriculum, config.max_new_tokens)
     model, tokens = _coconut(config, backbone)
     if distributed.is_main():
         _write_description(config, ds_config)
@@ -58,9 +59,9 @@ def train(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any]) -> No
 
 def evaluate(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any]) -> None:
     """Evaluate `load_model_path` on the test set, or on the validation set where no test set is named."""
-    path = config.test_path or config.val_path
+    path = str(config.test_path or config.val_path)
     records = read_records(path, _DEBUG_VALID if config.debug else None)
-    backbone = load_initial(config, lambda: None)
+    backbone = load_initial(config)
     curriculum = Curriculum.of(config)
     stage = _stage_to_evaluate(config, curriculum)
     examples = _examples(path, records, backbone, curriculum, config.max_new_tokens)
@@ -82,6 +83,7 @@ def evaluate(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any]) ->
 
 
 def _scratch(config: RunConfig, records: list[dict[str, Any]]) -> Backbone:
+    assert config.model is not None, "load_run_config demands a model section for model_id: scratch"
     shape = config.model.model_dump()
     texts = (text for record in records for text in (record["question"], *record["steps"], record["answer"]))
     tokenizer = word_tokenizer(texts, shape["n_positions"])
@@ -116,7 +118,7 @@ def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:
 
     Raises InputError when the run and the weights disagree about the thoughts.
     """
-    stored = stored_settings(config.load_model_path)
+    stored = stored_settings(str(config.load_model_path))
     if stored is None:
         return curriculum.stage(config.resume)
     context = config.latent_context.model_dump(mode="json") if config.latent_context else None
@@ -148,8 +150,8 @@ def _opening(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any], ba
     context = config.latent_context
     window = f", window {list(context.weights)} ({context.scope})" if context else ""
     return (
-        f"{config.name}: {config.method}{window}, {n_parameters / 1e6:.2f} M parameters, {precision}, {config.deepspeed}, "
-        f"{sizes.world} x {distributed.device().type}\n"
+        f"{config.name}: {config.method}{window}, {n_parameters / 1e6:.2f} M parameters, {precision}, "
+        f"{config.deepspeed}, {sizes.world} x {distributed.device().type}\n"
         f"{n_train} training examples, {sizes.total} a step ({sizes.micro} x {sizes.accumulation} accumulated x "
         f"{sizes.world} ranks), {config.num_epochs} epochs"
     )

@@ -159,8 +159,9 @@ class Trainer:
     def _stop_on(self, loss: float, window: list[Batch]) -> None:
         indices = [index for batch in window for index in batch.indices]
         raise NonFiniteLossError(
-            f"loss {loss} at optimizer step {self.progress.step + 1}, nothing was updated; rank {distributed.rank()} had "
-            f"training examples {indices}; lower lr, set max_grad_norm, or use bf16 or fp32 in place of fp16"
+            f"loss {loss} at optimizer step {self.progress.step + 1}, nothing was updated; rank "
+            f"{distributed.rank()} had training examples {indices}; lower lr, set max_grad_norm, or use bf16 or fp32 "
+            "in place of fp16"
         )
 
     def _gradient_norm(self) -> float | None:

@@ -1,0 +1,53 @@
+"""Fixtures shared by the tests; nothing here needs a network, a GPU or an account."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coconut_ds.curriculum.stages import Curriculum
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with raw data and reference runs beside the project; tests that need it skip where it is missing."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the folder ../shared with raw data and reference runs")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def curriculum():
+    """Make a Curriculum from defaults of the published ProsQA run."""
+
+    def make(**changes) -> Curriculum:
+        values = {
+            "method": "coconut",
+            "thoughts_per_step": 1,
+            "epochs_per_stage": 5,
+            "max_latent_stage": 6,
+            "pad_latent_to_max": True,
+            "uniform_prob": 0.0,
+            "seed": 0,
+        }
+        return Curriculum(**(values | changes))
+
+    return make

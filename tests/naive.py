@@ -1,0 +1,61 @@
+"""The naive twin: Coconut straight from its definition (DESIGN section 4), with no cache and no batching.
+
+For every thought the whole prefix is computed again, one row at a time, without padding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from coconut_ds import Coconut
+
+
+def row_states(model: Coconut, ids: list[int], n_prompt: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and embeddings (T, D) of one unpadded sequence, thoughts filled in from left to right.
+
+    From column `n_prompt` on the marker is a token like any other: a model can generate it.
+    """
+    context = model.latent_context
+    base = model.base_causallm
+    embeds = list(base.get_input_embeddings()(torch.tensor(ids)))  # T tensors (D,)
+    positions = torch.arange(len(ids))[None]
+    previous_thought = None
+    for column, token in enumerate(ids):
+        if token != model.latent_token_id or (n_prompt is not None and column >= n_prompt):
+            continue
+        hidden = _run(base, torch.stack(embeds[:column]), positions[:, :column])
+        reach = column
+        if context.scope == "last_pass" and previous_thought is not None:
+            reach = column - previous_thought
+        weights = context.weights[: min(len(context.weights), reach)]
+        weighted = [weight * hidden[column - 1 - back] for back, weight in enumerate(weights)]
+        embeds[column] = sum(weighted) / sum(weights)
+        previous_thought = column
+    stacked = torch.stack(embeds)
+    return _run(base, stacked, positions), stacked
+
+
+def _run(base, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return base.base_model(inputs_embeds=embeds[None], position_ids=positions, use_cache=False).last_hidden_state[0]
+
+
+def batch_loss(model: Coconut, input_ids, attention_mask, labels) -> torch.Tensor:
+    """Sum of the cross entropies of all supervised tokens of a padded batch, computed row by row without padding."""
+    total = torch.zeros(())
+    for ids, mask, targets in zip(input_ids, attention_mask.bool(), labels):
+        hidden, _ = row_states(model, ids[mask].tolist())
+        logits = model.lm_head(hidden[:-1])
+        total = total + F.cross_entropy(logits, targets[mask][1:], ignore_index=-100, reduction="sum")
+    return total
+
+
+def greedy(model: Coconut, prompt: list[int], n_tokens: int) -> list[int]:
+    """Greedy continuation of one prompt, everything computed again for every token; ends after EOS."""
+    ids = list(prompt)
+    for _ in range(n_tokens):
+        hidden, _ = row_states(model, ids, len(prompt))
+        ids.append(int(model.lm_head(hidden[-1]).argmax()))
+        if ids[-1] == model.eos_token_id:
+            break
+    return ids[len(prompt) :]

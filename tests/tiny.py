@@ -1,0 +1,73 @@
+"""Small models, vocabularies and data for the tests."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from coconut_ds import Coconut, LatentContext
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "preprocessing"))
+
+import prosqa  # noqa: E402
+
+PAD, EOS, START, END, LATENT, VOCABULARY = 0, 1, 2, 3, 4, 40
+
+
+def backbone(family: str) -> PreTrainedModel:
+    """A two-layer model with large random weights, so that differences show."""
+    shape = {"vocab_size": VOCABULARY, "initializer_range": 0.2, "bos_token_id": EOS, "eos_token_id": EOS}
+    if family == "gpt2":
+        no_dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=96, **no_dropout, **shape))
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=96,
+        pad_token_id=PAD,
+        **shape,
+    )
+    return LlamaForCausalLM(config)
+
+
+def coconut(family: str = "gpt2", context: LatentContext | None = None) -> Coconut:
+    torch.manual_seed(0)
+    return Coconut(
+        backbone(family),
+        latent_token_id=LATENT,
+        start_latent_id=START,
+        end_latent_id=END,
+        eos_token_id=EOS,
+        latent_context=context,
+    )
+
+
+def row(n_question: int, steps: list[int], n_answer: int, seed: int) -> dict[str, list]:
+    """A tokenized example with random ordinary tokens; `steps` are lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(5, VOCABULARY, (count,), generator=generator).tolist()
+
+    return {
+        "question_ids": draw(n_question),
+        "steps_ids": [draw(count) for count in steps],
+        "answer_ids": [*draw(n_answer), EOS],
+    }
+
+
+def write_symbolic(folder: Path, n_train: int, n_valid: int, seed: int = 0) -> None:
+    """Write prosqa_train.json and prosqa_valid.json of two-step questions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = {"n_nodes": 6, "min_steps": 2, "max_steps": 2, "form": "symbolic"}
+    for split, count in (("train", n_train), ("valid", n_valid)):
+        records = list(prosqa.generate(count, f"{seed}/{split}", **shape))
+        (folder / f"prosqa_{split}.json").write_text(json.dumps(records), encoding="utf-8")
