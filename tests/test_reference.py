@@ -17,9 +17,8 @@ METHODS = {
     # The published code weights the window oldest first, (0.6, 0.3, 0.1).
     "last_pass_window": LatentContext(weights=(0.1, 0.3, 0.6), scope="last_pass"),
 }
-CASES = [
-    (layout, family, method) for layout in ("aligned", "ragged") for family in ("gpt2", "llama") for method in METHODS
-]
+LAYOUTS, FAMILIES = ("aligned", "ragged"), ("gpt2", "llama")
+CASES = [(layout, family, method) for layout in LAYOUTS for family in FAMILIES for method in METHODS]
 
 
 @pytest.fixture(params=CASES, ids="-".join)

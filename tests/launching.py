@@ -1,0 +1,107 @@
+"""Starts ranks for the tests, each start with a time limit, and leaves none of them running."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+TIME_LIMIT_S = 300
+_LAUNCHER = Path(sys.executable).with_name("deepspeed")
+
+
+def environment(**more: str) -> dict[str, str]:
+    quiet = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **quiet, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **more}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(command: list[str], **more: str) -> subprocess.Popen:
+    """A process in a group of its own, so that all of it can be ended."""
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, time_limit_s: float = TIME_LIMIT_S) -> subprocess.CompletedProcess:
+    """Wait for a started process; whatever happens, nothing of its group stays."""
+    try:
+        output, _ = process.communicate(timeout=time_limit_s)
+    except subprocess.TimeoutExpired:
+        end(process)
+        output, _ = process.communicate()
+        raise AssertionError(f"no end after {time_limit_s} s: {process.args}\n{output[-4000:]}") from None
+    finally:
+        end(process)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, "")
+
+
+def end(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def train_command(run_file: Path, ranks: int, *arguments: str) -> list[str]:
+    """The published command, with a port of its own."""
+    launcher = [str(_LAUNCHER), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    return [*launcher, "coconut_ds/train.py", "--run", str(run_file), *arguments]
+
+
+def train(run: dict[str, Any], folder: Path, ranks: int, *arguments: str, expect: int = 0) -> str:
+    """Run the trainer's entry with `run` as its YAML; its output, once its exit status is as expected."""
+    result = finish(start(train_command(write_run(run, folder), ranks, *arguments)))
+    assert result.returncode == expect, f"exit status {result.returncode}\n{result.stdout[-6000:]}"
+    return result.stdout
+
+
+def write_run(run: dict[str, Any], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run), encoding="utf-8")
+    return path
+
+
+def events(run_folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def on_ranks(ranks: int, code: str, **values: Any) -> list[Any]:
+    """Run `code` on gloo ranks under the DeepSpeed launcher; what each assigned to `result` (JSON), by rank.
+
+    `code` sees `values` as variables.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        script = folder / "script.py"
+        prologue = f"import json, os\nglobals().update(json.loads({json.dumps(json.dumps(values))}))\n"
+        epilogue = f"\nopen(f'{folder}/result' + os.environ['RANK'], 'w').write(json.dumps(result))\n"
+        script.write_text(prologue + code + epilogue, encoding="utf-8")
+        port = str(free_port())
+        command = [str(_LAUNCHER), "--num_gpus", str(ranks), "--master_port", port, "--no_local_rank", str(script)]
+        done = finish(start(command))
+        assert done.returncode == 0, done.stdout[-6000:]
+        return [json.loads((folder / f"result{rank}").read_text()) for rank in range(ranks)]
