@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -58,10 +59,8 @@ def finish(process: subprocess.Popen, time_limit_s: float = TIME_LIMIT_S) -> sub
 
 
 def end(process: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def train_command(run_file: Path, ranks: int, *arguments: str) -> list[str]:

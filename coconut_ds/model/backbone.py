@@ -152,7 +152,7 @@ def word_tokenizer(texts: Iterable[str], n_positions: int) -> PreTrainedTokenize
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(prepend_scheme="always"),
-            pre_tokenizers.Split(Regex(r"\n|[.,;:!?]"), behavior="isolated"),
+            pre_tokenizers.Split(Regex(r"\n|(?<=\w)[.,;:!?]"), behavior="isolated"),
         ]
     )
     tokenizer.decoder = decoders.Sequence(
@@ -160,7 +160,7 @@ def word_tokenizer(texts: Iterable[str], n_positions: int) -> PreTrainedTokenize
     )
     special = ["<|endoftext|>", "<|pad|>", "<|unknown|>"]
     trainer = trainers.WordLevelTrainer(special_tokens=special, vocab_size=2**31 - 1, show_progress=False)
-    tokenizer.train_from_iterator(["\n### ", *sorted(set(texts))], trainer)
+    tokenizer.train_from_iterator(["###", *(text + "\n" for text in sorted(set(texts)))], trainer)
     eos, pad, unknown = special
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

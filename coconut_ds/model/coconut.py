@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from coconut_ds.model.generation import greedy_decode
 from coconut_ds.model.latents import LatentContext, next_thought, states_in_reach
 
 IGNORED_LABEL = -100
@@ -189,6 +190,4 @@ class Coconut(nn.Module):
         thought_span: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Greedy continuations (B, max_new_tokens) of left-padded prompts (B, T), right-padded with EOS after EOS."""
-        from coconut_ds.model.generation import greedy_decode
-
         return greedy_decode(self, input_ids, attention_mask, max_new_tokens, thought_span)

@@ -6,9 +6,8 @@ import json
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch
 from datasets import Dataset
 
@@ -25,6 +24,9 @@ from coconut_ds.model.backbone import Backbone
 from coconut_ds.tracking import Tracker
 from coconut_ds.training.checkpoint import Checkpoints, Progress, latent_settings, read_progress
 from coconut_ds.training.evaluator import Evaluation, Evaluator, to_device
+
+if TYPE_CHECKING:
+    import deepspeed
 
 
 class NonFiniteLossError(RuntimeError):

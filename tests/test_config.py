@@ -1,0 +1,168 @@
+"""RunConfig: published files load unchanged, overrides, and every problem reported together."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from coconut_ds.config import BatchSizes, ConfigError, RunConfig, batch_sizes, load_run_config
+from coconut_ds.errors import InputError
+
+# Keys and spellings of the published `args/*.yaml`: numbers tagged as floats, null written None.
+PUBLISHED = """
+project: coconut
+save_path: checkpoints
+name: some-run
+only_eval: False
+coconut: {coconut}
+cot: {cot}
+no_thoughts: False
+no_cot: False
+c_thought: {c_thought}
+epochs_per_stage: {epochs_per_stage}
+max_latent_stage: {max_latent_stage}
+pad_latent_to_max: True
+save_only_improve: False
+uniform_prob: 0.0
+model_id: openai-community/gpt2
+load_model_path: None
+seed: 0
+resume: 0
+bf16: False
+train_path: data/prosqa_train.json
+val_path: data/prosqa_valid.json
+reset_optimizer: True
+batch_size_training: 32
+debug: False
+gradient_accumulation_steps: 1
+num_epochs: 50
+lr: {lr}
+weight_decay: 0.01
+"""
+COCONUT = dict(coconut=True, cot=False, c_thought=1, epochs_per_stage=5, max_latent_stage=6, lr='!!float "1e-4"')
+COT = dict(coconut=False, cot=True, c_thought=0, epochs_per_stage=1, max_latent_stage=0, lr='!!float "1e-4"')
+
+
+def load(tmp_path, text: str, *overrides: str) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return load_run_config(path, overrides)
+
+
+def problems(tmp_path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, *overrides)
+    return [problem.message for problem in caught.value.problems]
+
+
+GOOD = yaml.safe_dump({"coconut": True, "train_path": "a.json", "val_path": "b.json", "num_epochs": 4})
+
+
+@pytest.mark.parametrize(("values", "method"), [(COCONUT, "coconut"), (COT, "cot")])
+def test_published_files_load_unchanged(tmp_path, values, method):
+    config = load(tmp_path, PUBLISHED.format(**values))
+    assert config.method == method
+    assert config.lr == 1e-4
+    assert config.load_model_path is None
+    assert config.reset_optimizer == "stage"
+    assert config.c_thought == values["c_thought"]
+    assert config.num_epochs == 50
+    assert config.latent_context is None
+    assert set(yaml.safe_load(PUBLISHED.format(**values))) <= set(RunConfig.model_fields)
+
+
+def test_a_number_that_yaml_reads_as_text(tmp_path):
+    assert yaml.safe_load("lr: 1e-4") == {"lr": "1e-4"}
+    assert load(tmp_path, GOOD + "lr: 1e-4\n").lr == 1e-4
+
+
+def test_overrides_reach_into_sections(tmp_path):
+    config = load(tmp_path, GOOD, "lr=2e-5", "latent_context.weights=[0.5, 0.5]", "name=other", "reset_optimizer=epoch")
+    assert config.lr == 2e-5
+    assert config.latent_context.weights == (0.5, 0.5)
+    assert config.name == "other"
+    assert config.reset_optimizer == "epoch"
+    assert load(tmp_path, GOOD, "latent_context=null").latent_context is None
+
+
+def test_what_is_dumped_loads_again(tmp_path):
+    config = load(tmp_path, GOOD, "latent_context.scope=last_pass", "reset_optimizer=true", "wandb=offline")
+    assert load(tmp_path, config.to_yaml()) == config
+
+
+def test_all_problems_come_together_with_key_value_rule_and_nearest_name(tmp_path):
+    text = """
+coconut: true
+cot: true
+learning_rat: 1
+epochs_per_stag: 3
+num_epochs: many
+uniform_prob: 1.5
+latent_context: {weights: [0, 1], scoop: last_pass}
+val_path: b.json
+"""
+    found = problems(tmp_path, text, "nonsense")
+    assert len(found) == 9
+    joined = "\n".join(found)
+    for expected in (
+        "epochs_per_stag: unknown key (did you mean 'epochs_per_stage'?)",
+        "learning_rat: unknown key",
+        "num_epochs: 'many': input should be a valid integer",
+        "uniform_prob: 1.5: input should be less than or equal to 1",
+        "latent_context.weights: [0, 1]: needs at least one weight, the first above 0",
+        "latent_context.scoop: unknown key (did you mean 'scope'?)",
+        "train_path: missing",
+        "cot, coconut: only one of them can be true",
+        "'nonsense': an override is written key=value",
+    ):
+        assert expected in joined
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("coconut=false", "all false; set the one to train to true"),
+        ("no_cot=true", "no_cot, coconut: only one of them can be true"),
+        ("c_thought=0", "c_thought: 0 with coconut"),
+        ("model.n_layer=2", "model: describes a model from scratch"),
+        ("model_id=scratch", "needs a `model:` section"),
+        ("resume=3", "needs load_model_path"),
+        ("train_batch_size=33", "train_batch_size: 33 must be a multiple of batch_size_training (32)"),
+        ("adam_betas=[0.9, 1.0]", "adam_betas: [0.9, 1.0]: each must be at least 0 and below 1"),
+        ("only_eval=true", "only_eval: needs load_model_path"),
+        ("bf16=true precision=fp16", "bf16: true, but precision is fp16"),
+        ("load_model_path=x resume=4", "resume: 4 leaves nothing to train, num_epochs is 4"),
+        ("coconut=false cot=true latent_context.scope=sequence", "latent_context: cot has no thoughts"),
+        ("model_id=scratch model.n_embd=30 model.n_head=4", "model.n_embd: 30 must be a multiple of model.n_head (4)"),
+    ],
+)
+def test_contradictions(tmp_path, override, message):
+    assert any(message in found for found in problems(tmp_path, GOOD, *override.replace(", ", ",").split()))
+
+
+def test_without_thoughts_beside_coconut_is_what_the_paper_calls_it(tmp_path):
+    assert load(tmp_path, GOOD, "no_thoughts=true").method == "no_thoughts"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("- 1\n", "must hold `key: value` lines"), ("a: [", "is not YAML"), (None, "cannot be read")]
+)
+def test_files_that_are_no_run(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_run_config(path)
+
+
+def test_batch_sizes_are_worked_out():
+    def sizes(world: int, **values) -> BatchSizes:
+        return batch_sizes(RunConfig(**values), world)
+
+    assert sizes(2, batch_size_training=8, train_batch_size=128) == BatchSizes(8, 8, 2)
+    assert sizes(2, batch_size_training=8, gradient_accumulation_steps=3) == BatchSizes(8, 3, 2)
+    assert sizes(1, batch_size_training=8) == BatchSizes(8, 1, 1)
+    with pytest.raises(ConfigError, match="128 cannot be made from 8 a micro-batch x 3 ranks"):
+        sizes(3, batch_size_training=8, train_batch_size=128)
+    with pytest.raises(ConfigError, match="128 cannot be made from 8 a micro-batch x 2 accumulated x 2 ranks"):
+        sizes(2, batch_size_training=8, train_batch_size=128, gradient_accumulation_steps=2)

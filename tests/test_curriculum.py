@@ -1,0 +1,183 @@
+"""Stages, layouts, batches and loaders against the rules of DESIGN section 4."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+
+from coconut_ds.config import BatchSizes
+from coconut_ds.curriculum.collator import Tokens, collate_prompts, collate_training, prompt_sequence, training_sequence
+from coconut_ds.curriculum.loaders import TrainingWindows, loss_loader, prompt_loader, training_loader
+from coconut_ds.curriculum.stages import Layout
+
+TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
+PLAIN = Tokens(tiny.PAD)
+
+
+def test_stage_grows_every_epochs_per_stage(curriculum):
+    assert [curriculum(epochs_per_stage=2).stage(epoch) for epoch in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert curriculum(method="cot").stage(40) == curriculum(method="no_cot").stage(40) == 0
+    assert curriculum(method="no_thoughts", epochs_per_stage=2).stage(4) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage", "n_steps", "expected"),
+    [
+        ({}, 0, 4, Layout(0, 0)),
+        ({}, 2, 4, Layout(2, 2)),
+        ({}, 6, 4, Layout(4, 6)),
+        ({}, 7, 4, Layout(4, 6)),
+        ({"pad_latent_to_max": False}, 7, 4, Layout(4, 4)),
+        ({"pad_latent_to_max": False, "max_latent_stage": 3}, 4, 5, Layout(5, 3)),
+        ({"max_latent_stage": 3}, 3, 5, Layout(3, 3)),
+        ({"thoughts_per_step": 2, "max_latent_stage": 2}, 2, 5, Layout(2, 4)),
+        ({"thoughts_per_step": 2, "max_latent_stage": 2, "pad_latent_to_max": False}, 9, 1, Layout(1, 2)),
+        ({"method": "no_cot", "thoughts_per_step": 0}, 0, 4, Layout(4, 0)),
+        ({"method": "cot", "thoughts_per_step": 0}, 0, 4, Layout(0, 0)),
+        ({"method": "no_thoughts", "thoughts_per_step": 0}, 2, 4, Layout(2, 0)),
+    ],
+)
+def test_layouts(curriculum, changes, stage, n_steps, expected):
+    assert curriculum(**changes).layout(stage, n_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage", "n_steps", "expected"),
+    [
+        ({}, 2, 4, 2),
+        ({}, 9, 4, 6),
+        ({"pad_latent_to_max": False}, 9, 4, 4),
+        ({"pad_latent_to_max": False}, 5, 4, 4),
+        ({"pad_latent_to_max": False, "thoughts_per_step": 2}, 3, 2, 4),
+    ],
+)
+def test_prompt_thoughts(curriculum, changes, stage, n_steps, expected):
+    assert curriculum(**changes).prompt_thoughts(stage, n_steps) == expected
+
+
+def test_uniform_draws_depend_on_seed_epoch_and_index_alone(curriculum):
+    mixed = curriculum(uniform_prob=0.5, max_latent_stage=3)
+    draws = [mixed.training_layout(3, 4, epoch=7, index=index) for index in range(4000)]
+    assert draws == [mixed.training_layout(3, 4, epoch=7, index=index) for index in range(4000)]
+    assert draws != [mixed.training_layout(3, 4, epoch=8, index=index) for index in range(4000)]
+    shares = Counter(draws)
+    # Half keep stage 3; the other half is spread evenly over the stages 0 to 4.
+    assert shares[Layout(3, 3)] / 4000 == pytest.approx(0.6, abs=0.03)
+    for other in (Layout(0, 0), Layout(1, 1), Layout(2, 2), Layout(4, 3)):
+        assert shares[other] / 4000 == pytest.approx(0.1, abs=0.02)
+
+
+def test_training_sequence_is_supervised_after_the_markers():
+    row = {"question_ids": [10, 11], "steps_ids": [[12, 13], [14], [15]], "answer_ids": [16, tiny.EOS]}
+    sequence = training_sequence(row, Layout(1, 2), TOKENS)
+    assert sequence.ids == [10, 11, tiny.START, tiny.LATENT, tiny.LATENT, tiny.END, 14, 15, 16, tiny.EOS]
+    batch = collate_training([sequence], [0], tiny.PAD)
+    assert batch.inputs["labels"][0].tolist() == [-100] * 6 + [14, 15, 16, tiny.EOS]
+    assert batch.inputs["thought_span"] == (3, 5)
+    assert batch.n_targets == 4
+    plain = training_sequence(row, Layout(1, 0), PLAIN)
+    assert plain.ids == [10, 11, 14, 15, 16, tiny.EOS]
+    assert prompt_sequence(row, 2, TOKENS).ids == [10, 11, tiny.START, tiny.LATENT, tiny.LATENT, tiny.END]
+    assert prompt_sequence(row, 0, PLAIN).ids == [10, 11]
+
+
+def test_first_thoughts_stand_in_one_column_and_rows_without_any_are_not_moved():
+    rows = [tiny.row(count, [3, 3], 2, seed) for seed, count in enumerate((4, 9, 6))]
+    layouts = [Layout(1, 1), Layout(2, 3), Layout(0, 0)]
+    sequences = [training_sequence(row, layout, TOKENS) for row, layout in zip(rows, layouts)]
+    inputs = collate_training(sequences, [0, 1, 2], tiny.PAD).inputs
+    thoughts = inputs["input_ids"] == tiny.LATENT
+    assert thoughts.int().argmax(dim=1)[:2].tolist() == [10, 10]
+    assert inputs["thought_span"] == (10, 13)
+    assert inputs["attention_mask"].argmax(dim=1).tolist() == [5, 0, 0]
+    padding = inputs["attention_mask"] == 0
+    assert (inputs["labels"][padding] == -100).all()
+    assert (inputs["position_ids"][padding] == 0).all()
+    for ids, mask, positions, sequence in zip(*(inputs[key] for key in _TENSORS), sequences):
+        assert ids[mask.bool()].tolist() == sequence.ids
+        assert positions[mask.bool()].tolist() == list(range(len(sequence.ids)))
+
+
+_TENSORS = ("input_ids", "attention_mask", "position_ids")
+
+
+def test_prompts_end_in_the_same_column():
+    rows = [tiny.row(count, [3], 2, seed) for seed, count in enumerate((4, 9))]
+    sequences = [prompt_sequence(row, count, TOKENS) for row, count in zip(rows, (3, 1))]
+    inputs = collate_prompts(sequences, [0, 1], tiny.PAD).inputs
+    assert inputs["input_ids"][:, -1].tolist() == [tiny.END, tiny.END]
+    assert inputs["thought_span"] == (8, 11)
+
+
+@pytest.fixture(scope="module")
+def examples() -> Dataset:
+    return Dataset.from_list([tiny.row(3 + index % 5, [2, 3], 2, index) for index in range(45)])
+
+
+def windows_of(examples, curriculum, sizes: BatchSizes, epoch: int = 0) -> list[list[list]]:
+    """[rank][window][micro-batch] -> indices."""
+    return [
+        [[batch.indices for batch in window] for window in _windows(examples, curriculum, sizes, rank, epoch)]
+        for rank in range(sizes.world)
+    ]
+
+
+def _windows(examples, curriculum, sizes, rank, epoch):
+    windows = TrainingWindows(examples, curriculum, TOKENS, sizes, rank, epoch)
+    return [windows[index] for index in range(len(windows))]
+
+
+SPLITS = [BatchSizes(8, 1, 1), BatchSizes(4, 2, 1), BatchSizes(2, 4, 1), BatchSizes(4, 1, 2), BatchSizes(1, 4, 2)]
+
+
+@pytest.mark.parametrize("sizes", SPLITS, ids=str)
+def test_an_epoch_holds_every_example_once_whatever_the_split(examples, curriculum, sizes):
+    ranks = windows_of(examples, curriculum(), sizes)
+    assert len(ranks[0]) == 6  # 45 examples, 8 a step, the last window smaller
+    everything = [index for windows in ranks for window in windows for batch in window for index in batch]
+    assert sorted(everything) == list(range(45))
+    counts = [[len(window) for window in windows] for windows in ranks]
+    assert all(each == counts[0] for each in counts), "every rank runs the same number of micro-batches"
+    # A window holds the same examples as in one undivided batch.
+    whole = windows_of(examples, curriculum(), BatchSizes(8, 1, 1))[0]
+    for number, window in enumerate(whole):
+        mine = {index for windows in ranks for batch in windows[number] for index in batch}
+        assert mine == set(window[0])
+
+
+def test_the_order_changes_with_epoch_and_seed_and_not_otherwise(examples, curriculum):
+    sizes = BatchSizes(8, 1, 1)
+    first = windows_of(examples, curriculum(), sizes)
+    assert windows_of(examples, curriculum(), sizes) == first
+    assert windows_of(examples, curriculum(), sizes, epoch=1) != first
+    assert windows_of(examples, curriculum(seed=1), sizes) != first
+
+
+def test_a_loader_starts_where_it_is_told(examples, curriculum):
+    windows = TrainingWindows(examples, curriculum(), TOKENS, BatchSizes(4, 2, 1), 0, 0)
+    whole = [[batch.indices for batch in window] for window in training_loader(windows)]
+    rest = [[batch.indices for batch in window] for window in training_loader(windows, first_window=4)]
+    assert rest == whole[4:]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("make", [loss_loader, prompt_loader])
+def test_evaluation_holds_every_example_once(examples, curriculum, make, world):
+    seen = []
+    for rank in range(world):
+        for batch in make(examples, curriculum(), TOKENS, 1, 7, rank, world):
+            assert batch.inputs["input_ids"].shape[0] == len(batch.indices) <= 7
+            seen += batch.indices
+    assert sorted(seen) == list(range(45))
+
+
+def test_a_stage_is_a_view_of_the_same_set(examples, curriculum):
+    stages = curriculum(epochs_per_stage=1)
+    for epoch, n_thoughts in ((0, 0), (1, 1), (2, 2)):
+        batch = TrainingWindows(examples, stages, TOKENS, BatchSizes(8, 1, 1), 0, epoch)[0][0]
+        thoughts = (batch.inputs["input_ids"] == tiny.LATENT).sum(dim=1)
+        assert torch.equal(thoughts, torch.full_like(thoughts, n_thoughts))

@@ -1,0 +1,180 @@
+"""The DeepSpeed configuration: "auto" resolved, clashes and known-bad combinations refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from coconut_ds.config import BatchSizes, RunConfig
+from coconut_ds.engine.ds_config import (
+    DeepSpeedConfigError,
+    Device,
+    offloads_optimizer,
+    read_ds_json,
+    resolve_ds_config,
+    resolve_precision,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = BatchSizes(4, 2, 2)
+CPU = Device("cpu", has_bf16=True, has_fp16=False)
+TURING = Device("cuda", has_bf16=False, has_fp16=True)
+AMPERE = Device("cuda", has_bf16=True, has_fp16=True)
+
+# As people write it for the HF Trainer.
+HF_TRAINER = {
+    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}},
+    "zero_optimization": {
+        "stage": 2,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "allgather_bucket_size": 2e8,
+        "reduce_bucket_size": "auto",
+        "overlap_comm": True,
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "steps_per_print": 2000,
+    "wall_clock_breakdown": False,
+}
+
+
+def resolve(raw: dict, device: Device = CPU, **values) -> dict:
+    return resolve_ds_config(raw, RunConfig(deepspeed="z.json", **values), SIZES, device, "run.yaml")
+
+
+def problem_with(raw: dict, device: Device = CPU, **values) -> str:
+    with pytest.raises(DeepSpeedConfigError) as caught:
+        resolve(raw, device, **values)
+    return str(caught.value)
+
+
+def has_auto(value) -> bool:
+    return value == "auto" or (isinstance(value, dict) and any(map(has_auto, value.values())))
+
+
+def test_a_json_written_for_the_hf_trainer_works():
+    resolved = resolve(HF_TRAINER, max_grad_norm=1.0)
+    assert not has_auto(resolved)
+    assert resolved["train_batch_size"] == 16
+    assert resolved["train_micro_batch_size_per_gpu"] == 4
+    assert resolved["gradient_accumulation_steps"] == 2
+    assert resolved["gradient_clipping"] == 1.0
+    assert resolved["managed_gradient_accumulation"] is False
+    assert resolved["fp16"] == {"enabled": False, "loss_scale": 0, "initial_scale_power": 16}
+    assert "reduce_bucket_size" not in resolved["zero_optimization"]
+    assert not {"optimizer", "scheduler"} & set(resolved)
+    assert offloads_optimizer(resolved)
+
+
+def test_resolving_changes_nothing_in_its_input():
+    before = json.dumps(HF_TRAINER)
+    resolve(HF_TRAINER)
+    assert json.dumps(HF_TRAINER) == before
+
+
+def test_every_clash_is_named_with_both_files():
+    raw = {
+        **HF_TRAINER,
+        "train_batch_size": 128,
+        "gradient_clipping": 0.5,
+        "optimizer": {"type": "Lion", "params": {"lr": 3e-4, "momentum": 0.9}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 100}},
+        "bf16": {"enabled": True},
+    }
+    message = problem_with(raw)
+    assert message.startswith("z.json: 7 problems")
+    for expected in (
+        "train_batch_size: 128 here, but 16 follows from run.yaml",
+        "gradient_clipping: 0.5 here, but 0.0 follows from run.yaml",
+        "optimizer.type: 'Lion' here",
+        "optimizer.params.lr: 0.0003 here, but 0.0001 follows",
+        "optimizer.params.momentum: 0.9 here, but run.yaml owns training values",
+        "scheduler.params.warmup_num_steps: 100 here",
+        "bf16.enabled: True here, but False follows",
+    ):
+        assert expected in message
+
+
+def test_equal_values_are_no_clash():
+    assert resolve({"train_batch_size": 16, "gradient_clipping": 0.0, "zero_optimization": {"stage": 1}})
+
+
+@pytest.mark.parametrize(
+    ("raw", "values", "device", "message"),
+    [
+        ({"zero_optimisation": {"stage": 2}}, {}, CPU, "unknown key, which DeepSpeed would ignore (did you mean"),
+        ({"activation_checkpointing": {}}, {}, CPU, "activation_checkpointing: refused"),
+        ({"zero_optimization": {"stage": 0}}, {"precision": "fp16"}, TURING, "0 with fp16 trains on unscaled losses"),
+        ({"zero_optimization": {"stage": 3}}, {}, CPU, "zero_optimization.stage: 3"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            {},
+            CPU,
+            "offload_param: needs stage 3",
+        ),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, {}, CPU, "ignores it at stage 0"),
+        ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, {}, CPU, "overlap_comm: true is not possible"),
+        ({"zero_optimization": 2}, {}, CPU, "must be an object with a stage"),
+        (
+            {
+                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+                "data_types": {"grad_accum_dtype": "fp32"},
+            },
+            {"precision": "fp16"},
+            TURING,
+            "never recovers from an overflow",
+        ),
+    ],
+)
+def test_refusals_give_a_reason(raw, values, device, message):
+    assert message in problem_with(raw, device, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "device", "expected"),
+    [
+        ({}, CPU, "fp32"),
+        ({"bf16": True}, CPU, "bf16"),
+        ({"precision": "auto"}, CPU, "fp32"),
+        ({"precision": "auto"}, TURING, "fp16"),
+        ({"precision": "auto"}, AMPERE, "bf16"),
+        ({"precision": "fp16"}, TURING, "fp16"),
+    ],
+)
+def test_precision(values, device, expected):
+    assert resolve_precision(RunConfig(**values), device) == expected
+
+
+@pytest.mark.parametrize(("values", "device"), [({"bf16": True}, TURING), ({"precision": "fp16"}, CPU)])
+def test_precision_the_device_lacks_is_refused(values, device):
+    with pytest.raises(DeepSpeedConfigError, match="this device has none"):
+        resolve_precision(RunConfig(**values), device)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("device", [CPU, TURING, AMPERE], ids=str)
+def test_every_shipped_json_resolves(path, device):
+    resolved = resolve(read_ds_json(path), device)
+    assert not has_auto(resolved)
+    zero = resolved["zero_optimization"]
+    assert ("offload" in path.stem) is offloads_optimizer(resolved)
+    assert f"zero{zero['stage']}" in path.stem
+    if zero["stage"]:
+        assert 2e7 <= zero["reduce_bucket_size"] <= 5e7
+        assert 2e7 <= zero["allgather_bucket_size"] <= 5e7
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "JSON object")])
+def test_files_that_are_no_configuration(tmp_path, text, message):
+    path = tmp_path / "z.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DeepSpeedConfigError, match=message):
+        read_ds_json(path)

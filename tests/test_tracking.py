@@ -1,0 +1,85 @@
+"""Records: JSON lines, rewinding after a crash, and wandb that never stops a run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import launching
+import pytest
+
+from coconut_ds.config import RunConfig
+from coconut_ds.tracking import Tracker, describe_environment, read_events
+
+
+def config(tmp_path, **values) -> RunConfig:
+    return RunConfig(save_path=str(tmp_path), name="run", **values)
+
+
+def test_events_are_lines_and_only_rank_zero_writes(tmp_path):
+    other = Tracker(config(tmp_path), is_main=False)
+    other.log("train_step", step=1)
+    assert not other.path.exists()
+    tracker = Tracker(config(tmp_path), is_main=True)
+    tracker.log("train_step", step=1, loss=2.5)
+    tracker.log("eval", step=1, accuracy=0.5, accuracy_by_steps={"2": 0.5})
+    tracker.close()
+    assert read_events(tracker.path, "train_step") == [{"event": "train_step", "step": 1, "loss": 2.5}]
+
+
+def test_what_a_crashed_run_wrote_after_its_checkpoint_is_dropped(tmp_path):
+    tracker = Tracker(config(tmp_path), is_main=True)
+    for step in range(1, 6):
+        tracker.log("train_step", step=step)
+    tracker.close()
+    with tracker.path.open("a") as file:
+        file.write('{"event": "train_step", "ste')
+    again = Tracker(config(tmp_path), is_main=True)
+    again.rewind(3)
+    again.log("train_step", step=4)
+    again.close()
+    assert [event["step"] for event in read_events(again.path, "train_step")] == [1, 2, 3, 4]
+
+
+def test_environment_names_versions_commit_and_hardware():
+    found = describe_environment()
+    assert found["packages"]["deepspeed"]
+    assert found["cpus"] >= 1
+    assert json.dumps(found)
+
+
+def run_with_wandb(tmp_path: Path, mode: str, **environment: str) -> subprocess.CompletedProcess:
+    code = f"""
+    from coconut_ds.config import RunConfig
+    from coconut_ds.tracking import Tracker
+
+    tracker = Tracker(RunConfig(save_path={str(tmp_path)!r}, name="run", wandb={mode!r}), is_main=True)
+    for step in range(1, 4):
+        tracker.log("train_step", step=step, loss=1.0 / step)
+    tracker.close()
+    print("the run went on")
+    """
+    return launching.finish(launching.start([sys.executable, "-c", textwrap.dedent(code)], **environment), 120)
+
+
+def test_wandb_offline_writes_its_files(tmp_path):
+    result = run_with_wandb(tmp_path, "offline", WANDB_MODE="offline")
+    assert result.returncode == 0, result.stdout
+    assert "the run went on" in result.stdout
+    assert "Warning: wandb" not in result.stdout
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize("key", ["", "0" * 40], ids=["no login", "no network"])
+def test_a_run_goes_on_with_one_warning_where_wandb_cannot_be_used(tmp_path, key):
+    environment = {"WANDB_MODE": "online", "WANDB_API_KEY": key, "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    # A closed port of this machine stands for a network that is not there.
+    environment["WANDB_BASE_URL"] = f"http://127.0.0.1:{launching.free_port()}"
+    result = run_with_wandb(tmp_path, "online", **environment)
+    assert result.returncode == 0, result.stdout
+    assert "the run went on" in result.stdout
+    assert result.stdout.count("the run goes on without it") == 1, result.stdout
+    assert [event["step"] for event in read_events(tmp_path / "run" / "metrics.jsonl", "train_step")] == [1, 2, 3]
