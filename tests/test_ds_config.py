@@ -117,7 +117,7 @@ def test_equal_values_are_no_clash():
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
             {},
             CPU,
-            "offload_param: needs stage 3",
+            "needs stage 3",
         ),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, {}, CPU, "ignores it at stage 0"),
         ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, {}, CPU, "overlap_comm: true is not possible"),

@@ -22,7 +22,7 @@ def write(tmp_path, content) -> str:
 BAD_FILES = {
     "missing key": (
         [GOOD, {"question": "a", "step": [], "answer": "b"}],
-        "record 1: key 'steps' is missing (did you mean",
+        "record 1: key 'steps' is missing (did",
     ),
     "empty question": ([{**GOOD, "question": " "}], "record 0: key 'question' is empty"),
     "empty answer": ([{**GOOD, "answer": ""}], "record 0: key 'answer' is empty"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import islice
+from itertools import islice, pairwise
 
 import prosqa
 import pytest
@@ -43,7 +43,7 @@ def check_text_record(record: dict) -> None:
     hops = [SENTENCE.fullmatch(step).groups()[1:] for step in record["steps"]]
     assert set(hops) <= edges
     assert hops[0][0] == root
-    assert all(before[1] == after[0] for before, after in zip(hops, hops[1:]))
+    assert all(before[1] == after[0] for before, after in pairwise(hops))
     assert record["answer"].endswith(f"{hops[-1][1]}.")
     symbols = record["idx_to_symbol"]
     assert {(symbols[a], symbols[b]) for a, b in record["edges"]} == edges
@@ -113,7 +113,7 @@ def test_symbolic_form_can_be_solved_in_one_way():
         root, first, second = question.split()
         found = reachable(edges, root)
         assert [option for option in (first, second) if option in found] == [record["answer"]]
-        assert [tuple(step.split())[0] for step in record["steps"]][0] == root
+        assert record["steps"][0].split()[0] == root
         assert record["steps"][-1].split()[1] == record["answer"]
         assert {tuple(step.split()) for step in record["steps"]} <= edges
         assert 2 <= len(record["steps"]) <= 3

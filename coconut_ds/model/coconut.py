@@ -85,7 +85,9 @@ class Coconut(nn.Module):
         """All tensors (B, T). Labels are -100 where nothing is learned; a label is predicted from the column before.
 
         `thought_span` is (first thought column of the batch, one past the last), or () for a batch without thoughts;
-        the collator knows it, and where it is missing it is read from `input_ids`. Raises ValueError when a thought stands in column 0.
+        the collator knows it, and where it is missing it is read from `input_ids`.
+
+        Raises ValueError when a thought stands in column 0.
         """
         encoded = self.encode(input_ids, attention_mask, position_ids, thought_span)
         if labels is None:
