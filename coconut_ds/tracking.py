@@ -47,13 +47,13 @@ class Tracker:
             if _guarded(lambda: self._wandb.log(flat) or True) is None:
                 self._wandb = None
 
-    def rewind(self, last_step: int) -> None:
-        """Drop what an interrupted run wrote after optimizer step `last_step`, which is done again."""
+    def rewind(self, epochs: int) -> None:
+        """Drop what an interrupted run wrote after its first `epochs` epochs, which is done again."""
         if self._file is None:
             return
         self._file.close()
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) <= last_step]
+        kept = [line for line in lines if _epoch_of(line) <= epochs]
         self.path.write_text("".join(kept), encoding="utf-8")
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
@@ -65,9 +65,9 @@ class Tracker:
         self._file = self._wandb = None
 
 
-def _step_of(line: str) -> float:
+def _epoch_of(line: str) -> float:
     try:
-        return json.loads(line).get("step", 0)
+        return json.loads(line)["epoch"]
     except ValueError:  # the last line of a run that was killed while writing it
         return float("inf")
 

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(config: RunConfig, options: argparse.Namespace) -> int:
     from coconut_ds import distributed
     from coconut_ds.console import quiet_libraries
-    from coconut_ds.engine.build import describe_device, start_process_group
+    from coconut_ds.engine.build import describe_device
     from coconut_ds.engine.ds_config import read_ds_json, resolve_ds_config
     from coconut_ds.training import session
 
@@ -54,7 +54,6 @@ def run(config: RunConfig, options: argparse.Namespace) -> int:
             print(f"# run\n{config.to_yaml()}\n# deepspeed\n{json.dumps(ds_config, indent=2)}")
         return 0
     quiet_libraries()
-    start_process_group()
     try:
         (session.evaluate if config.only_eval else session.train)(config, sizes, ds_config)
     finally:

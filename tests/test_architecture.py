@@ -21,6 +21,7 @@ LAYERS = (
     ("model.coconut", "model.backbone", "curriculum.loaders"),
     ("engine.build",),
     ("engine.stage_boundary", "training.checkpoint", "training.evaluator"),
+    ("training.step",),
     ("training.trainer",),
     ("training.session",),
     ("train",),

@@ -121,6 +121,12 @@ def test_equal_values_are_no_clash():
         ),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, {}, CPU, "ignores it at stage 0"),
         ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, {}, CPU, "overlap_comm: true is not possible"),
+        (
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            {},
+            CPU,
+            "would be wrong; set it to false",
+        ),
         ({"zero_optimization": 2}, {}, CPU, "must be an object with a stage"),
         (
             {

@@ -32,16 +32,18 @@ def test_events_are_lines_and_only_rank_zero_writes(tmp_path):
 
 def test_what_a_crashed_run_wrote_after_its_checkpoint_is_dropped(tmp_path):
     tracker = Tracker(config(tmp_path), is_main=True)
-    for step in range(1, 6):
-        tracker.log("train_step", step=step)
+    for epoch in range(1, 6):
+        tracker.log("stage", epoch=epoch)
+        tracker.log("train_step", epoch=epoch)
     tracker.close()
     with tracker.path.open("a") as file:
-        file.write('{"event": "train_step", "ste')
+        file.write('{"event": "train_step", "epo')
     again = Tracker(config(tmp_path), is_main=True)
     again.rewind(3)
-    again.log("train_step", step=4)
+    again.log("train_step", epoch=4)
     again.close()
-    assert [event["step"] for event in read_events(again.path, "train_step")] == [1, 2, 3, 4]
+    assert [event["epoch"] for event in read_events(again.path, "train_step")] == [1, 2, 3, 4]
+    assert [event["epoch"] for event in read_events(again.path, "stage")] == [1, 2, 3]
 
 
 def test_environment_names_versions_commit_and_hardware():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from typing import Any
 
 import deepspeed
@@ -17,7 +19,13 @@ from coconut_ds.engine.ds_config import Device, offloads_optimizer
 
 
 def start_process_group() -> None:
-    """Join the ranks the launcher started: NCCL on GPUs, gloo on CPUs."""
+    """Join the ranks the launcher started: NCCL on GPUs, gloo on CPUs. Without a launcher this is the only rank."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in alone.items()})
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.device())

@@ -186,6 +186,11 @@ def _broken_combinations(zero: Any, raw: dict[str, Any], precision: Precision) -
         yield "zero_optimization.offload_param: needs stage 3, which this version does not train with; remove it"
     if stage == 1 and zero.get("overlap_comm"):
         yield "zero_optimization.overlap_comm: true is not possible at stage 1 with windows of our own; set it to false"
+    if zero.get("round_robin_gradients"):
+        yield (
+            "zero_optimization.round_robin_gradients: on several ranks DeepSpeed 0.19.8 then hands out the fp32 "
+            "weights of other parameters, so an exported bf16 or fp16 model would be wrong; set it to false"
+        )
     accumulation_dtype = raw.get("data_types", {}).get("grad_accum_dtype")
     if offload != "none" and precision == "fp16" and accumulation_dtype == "fp32":
         yield (

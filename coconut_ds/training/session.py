@@ -15,7 +15,7 @@ from coconut_ds.console import say
 from coconut_ds.curriculum.collator import Tokens
 from coconut_ds.curriculum.examples import check_lengths, read_records, tokenize
 from coconut_ds.curriculum.stages import Curriculum
-from coconut_ds.engine.build import build_engine
+from coconut_ds.engine.build import build_engine, start_process_group
 from coconut_ds.errors import InputError
 from coconut_ds.model.backbone import END_LATENT, LATENT, START_LATENT, Backbone, scratch_backbone, word_tokenizer
 from coconut_ds.model.coconut import Coconut
@@ -39,6 +39,8 @@ def train(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any]) -> No
     train_set = _examples(train_path, train_records, backbone, curriculum, config.max_new_tokens)
     valid_set = _examples(val_path, valid_records, backbone, curriculum, config.max_new_tokens)
     model, tokens = _coconut(config, backbone)
+    # Only now: whatever is wrong with the input has been said by here, and no rank waits for another.
+    start_process_group()
     if distributed.is_main():
         _write_description(config, ds_config)
     # Ranks draw their own dropout from here on; weights and order were drawn from the seed they share.
@@ -66,6 +68,7 @@ def evaluate(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any]) ->
     stage = _stage_to_evaluate(config, curriculum)
     examples = _examples(path, records, backbone, curriculum, config.max_new_tokens)
     model, tokens = _coconut(config, backbone)
+    start_process_group()
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     model.to(distributed.device(), torch.float16 if ds_config["fp16"]["enabled"] else dtype)
     evaluator = Evaluator(

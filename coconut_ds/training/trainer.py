@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from datasets import Dataset
 
 from coconut_ds import distributed
 from coconut_ds.config import BatchSizes, RunConfig
 from coconut_ds.console import progress as progress_bar
 from coconut_ds.console import say
-from coconut_ds.curriculum.collator import Batch, Tokens
+from coconut_ds.curriculum.collator import Tokens
 from coconut_ds.curriculum.loaders import TrainingWindows, training_loader, windows_per_epoch
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.engine.stage_boundary import epochs_until_reset, new_schedule, reset_optimizer_state, resets_before
@@ -23,19 +21,16 @@ from coconut_ds.memory import peak_memory_gib
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.tracking import Tracker
 from coconut_ds.training.checkpoint import Checkpoints, Progress, latent_settings, read_progress
-from coconut_ds.training.evaluator import Evaluation, Evaluator, to_device
+from coconut_ds.training.evaluator import Evaluation, Evaluator
+from coconut_ds.training.step import optimizer_step
 
 if TYPE_CHECKING:
     import deepspeed
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss of an optimizer step was not a finite number; raised on every rank before the update."""
-
-
 @dataclass(frozen=True)
 class Parts:
-    """What a trainer is made of; built by `train.py`."""
+    """What a trainer is made of; built by `session.py`."""
 
     config: RunConfig
     sizes: BatchSizes
@@ -72,7 +67,7 @@ class Trainer:
         if newest is not None:
             self.checkpoints.restore(newest, self.engine, self.schedule)
             say(f"continuing from {newest}: {first} of {self.config.num_epochs} epochs are done")
-        self.tracker.rewind(self.progress.step)
+        self.tracker.rewind(first)
         for epoch in range(first, self.config.num_epochs):
             self._enter_stage(epoch, is_first=epoch == first)
             self._train_epoch(epoch)
@@ -118,7 +113,9 @@ class Trainer:
         started = time.monotonic()
         for window in progress_bar(training_loader(self.windows), len(self.windows), label):
             learning_rate = self.schedule.get_last_lr()[0]
-            loss, n_targets = self._train_step(window)
+            step = optimizer_step(self.engine, window, self.config.loss_normalization)
+            if step.applied:
+                self.schedule.step()
             self.progress = replace(self.progress, step=self.progress.step + 1)
             finished = time.monotonic()
             if self.progress.step % self.config.log_every_steps == 0:
@@ -127,44 +124,14 @@ class Trainer:
                     epoch=epoch + 1,
                     stage=stage,
                     step=self.progress.step,
-                    loss=loss,
+                    loss=step.loss,
                     lr=learning_rate,
                     grad_norm=self._gradient_norm(),
-                    n_targets=n_targets,
+                    n_targets=step.n_targets,
                     step_time_s=finished - started,
                     peak_memory_gib=peak_memory_gib(),
                 )
             started = finished
-
-    def _train_step(self, window: list[Batch]) -> tuple[float, int]:
-        """One optimizer step over an accumulation window; the loss over all ranks and its supervised tokens."""
-        world = distributed.world_size()
-        per_token = self.config.loss_normalization == "token"
-        counts = [[batch.n_targets, batch.n_targets > 0] for batch in window]
-        totals = distributed.sum_over_ranks(torch.tensor(counts, device=distributed.device()).sum(dim=0))
-        weight = (world / totals[0 if per_token else 1]).float()
-        loss = torch.zeros((), device=distributed.device())
-        for batch in window:
-            output = self.engine(**to_device(batch.inputs))
-            share = output.loss_sum if per_token else output.loss
-            # DeepSpeed averages gradients over ranks; `weight` turns that into the mean over the whole window.
-            self.engine.backward(share * weight, scale_wrt_gas=False)
-            loss += share.detach() * weight / world
-        loss_value = distributed.sum_over_ranks(loss).item()
-        if not math.isfinite(loss_value):
-            self._stop_on(loss_value, window)
-        self.engine.step()
-        if self.engine.was_step_applied():
-            self.schedule.step()
-        return loss_value, int(totals[0])
-
-    def _stop_on(self, loss: float, window: list[Batch]) -> None:
-        indices = [index for batch in window for index in batch.indices]
-        raise NonFiniteLossError(
-            f"loss {loss} at optimizer step {self.progress.step + 1}, nothing was updated; rank "
-            f"{distributed.rank()} had training examples {indices}; lower lr, set max_grad_norm, or use bf16 or fp32 "
-            "in place of fp16"
-        )
 
     def _gradient_norm(self) -> float | None:
         norm = self.engine.get_global_grad_norm()

@@ -1,0 +1,149 @@
+"""The entry's manners: exit status 2 and one message for what a user can put right, dry runs, shipped files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import launching
+import pytest
+import tiny
+import yaml
+from test_examples import BAD_FILES
+
+from coconut_ds import train
+from coconut_ds.config import load_run_config
+from coconut_ds.engine.ds_config import read_ds_json
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = sorted((ROOT / "run_configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def run(tmp_path) -> dict:
+    tiny.write_symbolic(tmp_path, n_train=8, n_valid=4)
+    return {
+        "save_path": str(tmp_path / "runs"),
+        "coconut": True,
+        "max_latent_stage": 2,
+        "model_id": "scratch",
+        "model": {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64},
+        "train_path": str(tmp_path / "prosqa_train.json"),
+        "val_path": str(tmp_path / "prosqa_valid.json"),
+        "max_new_tokens": 4,
+        "deepspeed": str(ROOT / "ds_configs" / "zero2_offload.json"),
+    }
+
+
+def error_of(run: dict, folder: Path, capsys, *overrides: str) -> str:
+    """What the entry prints to standard error when it refuses a run; its exit status is checked."""
+    assert train.main(["--run", str(launching.write_run(run, folder)), *overrides]) == 2
+    captured = capsys.readouterr().err
+    assert "Traceback" not in captured
+    return captured
+
+
+@pytest.mark.parametrize("key", ["train_path", "val_path"])
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_data_ends_with_status_2_and_its_message(run, tmp_path, capsys, kind, key):
+    content, message = BAD_FILES[kind]
+    path = tmp_path / "bad.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    error = error_of(run, tmp_path, capsys, f"{key}={path}")
+    assert error.startswith(f"error: {path}")
+    assert message in error
+
+
+def test_an_example_longer_than_the_model_s_positions(run, tmp_path, capsys):
+    error = error_of(run, tmp_path, capsys, "model.n_positions=24")
+    assert f"{run['train_path']}: record " in error
+    assert "the model has 24 positions" in error
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rate=1", "learning_rate: unknown key"),
+        ("num_epochs=some", "num_epochs: 'some': input should be a valid integer"),
+        ("deepspeed=none.json", "deepspeed file none.json cannot be read"),
+        ("precision=fp16", "precision: fp16, but this device has none"),
+        ("train_batch_size=33 batch_size_training=11 gradient_accumulation_steps=1", "33 cannot be made from 11"),
+        ("model=null model_id=openai-community/gpt2-none", "'openai-community/gpt2-none' is neither a folder here"),
+        ("load_model_path=nowhere", "'nowhere' is neither a folder here"),
+    ],
+)
+def test_bad_settings_end_with_status_2_and_their_message(run, tmp_path, capsys, override, message):
+    assert message in error_of(run, tmp_path, capsys, *override.split())
+
+
+def test_a_missing_run_file(capsys):
+    assert train.main(["--run", "none.yaml"]) == 2
+    assert "run file none.yaml cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.ranks
+def test_the_launcher_passes_the_status_on_and_the_message_comes_once(run, tmp_path):
+    output = launching.train(run, tmp_path, 2, "lerning_rate=1", expect=2)
+    assert output.count("lerning_rate: unknown key") == 1
+
+
+@pytest.mark.ranks
+def test_dry_run_prints_both_configurations_and_trains_nothing(run, tmp_path):
+    output = launching.train(run, tmp_path, 2, "--dry-run", "lr=3e-4", "train_batch_size=64")
+    _, run_text, ds_text = output.replace("# deepspeed", "# run").split("# run\n")
+    assert yaml.safe_load(run_text)["lr"] == 3e-4
+    ds_config, _ = json.JSONDecoder().raw_decode(ds_text)
+    assert ds_config["train_batch_size"] == 64
+    assert ds_config["zero_optimization"]["stage"] == 2
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_every_shipped_run_loads(path):
+    config = load_run_config(path)
+    read_ds_json(ROOT / config.deepspeed)
+    text = path.read_text()
+    assert text.startswith("#"), "the header says how to start it and on what"
+    assert f"run_configs/{path.name}" in text
+
+
+def test_the_shipped_prosqa_run_is_the_published_recipe():
+    config = load_run_config(ROOT / "run_configs" / "prosqa.yaml")
+    published = {
+        "c_thought": 1,
+        "epochs_per_stage": 5,
+        "max_latent_stage": 6,
+        "num_epochs": 50,
+        "lr": 1e-4,
+        "weight_decay": 0.01,
+        "train_batch_size": 128,
+        "uniform_prob": 0.0,
+        "pad_latent_to_max": True,
+        "model_id": "openai-community/gpt2",
+    }
+    assert {key: getattr(config, key) for key in published} == published
+
+
+def test_started_by_path_from_anywhere_and_without_a_launcher(run, tmp_path):
+    environment = {key: value for key, value in launching.environment().items() if key != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / "coconut_ds" / "train.py"), "--run", str(launching.write_run(run, tmp_path))]
+    done = subprocess.run(
+        [*command, "debug=true"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "run folder:" in done.stdout
+
+
+def test_launch_sh_names_what_is_wrong():
+    def launch(*arguments: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "VIRTUAL_ENV": sys.prefix}
+        command = ["bash", str(ROOT / "launch.sh"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+    assert "./launch.sh demo" in launch("help").stdout
+    assert launch("nonsense").returncode == 2
+    assert "unknown command 'nonsense'" in launch("nonsense").stderr
+    assert "no such run file: none.yaml" in launch("none.yaml").stderr
