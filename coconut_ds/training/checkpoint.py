@@ -84,7 +84,7 @@ class Checkpoints:
         weights = _full_precision_weights(engine)
         if distributed.is_main():
             export_model(unfinished / _MODEL, backbone, settings, weights)
-            progress = replace(progress, schedule=_schedule_state(schedule))
+            progress = replace(progress, schedule=schedule.state_dict())
             (unfinished / _PROGRESS).write_text(json.dumps(asdict(progress), indent=2) + "\n", encoding="utf-8")
         distributed.barrier()
         if distributed.is_main():
@@ -214,10 +214,6 @@ def _full_precision_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torc
         return None
     weights = {name: safe_get_full_fp32_param(parameter) for name, parameter in model.named_parameters()}
     return {name: value.cpu() for name, value in weights.items()}
-
-
-def _schedule_state(schedule: LRScheduler) -> dict[str, Any]:
-    return {key: value for key, value in schedule.state_dict().items() if key in ("last_epoch", "base_lrs", "_last_lr")}
 
 
 def _random_states() -> dict[str, Any]:
