@@ -138,7 +138,7 @@ demo() {
   done
   if [[ ! -f data/demo/prosqa_train.json ]]; then
     python preprocessing/prosqa.py generate --out data/demo --form symbolic \
-      --nodes 8 --min-steps 2 --max-steps 2 --train 32000 --valid 500 --test 500
+      --nodes 7 --min-steps 2 --max-steps 2 --train 19200 --valid 500 --test 500
   fi
   start_run run_configs/demo.yaml "name=$name" "${control[@]}" "${rest[@]}"
 }
