@@ -140,6 +140,8 @@ demo() {
     python preprocessing/prosqa.py generate --out data/demo --form symbolic \
       --nodes 7 --min-steps 2 --max-steps 2 --train 19200 --valid 500 --test 500
   fi
+  # Its 64 examples a step are two micro-batches of 32.
+  (($(rank_count) > 2)) && RANKS=2
   start_run run_configs/demo.yaml "name=$name" "${control[@]}" "${rest[@]}"
 }
 

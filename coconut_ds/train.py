@@ -9,7 +9,8 @@ _HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(_HERE.parent), *(entry for entry in sys.path if not entry or Path(entry).resolve() != _HERE)]
 # Before torch is imported: ranks on one machine share its cores instead of fighting for them.
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+_RANKS_HERE = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))  # DeepSpeed's name, torchrun's
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _CORES // _RANKS_HERE)))
 
 import argparse  # noqa: E402
 import json  # noqa: E402

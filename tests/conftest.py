@@ -19,6 +19,16 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """With CI=true a skip is a failure: nothing may be left out there unseen."""
+    report = yield
+    if report.skipped and os.environ.get("CI") == "true":
+        report.outcome = "failed"
+        report.longrepr = f"skipped although CI=true: {call.excinfo.value if call.excinfo else item.name}"
+    return report
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with raw data and reference runs beside the project; tests that need it skip where it is missing."""

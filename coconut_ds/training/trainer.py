@@ -67,6 +67,8 @@ class Trainer:
         if newest is not None:
             self.checkpoints.restore(newest, self.engine, self.schedule)
             say(f"continuing from {newest}: {first} of {self.config.num_epochs} epochs are done")
+            if self.config.load_model_path:
+                say(f"load_model_path {self.config.load_model_path} is not used: the run goes on from its own weights")
         self.tracker.rewind(first)
         for epoch in range(first, self.config.num_epochs):
             self._enter_stage(epoch, is_first=epoch == first)
