@@ -80,7 +80,7 @@ install_packages() {
   python -c 'import torch' 2>/dev/null || install_torch "${pip[@]}"
   local pins torch
   pins=$(mktemp)
-  torch=$(python -c 'import torch; print(torch.__version__.split("+")[0])')
+  torch=$(python -c 'from importlib.metadata import version; print(version("torch").split("+")[0])')
   { grep -v '^torch==' constraints.txt && echo "torch==$torch"; } >"$pins"
   echo "installing packages beside torch $torch"
   "${pip[@]}" --constraint "$pins" --editable '.[dev]'
@@ -92,7 +92,7 @@ install_torch() {
   local index=() pinned
   pinned=$(grep '^torch==' constraints.txt)
   [[ -n "${TORCH_INDEX_URL:-}" ]] && index=(--index-url "$TORCH_INDEX_URL")
-  if ! has_gpu && "$@" "${index[@]}" --dry-run --report - "$pinned" 2>/dev/null | grep -q '"name": "nvidia-'; then
+  if ! has_gpu && "$@" "${index[@]}" --dry-run --no-deps --report - "$pinned" 2>/dev/null | grep -Eq '"(nvidia|cuda)-'; then
     fail "no GPU here, and $pinned would bring gigabytes of CUDA packages; set TORCH_INDEX_URL to the index of PyTorch's" \
       "CPU builds (pytorch.org, Get Started, Compute Platform CPU), or install the torch you want first"
   fi

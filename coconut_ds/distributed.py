@@ -45,13 +45,6 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The largest of each of `values` over all ranks, in place and returned."""
-    if _initialized():
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
-
-
 def gather_to_main(value: Any) -> list[Any] | None:
     """The picklable `value` of every rank, on rank 0; None elsewhere."""
     if not _initialized():

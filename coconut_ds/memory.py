@@ -15,20 +15,11 @@ GIB = 2**30
 
 
 def peak_memory_gib() -> float:
-    """Highest memory use since the process started or `reset_peak_memory`, in GiB.
-
-    On a GPU what the allocator handed out; on a CPU the resident set of the process, which cannot be reset.
-    """
+    """Highest memory use since the process started, in GiB: the allocator's on a GPU, the resident set on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
-
-
-def reset_peak_memory() -> None:
-    """Start a new peak on a GPU; nothing on a CPU."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
 
 
 class LiveTensorMeter(TorchDispatchMode):

@@ -22,7 +22,12 @@ _LAUNCHER = Path(sys.executable).with_name("deepspeed")
 
 def environment(**more: str) -> dict[str, str]:
     quiet = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **quiet, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **more}
+    return {
+        **os.environ,
+        **quiet,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'preprocessing'}",
+        **more,
+    }
 
 
 def free_port() -> int:

@@ -8,7 +8,6 @@ from itertools import islice, pairwise
 
 import prosqa
 import pytest
-import tiny  # noqa: F401  (puts preprocessing/ on the path)
 
 SENTENCE = re.compile(r"(Every )?(\w+) is a (\w+)\.")
 

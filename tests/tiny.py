@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import prosqa
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from coconut_ds import Coconut, LatentContext
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "preprocessing"))
-
-import prosqa  # noqa: E402
 
 PAD, EOS, START, END, LATENT, VOCABULARY = 0, 1, 2, 3, 4, 40
 

@@ -48,12 +48,6 @@ class Curriculum:
         """Stage of an epoch counted from 0; always 0 where nothing is replaced step by step."""
         return 0 if self.method in ("cot", "no_cot") else epoch // self.epochs_per_stage
 
-    def last_epoch_of_stage(self, epoch: int, num_epochs: int) -> int:
-        """Last epoch, counted from 0, that has the stage of `epoch`."""
-        if self.method in ("cot", "no_cot"):
-            return num_epochs - 1
-        return min(num_epochs, (self.stage(epoch) + 1) * self.epochs_per_stage) - 1
-
     def layout(self, stage: int, n_steps: int) -> Layout:
         """Layout of an example with `n_steps` steps in `stage`, in training and for the validation loss."""
         if self.method == "no_cot":

@@ -1,0 +1,112 @@
+"""Weights a run can start from: folders, and `.pt` state dicts under the key names of the published code."""
+
+from __future__ import annotations
+
+import prosqa
+import pytest
+import torch
+
+from coconut_ds.config import RunConfig
+from coconut_ds.errors import InputError
+from coconut_ds.model.backbone import MARKERS, Backbone, add_markers, scratch_backbone, word_tokenizer
+from coconut_ds.training.checkpoint import export_model, load_initial, stored_settings
+
+SHAPE = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 64, "dropout": 0.0}
+
+
+def make(architecture: str, markers: bool, seed: int = 0) -> Backbone:
+    torch.manual_seed(seed)
+    records = prosqa.generate(10, "w")
+    tokenizer = word_tokenizer((text for r in records for text in (r["question"], *r["steps"], r["answer"])), 64)
+    backbone = scratch_backbone(architecture, tokenizer, **SHAPE)
+    if markers:
+        add_markers(backbone)
+    return backbone
+
+
+def save_plain(backbone: Backbone, folder) -> str:
+    backbone.model.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run(**values) -> RunConfig:
+    return RunConfig(coconut=True, train_path="t", val_path="v", **values)
+
+
+def equal(one: Backbone, other: Backbone) -> bool:
+    own, theirs = one.model.state_dict(), other.model.state_dict()
+    return own.keys() == theirs.keys() and all(torch.equal(own[key], theirs[key]) for key in own)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "prefix", ["base_causallm.", "", "module.base_causallm.", "_fsdp_wrapped_module.base_causallm."], ids=repr
+)
+def test_a_published_coconut_state_dict(tmp_path, architecture, prefix):
+    trained = make(architecture, markers=True, seed=1)
+    state = {prefix + key: value for key, value in trained.model.state_dict().items()}
+    # The published class keeps the embedding table under a second name.
+    state[prefix.removesuffix("base_causallm.") + "embedding.weight"] = trained.model.get_input_embeddings().weight.data
+    torch.save(state, tmp_path / "checkpoint_3")
+    folder = save_plain(make(architecture, markers=False), tmp_path / "base")
+    loaded = load_initial(run(model_id=folder, load_model_path=str(tmp_path / "checkpoint_3")))
+    assert equal(loaded, trained)
+    assert loaded.marker_ids() == trained.marker_ids()
+
+
+def test_a_chain_of_thought_state_dict_without_markers_starts_coconut(tmp_path):
+    trained = make("gpt2", markers=False, seed=1)
+    torch.save(trained.model.state_dict(), tmp_path / "cot.pt")
+    folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
+    loaded = load_initial(run(model_id=folder, load_model_path=str(tmp_path / "cot.pt")))
+    n_before = len(trained.tokenizer)
+    new = loaded.model.get_input_embeddings().weight
+    assert torch.equal(new[:n_before], trained.model.get_input_embeddings().weight)
+    for marker in MARKERS:
+        torch.testing.assert_close(new[loaded.marker_ids()[marker]], new[:n_before].mean(dim=0))
+    plain = run(model_id=folder, load_model_path=str(tmp_path / "cot.pt"))
+    plain = plain.model_copy(update={"coconut": False, "cot": True})
+    assert equal(load_initial(plain), trained)
+
+
+def test_state_dicts_that_do_not_fit_are_refused(tmp_path):
+    folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
+    torch.save(make("llama", markers=False).model.state_dict(), tmp_path / "other.pt")
+    with pytest.raises(InputError, match="does not fit gpt2: missing"):
+        load_initial(run(model_id=folder, load_model_path=str(tmp_path / "other.pt")))
+    (tmp_path / "text.pt").write_text("no tensors here")
+    with pytest.raises(InputError, match="is not a state dict of tensors"):
+        load_initial(run(model_id=folder, load_model_path=str(tmp_path / "text.pt")))
+
+
+def test_code_in_a_pickle_is_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "was_here"), "w"))
+
+    torch.save({"x": Evil()}, tmp_path / "evil.pt")
+    folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
+    with pytest.raises(InputError, match="is not a state dict of tensors"):
+        load_initial(run(model_id=folder, load_model_path=str(tmp_path / "evil.pt")))
+    assert not (tmp_path / "was_here").exists()
+
+
+def test_an_exported_folder_and_the_checkpoint_around_it(tmp_path):
+    trained = make("llama", markers=True, seed=1)
+    settings = {"method": "coconut", "stage": 3}
+    export_model(tmp_path / "epoch_0001" / "model", trained, settings)
+    for path in (tmp_path / "epoch_0001", tmp_path / "epoch_0001" / "model"):
+        assert equal(load_initial(run(load_model_path=str(path))), trained)
+        assert stored_settings(str(path)) == settings
+    assert stored_settings(save_plain(trained, tmp_path / "plain")) is None
+
+
+def test_scratch_and_a_state_dict_without_a_folder(tmp_path):
+    torch.save(make("gpt2", markers=False).model.state_dict(), tmp_path / "some.pt")
+    with pytest.raises(InputError, match="a state dict has no shape"):
+        load_initial(run(model_id="scratch", load_model_path=str(tmp_path / "some.pt")))
+
+
+def test_the_word_level_vocabulary_is_the_same_every_time():
+    assert make("gpt2", True).tokenizer.get_vocab() == make("gpt2", True).tokenizer.get_vocab()
