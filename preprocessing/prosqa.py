@@ -33,6 +33,8 @@ CONCEPTS = (
     "vumpus worpus wumpus yerpus yimpus yumpus zhorpus zumpus"
 ).split()
 
+FORMS = ("text", "symbolic", "edges")
+
 MEAN_PARENTS = 1.5
 _MOST_PARENTS = 12  # the Poisson tail beyond it has probability 1e-8
 _POISSON_CDF = list(accumulate(exp(-MEAN_PARENTS) * MEAN_PARENTS**k / factorial(k) for k in range(_MOST_PARENTS + 1)))
@@ -176,13 +178,24 @@ def text_example(rng: random.Random, graph: Graph) -> dict:
 
 def symbolic_example(rng: random.Random, graph: Graph, n_symbols: int) -> dict:
     """The same task with one word a node: `a b |` is an edge, `? r x y` asks which of x and y is reached from r."""
+    return _words_example(rng, graph, n_symbols, fact="{} {} |", step="{} {}")
+
+
+def edge_example(rng: random.Random, graph: Graph, n_symbols: int) -> dict:
+    """The same with one word an edge, `a>b`: a fact need not be put together from its parts before it is used."""
+    return _words_example(rng, graph, n_symbols, fact="{}>{}", step="{}>{}")
+
+
+def _words_example(rng: random.Random, graph: Graph, n_symbols: int, fact: str, step: str) -> dict:
     symbols = [f"n{number}" for number in rng.sample(range(n_symbols), graph.n_nodes)]
-    edges = " ".join(
-        f"{symbols[parent]} {symbols[child]} |" for parent, child in rng.sample(graph.edges, len(graph.edges))
-    )
+
+    def write(form: str, edge: tuple[int, int]) -> str:
+        return form.format(*(symbols[node] for node in edge))
+
+    facts = " ".join(write(fact, edge) for edge in rng.sample(graph.edges, len(graph.edges)))
     first, second = rng.sample([graph.target, graph.neg_target], 2)
-    question = f"{edges} ? {symbols[graph.root]} {symbols[first]} {symbols[second]}"
-    steps = [f"{symbols[parent]} {symbols[child]}" for parent, child in zip(graph.path, graph.path[1:])]
+    question = f"{facts} ? {symbols[graph.root]} {symbols[first]} {symbols[second]}"
+    steps = [write(step, edge) for edge in zip(graph.path, graph.path[1:])]
     return _record(graph, symbols, question, steps, symbols[graph.target])
 
 
@@ -225,11 +238,14 @@ def generate(
         check_graph(graph)
         if form == "text" and not _enough_names(graph):
             continue
-        record = text_example(rng, graph) if form == "text" else symbolic_example(rng, graph, n_symbols or n_nodes)
+        record = text_example(rng, graph) if form == "text" else _WORD_FORMS[form](rng, graph, n_symbols or n_nodes)
         if exclude and question_key(record) in exclude:
             continue
         made += 1
         yield record
+
+
+_WORD_FORMS = {"symbolic": symbolic_example, "edges": edge_example}
 
 
 def _enough_names(graph: Graph) -> bool:
@@ -273,8 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
     make.add_argument("--nodes", type=int, default=28, help="nodes drawn per graph, isolated ones are dropped")
     make.add_argument("--min-steps", type=int, default=3, help="edges between entity and answer, at least")
     make.add_argument("--max-steps", type=int, default=6, help="edges between entity and answer, at most")
-    make.add_argument("--form", choices=("text", "symbolic"), default="text", help="sentences, or one word a node")
-    make.add_argument("--symbols", type=int, help="symbolic form: how many node names there are (default: --nodes)")
+    make.add_argument("--form", choices=FORMS, default="text", help="sentences, one word a node, or an edge")
+    make.add_argument("--symbols", type=int, help="how many node names the word forms have (default: --nodes)")
     describe = commands.add_parser("stats", help="print the statistics of a file")
     describe.add_argument("file", type=Path)
     options = parser.parse_args(arguments)
@@ -296,7 +312,7 @@ def _problem_with(options: argparse.Namespace) -> str | None:
             f"--nodes {options.nodes} is too few for paths of {options.max_steps} steps: two roots, the path and "
             f"another leaf need at least {options.max_steps + 3}"
         )
-    if options.form == "symbolic" and options.symbols is not None and options.symbols < options.nodes:
+    if options.form != "text" and options.symbols is not None and options.symbols < options.nodes:
         return f"--symbols {options.symbols} is fewer than --nodes {options.nodes}: every node needs its own"
     return None
 

@@ -105,16 +105,27 @@ def test_same_seed_same_examples():
     assert first != list(prosqa.generate(20, "b"))
 
 
-def test_symbolic_form_can_be_solved_in_one_way():
-    for record in prosqa.generate(500, "s", n_nodes=8, min_steps=2, max_steps=3, form="symbolic"):
+def symbolic_edges(text: str) -> set[tuple[str, str]]:
+    return {tuple(fact.split()) for fact in text.split(" |") if fact}
+
+
+def edge_words(text: str) -> set[tuple[str, str]]:
+    return {tuple(word.split(">")) for word in text.split()}
+
+
+@pytest.mark.parametrize(("form", "read"), [("symbolic", symbolic_edges), ("edges", edge_words)])
+def test_word_forms_can_be_solved_in_one_way(form, read):
+    for record in prosqa.generate(500, "s", n_nodes=8, min_steps=2, max_steps=3, form=form):
         facts, question = record["question"].split(" ? ")
-        edges = {tuple(fact.split()) for fact in facts.split(" |") if fact}
+        edges = read(facts)
         root, first, second = question.split()
         found = reachable(edges, root)
         assert [option for option in (first, second) if option in found] == [record["answer"]]
-        assert record["steps"][0].split()[0] == root
-        assert record["steps"][-1].split()[1] == record["answer"]
-        assert {tuple(step.split()) for step in record["steps"]} <= edges
+        hops = [next(iter(read(step))) for step in record["steps"]]
+        assert hops[0][0] == root
+        assert all(before[1] == after[0] for before, after in pairwise(hops))
+        assert hops[-1][1] == record["answer"]
+        assert set(hops) <= edges
         assert 2 <= len(record["steps"]) <= 3
 
 
