@@ -138,7 +138,7 @@ demo() {
   done
   if [[ ! -f data/demo/prosqa_train.json ]]; then
     python preprocessing/prosqa.py generate --out data/demo --form edges \
-      --nodes 8 --min-steps 2 --max-steps 2 --train 19200 --valid 500 --test 500
+      --nodes 7 --min-steps 2 --max-steps 2 --train 19200 --valid 500 --test 500
   fi
   # Its 64 examples a step are two micro-batches of 32.
   (($(rank_count) > 2)) && RANKS=2
