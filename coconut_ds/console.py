@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -18,7 +19,8 @@ _PLAIN_LINES_PER_EPOCH = 4
 
 
 def quiet_libraries() -> None:
-    """No bars but our own: two ranks loading weights would draw over each other."""
+    """No bars but our own (two ranks loading weights would draw over each other), no advice meant for DeepSpeed."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
