@@ -9,7 +9,7 @@ import deepspeed
 import tiny
 import torch
 from datasets import Dataset
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
 from coconut_ds import Coconut, LatentContext, distributed
 from coconut_ds.config import BatchSizes, RunConfig
@@ -129,6 +129,10 @@ def reset_against_fresh(name: str, precision: str) -> dict[str, Any]:
         for key, parameter in fresh_model.named_parameters():
             parameter.copy_(at_reset[key])
     fresh = build_engine(fresh_model, config, ds_config(name, config, sizes))
+    if precision != "fp32":
+        # A 16-bit engine starts its fp32 weights from rounded ones; the comparison wants those of the reset.
+        for key, parameter in fresh_model.named_parameters():
+            safe_set_full_fp32_param(parameter, at_reset[key])
     from_fresh, after_fresh = steps(fresh, epoch=2), weights(fresh_model)
 
     kept_model = tiny.coconut(context=CONTEXT)

@@ -37,13 +37,18 @@ def test_a_reset_is_a_fresh_optimizer_bit_for_bit():
             assert found["reset_matters"] > 1e-4, case
 
 
-def test_a_restored_engine_goes_on_bit_for_bit(tmp_path):
+def test_a_restored_engine_goes_on_as_if_it_had_not_stopped(tmp_path):
     cases = [*((name, "fp32") for name in CONFIGS), ("zero2", "bf16")]
     cases = [(name, precision, str(tmp_path / f"{name}_{precision}")) for name, precision in cases]
     code = "import rank_checks\nresult = [rank_checks.saved_and_restored(*case) for case in cases]"
     for outcomes in launching.on_ranks(2, code, cases=cases):
         for case, found in zip(cases, outcomes, strict=True):
-            assert found["restored"] == found["going_on"], case
+            if "offload" in case[0]:
+                # DeepSpeed's CPU Adam multiplies its bias corrections up step by step, and computes them as powers
+                # after a restart: the same numbers to the last bit or two of a float.
+                assert found["restored"] == pytest.approx(found["going_on"], rel=2e-6), case
+            else:
+                assert found["restored"] == found["going_on"], case
             assert found["same_draws"], case
             assert found["step"] == 2, case
 
