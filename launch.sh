@@ -62,8 +62,11 @@ enter_environment() {
     source .venv/bin/activate
   fi
   check_machine python
-  local stamp state
-  stamp="$(python -c 'import sys; print(sys.prefix)')/.coconut_ds"
+  local prefix stamp state
+  prefix=$(python -c 'import sys; print(sys.prefix)')
+  stamp="$prefix/.coconut_ds"
+  # Operators of their own for each environment: in the shared cache two environments would rebuild each other's.
+  export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$prefix/torch_extensions}
   state=$(cat constraints.txt setup.cfg | cksum)
   if [[ "$(cat "$stamp" 2>/dev/null)" != "$state" ]]; then
     install_packages
@@ -100,10 +103,9 @@ install_torch() {
   "$@" "${index[@]}" "$pinned"
 }
 
-# Built once here, where the time is seen, and not by all ranks at once; DeepSpeed caches them per user.
+# Built once here, where the time is seen, and not by all ranks at once.
 build_operators() {
-  local stamp
-  stamp="$(python -c 'import sys; print(sys.prefix)')/.coconut_ds_operators"
+  local stamp=$TORCH_EXTENSIONS_DIR/.built
   [[ -f "$stamp" ]] && return
   echo "building DeepSpeed's CPU operators (about two minutes, once)"
   local log
