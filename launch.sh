@@ -13,6 +13,7 @@ usage() {
 ./launch.sh setup                                 only make the environment
 
 RANKS=N          number of ranks (default: every GPU; without a GPU 2, or 1 on one core)
+MASTER_PORT=N    another port than 29500, for a second run on the same machine
 PYTHON=python3   interpreter for the environment .venv; an active virtual or conda environment is used as it is
 TORCH_INDEX_URL  package index for torch alone, for machines without a GPU whose index has only CUDA builds
 TEXT
@@ -121,7 +122,10 @@ ShareMemCommBuilder().load(verbose=False)' >"$log" 2>&1 || {
 }
 
 start_run() {
-  local command=(deepspeed --num_gpus "$(rank_count)" coconut_ds/train.py --run "$@")
+  local port=()
+  # Two runs on one machine need a port each.
+  [[ -n "${MASTER_PORT:-}" ]] && port=(--master_port "$MASTER_PORT")
+  local command=(deepspeed --num_gpus "$(rank_count)" "${port[@]}" coconut_ds/train.py --run "$@")
   echo "+ ${command[*]}"
   exec "${command[@]}"
 }
