@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from coconut_ds.errors import InputError, did_you_mean
+from coconut_ds.errors import InputError, did_you_mean, problem_list
 
 Method = Literal["coconut", "cot", "no_cot", "no_thoughts"]
 Scope = Literal["sequence", "last_pass"]
@@ -181,8 +181,7 @@ class ConfigError(InputError):
 
     def __init__(self, source: str, problems: Sequence[Problem]):
         self.problems = tuple(problems)
-        lines = "\n".join(f"  - {problem.message}" for problem in problems)
-        super().__init__(f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
+        super().__init__(problem_list(source, [problem.message for problem in problems]))
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -246,15 +245,14 @@ def _describe(item: Any) -> Problem:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        section = _sections().get(location[0], RunConfig) if len(location) > 1 else RunConfig
+        section = _SECTIONS.get(location[0], RunConfig) if len(location) > 1 else RunConfig
         hint = did_you_mean(location[-1], section.model_fields)
         return Problem((location[0],), f"{key}: unknown key{hint}")
     rule = item["msg"].removeprefix("Value error, ")
     return Problem((location[0],), f"{key}: {item['input']!r}: {rule[0].lower()}{rule[1:]}")
 
 
-def _sections() -> dict[str, type[BaseModel]]:
-    return {"latent_context": LatentContextConfig, "model": ScratchModelConfig}
+_SECTIONS: dict[str, type[BaseModel]] = {"latent_context": LatentContextConfig, "model": ScratchModelConfig}
 
 
 def contradictions(config: RunConfig) -> list[Problem]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
 class InputError(ValueError):
     """A run, a data file or a model that cannot be used; the message names the value, the rule and the way out."""
+
+
+def problem_list(source: str, problems: Sequence[str]) -> str:
+    """One message for everything that is wrong with `source`, a line each."""
+    lines = "\n".join(f"  - {problem}" for problem in problems)
+    return f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -104,8 +104,7 @@ def check_lengths(
     for index, row in enumerate(examples.select_columns(["question_ids", "steps_ids", "answer_ids"])):
         steps = [len(step) for step in row["steps_ids"]]
         prompt = len(row["question_ids"]) + markers
-        stages = range(curriculum.max_latent_stage + 2)
-        layouts = [curriculum.layout(stage, len(steps)) for stage in stages]
+        layouts = [curriculum.layout(stage, len(steps)) for stage in range(curriculum.max_latent_stage + 2)]
         middle = max(each.n_thoughts + sum(steps[each.n_skip :]) for each in layouts)
         training = prompt + middle + len(row["answer_ids"])
         if training > n_positions:
@@ -113,7 +112,7 @@ def check_lengths(
                 f"{path}: record {index}: key 'question' and 'steps': {training} tokens with thoughts and answer, "
                 f"the model has {n_positions} positions; leave the record out or use a model with more"
             )
-        decoding = prompt + curriculum.most_thoughts(len(steps)) + new_tokens
+        decoding = prompt + max(each.n_thoughts for each in layouts) + new_tokens
         if decoding > n_positions:
             raise DataError(
                 f"{path}: record {index}: key 'question': a prompt of {decoding - new_tokens} tokens and "

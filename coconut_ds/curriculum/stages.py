@@ -71,10 +71,5 @@ class Curriculum:
         """Number of thoughts in the evaluation prompt of an example with `n_steps` steps."""
         return min(stage, self._most_stages(n_steps)) * self.thoughts_per_step
 
-    def most_thoughts(self, n_steps: int) -> int:
-        """Most thoughts an example with `n_steps` steps can be given in any stage of this run."""
-        stages = range(self.max_latent_stage + 2)
-        return max(self.layout(stage, n_steps).n_thoughts for stage in stages)
-
     def _most_stages(self, n_steps: int) -> int:
         return self.max_latent_stage if self.pad_latent_to_max else min(n_steps, self.max_latent_stage)

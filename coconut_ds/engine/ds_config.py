@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coconut_ds.config import BatchSizes, RunConfig
-from coconut_ds.errors import InputError, did_you_mean
+from coconut_ds.errors import InputError, did_you_mean, problem_list
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -94,8 +94,7 @@ def resolve_ds_config(
         *_broken_combinations(zero, raw, precision),
     ]
     if problems:
-        lines = "\n".join(f"  - {problem}" for problem in problems)
-        raise DeepSpeedConfigError(f"{config.deepspeed}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
+        raise DeepSpeedConfigError(problem_list(config.deepspeed, problems))
     resolved = {key: _without_auto(value) for key, value in raw.items() if key in MEMORY_KEYS and value != "auto"}
     resolved.pop("bfloat16", None)
     resolved |= {

@@ -139,10 +139,10 @@ def export_model(folder: Path, backbone: Backbone, settings: dict[str, Any], wei
     (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def latent_settings(config: RunConfig, epochs: int, stage: int) -> dict[str, Any]:
-    """What has to be known beside the weights to evaluate them: stored in `model/coconut.json`."""
+def latent_settings(config: RunConfig) -> dict[str, Any]:
+    """How a run makes thoughts: stored in `model/coconut.json`, with the epochs and the stage the weights have seen."""
     values = config.model_dump(mode="json", include={"pad_latent_to_max", "max_latent_stage", "latent_context"})
-    return {"method": config.method, "c_thought": config.thoughts_per_step, **values, "epochs": epochs, "stage": stage}
+    return {"method": config.method, "c_thought": config.thoughts_per_step, **values}
 
 
 def stored_settings(load_model_path: str) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from coconut_ds.model.backbone import END_LATENT, LATENT, START_LATENT, Backbone
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.latents import LatentContext
 from coconut_ds.tracking import Tracker, describe_environment, read_events
-from coconut_ds.training.checkpoint import load_initial, stored_settings
+from coconut_ds.training.checkpoint import latent_settings, load_initial, stored_settings
 from coconut_ds.training.evaluator import Evaluation, Evaluator
 from coconut_ds.training.trainer import Parts, Trainer, write_predictions
 
@@ -124,14 +124,7 @@ def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:
     stored = stored_settings(str(config.load_model_path))
     if stored is None:
         return curriculum.stage(config.resume)
-    context = config.latent_context.model_dump(mode="json") if config.latent_context else None
-    asked = {
-        "method": config.method,
-        "c_thought": config.thoughts_per_step,
-        "max_latent_stage": config.max_latent_stage,
-        "pad_latent_to_max": config.pad_latent_to_max,
-        "latent_context": context,
-    }
+    asked = latent_settings(config)
     differing = [key for key, value in asked.items() if stored[key] != value]
     if differing:
         lines = "\n".join(f"  - {key}: trained with {stored[key]!r}, the run says {asked[key]!r}" for key in differing)

@@ -165,7 +165,7 @@ class Trainer:
 
     def _save(self, epoch: int, stage: int) -> None:
         started = time.monotonic()
-        settings = latent_settings(self.config, epoch + 1, stage)
+        settings = {**latent_settings(self.config), "epochs": epoch + 1, "stage": stage}
         path = self.checkpoints.save(self.engine, self.parts.backbone, settings, self.schedule, self.progress)
         seconds = time.monotonic() - started
         self.tracker.log("checkpoint", epoch=epoch + 1, step=self.progress.step, path=str(path), seconds=seconds)
