@@ -1,142 +1,136 @@
-"""Seconds per optimizer step and peak memory of a GPT-2-shaped Coconut on ProsQA, beside a plain forward-backward.
+"""Time of a training step: multi-pass Coconut beside one plain pass and beside a straightforward multi-pass loop.
 
-    deepspeed --num_gpus 1 benchmarks/train_step.py --data FILE.json --tokenizer FOLDER [--micro-batch 4] [--steps 10]
+    python benchmarks/train_step.py --data PROSQA.json --tokenizer FOLDER [--micro-batch 4 8] [--rounds 5]
 
-Random weights in the shape of GPT-2 small; the first `micro-batch` x `steps` examples of the file, the thoughts of the
-last stage. The floor is one pass over the same tokens without thoughts, same loss, same optimizer step. Peak memory is
-live tensor bytes of one step outside the timing (what a GPU's allocator would see, optimizer states included), and the
-resident set of the process. Prints a table and one JSON line.
+Forward and backward on a micro-batch of median length, without the optimizer, which is the same for all. Rows:
+  floor          one plain pass over the same columns, LM head on supervised positions only
+  coconut        thoughts from the newest state alone
+  window of 3    contextual thoughts
+  recomputed     the same with activation checkpointing
+  straightforward  cache on, logits of every column in every pass, inputs put together again for every pass
+Prints a table and one JSON line; ratios are medians over rounds of the ratio within a round.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
+import functools
 import statistics
-import sys
-import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+import torch.nn.functional as F
+import workload
+from transformers import DynamicCache
 
 from coconut_ds import Coconut, LatentContext
-from coconut_ds.config import BatchSizes, RunConfig
-from coconut_ds.curriculum.collator import Batch, Tokens
+from coconut_ds.config import BatchSizes
+from coconut_ds.curriculum.collator import Batch
 from coconut_ds.curriculum.examples import read_records, tokenize
 from coconut_ds.curriculum.loaders import TrainingWindows
 from coconut_ds.curriculum.stages import Curriculum
-from coconut_ds.engine.build import build_engine, describe_device, start_process_group
-from coconut_ds.engine.ds_config import read_ds_json, resolve_ds_config
-from coconut_ds.memory import GIB, LiveTensorMeter, peak_memory_gib
-from coconut_ds.model.backbone import END_LATENT, LATENT, START_LATENT, Backbone, add_markers
-from coconut_ds.training.step import optimizer_step
+from coconut_ds.model.backbone import Backbone
+from coconut_ds.training.evaluator import to_device
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = workload.parser(__doc__)
     parser.add_argument("--data", required=True, help="ProsQA JSON")
-    parser.add_argument("--tokenizer", required=True, help="folder of the GPT-2 tokenizer")
-    parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--thoughts", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=10, help="timed steps, after one to warm up")
-    parser.add_argument("--deepspeed", default="ds_configs/zero2_offload.json")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dropout", type=float, default=0.1, help="0.1 is GPT-2's own")
     options = parser.parse_args()
-
-    start_process_group()
-    torch.manual_seed(0)
-    config = RunConfig(deepspeed=options.deepspeed, batch_size_training=options.micro_batch)
-    sizes = BatchSizes(options.micro_batch, 1, 1)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    backbone = Backbone(GPT2LMHeadModel(GPT2Config()), tokenizer)
-    add_markers(backbone)
-    engine = build_engine(_coconut(backbone), config, _ds_config(config, sizes))
-    engine.train()
-
-    examples = tokenize(read_records(options.data, options.micro_batch * (options.steps + 1)), tokenizer)
+    workload.begin(options)
+    backbone = workload.gpt2_small(options.tokenizer, options.dropout)
+    print(f"{'micro-batch':>11}  {'':15}  {'median s (fastest-slowest)':>27}  {'ms a target':>11}  ratio to floor")
     results = {}
-    for name, thoughts in (("plain pass", 0), (f"{options.thoughts} thoughts", options.thoughts)):
-        windows = _windows(examples, backbone, sizes, thoughts)
-        results[name] = _measure(engine, windows)
-    _report(results, options)
+    for micro in options.micro_batch:
+        batch = _batch(options.data, backbone, micro, options.thoughts)
+        seconds = workload.seconds_by_round(_variants(backbone, batch), options.rounds)
+        for name, values in seconds.items():
+            each = 1000 * statistics.median(values) / batch.n_targets
+            print(
+                f"{micro:>11}  {name:15}  {workload.spread(values):>27}  {each:>11.1f}  "
+                f"{workload.ratio(seconds, name, 'floor'):.3f}"
+            )
+        results[str(micro)] = {
+            "step_over_floor": workload.ratio(seconds, "coconut", "floor"),
+            "checkpointed_over_plain": workload.ratio(seconds, "recomputed", "window of 3"),
+            "window_extra": workload.ratio(seconds, "window of 3", "coconut") - 1,
+            "straightforward_over_floor": workload.ratio(seconds, "straightforward", "floor"),
+            "columns": batch.inputs["input_ids"].shape[1],
+            "n_targets": batch.n_targets,
+            "seconds": seconds,
+        }
+    largest = results[str(options.micro_batch[-1])]
+    headline = {key: largest[key] for key in ("step_over_floor", "checkpointed_over_plain", "window_extra")}
+    workload.finish(options, **headline, by_micro_batch=results)
 
 
-def _coconut(backbone: Backbone) -> Coconut:
-    ids = backbone.marker_ids()
-    return Coconut(
-        backbone.model,
-        latent_token_id=ids[LATENT],
-        start_latent_id=ids[START_LATENT],
-        end_latent_id=ids[END_LATENT],
-        eos_token_id=int(backbone.tokenizer.eos_token_id),
-        latent_context=LatentContext((0.6, 0.3, 0.1)),
-    )
+def _batch(data: str, backbone: Backbone, micro: int, thoughts: int) -> Batch:
+    examples = tokenize(read_records(data, 128), backbone.tokenizer)
+    # The second of two stages replaces every step, here by as many thoughts as are asked for.
+    curriculum = Curriculum("coconut", thoughts, 1, 1, True, 0.0, 0)
+    windows = TrainingWindows(examples, curriculum, workload.tokens_of(backbone), BatchSizes(micro, 1, 1), 0, epoch=2)
+    batches = sorted((windows[n][0] for n in range(len(windows))), key=lambda each: each.inputs["input_ids"].shape[1])
+    return batches[len(batches) // 2]
 
 
-def _ds_config(config: RunConfig, sizes: BatchSizes) -> dict:
-    return resolve_ds_config(read_ds_json(config.deepspeed), config, sizes, describe_device())
+def _variants(backbone: Backbone, batch: Batch) -> dict[str, Callable[[], Any]]:
+    inputs = to_device(batch.inputs)
+    plain = workload.coconut(backbone, LatentContext())
+    window = workload.coconut(backbone)
 
+    def step(model: Coconut, **changes: Any) -> None:
+        model(**(inputs | changes)).loss.backward()
+        model.zero_grad()
 
-def _windows(examples, backbone: Backbone, sizes: BatchSizes, thoughts: int) -> list[list[Batch]]:
-    ids = backbone.marker_ids()
-    tokens = Tokens(int(backbone.tokenizer.eos_token_id), ids[START_LATENT], ids[END_LATENT], ids[LATENT])
-    # Stage 1 of one latent stage: every step replaced, the wanted number of thoughts in their place.
-    curriculum = Curriculum("coconut", thoughts, 1, 0 if thoughts == 0 else 1, True, 0.0, 0)
-    windows = TrainingWindows(examples, curriculum, tokens, sizes, rank=0, epoch=2)
-    return [windows[index] for index in range(len(windows))]
+    def recomputed() -> None:
+        window.enable_activation_checkpointing()
+        step(window)
+        window.disable_activation_checkpointing()
 
+    def straightforward() -> None:
+        _straightforward_loss(plain, inputs).backward()
+        plain.zero_grad()
 
-def _measure(engine, windows: list[list[Batch]]) -> dict[str, float]:
-    optimizer_step(engine, windows[0], "token")
-    seconds = []
-    for window in windows[1:]:
-        started = time.perf_counter()
-        optimizer_step(engine, window, "token")
-        seconds.append(time.perf_counter() - started)
-    before = sum(_state_bytes(engine))
-    widest = max(windows, key=lambda window: window[0].inputs["input_ids"].shape[1])
-    with LiveTensorMeter() as meter:
-        optimizer_step(engine, widest, "token")
     return {
-        "median_s": statistics.median(seconds),
-        "fastest_s": min(seconds),
-        "slowest_s": max(seconds),
-        "tokens_per_step": statistics.mean(float(w[0].inputs["attention_mask"].sum()) for w in windows[1:]),
-        "columns": statistics.mean(w[0].inputs["input_ids"].shape[1] for w in windows[1:]),
-        "model_states_gib": before / GIB,
-        "step_tensors_peak_gib": meter.peak / GIB,
-        "resident_peak_gib": peak_memory_gib(),
+        # Without a span the latent tokens are tokens like any other.
+        "floor": functools.partial(step, plain, thought_span=()),
+        "coconut": functools.partial(step, plain),
+        "window of 3": functools.partial(step, window),
+        "recomputed": recomputed,
+        "straightforward": straightforward,
     }
 
 
-def _state_bytes(engine):
-    """Bytes that live between steps: parameters, fp32 masters where apart, moments."""
-    storages = {}
-    held = [*engine.module.parameters()]
-    for group in engine.basic_optimizer.param_groups:
-        held += group["params"]
-    held += [value for state in engine.basic_optimizer.state.values() for value in state.values()]
-    for value in held:
-        if isinstance(value, torch.Tensor):
-            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-    yield from storages.values()
-
-
-def _report(results: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
-    floor = results["plain pass"]["median_s"]
-    heads = ("median s", "fastest", "slowest", "ratio", "states GiB", "step GiB", "RSS GiB")
-    print(" " * 12 + "".join(f"{head:>12}" for head in heads))
-    for name, found in results.items():
-        figures = [found["median_s"], found["fastest_s"], found["slowest_s"], found["median_s"] / floor]
-        figures += [found["model_states_gib"], found["step_tensors_peak_gib"], found["resident_peak_gib"]]
-        print(f"{name:>12}" + "".join(f"{figure:>12.2f}" for figure in figures))
-    facts = {"micro_batch": options.micro_batch, "threads": torch.get_num_threads(), "deepspeed": options.deepspeed}
-    print(json.dumps({**facts, "results": results}))
+def _straightforward_loss(model: Coconut, inputs: dict[str, Any]) -> torch.Tensor:
+    backbone = model.base_causallm
+    first, end = inputs["thought_span"]
+    columns = inputs["input_ids"].shape[1]
+    embeds = backbone.get_input_embeddings()(inputs["input_ids"])
+    cache = DynamicCache(config=backbone.config)
+    logits = []
+    starts = [0, *range(first, end)]
+    for start, stop in zip(starts, [*starts[1:], columns]):
+        out = backbone(
+            inputs_embeds=embeds[:, start:stop],
+            attention_mask=inputs["attention_mask"][:, :stop],
+            position_ids=inputs["position_ids"][:, start:stop],
+            past_key_values=cache,
+            output_hidden_states=True,
+        )
+        logits.append(out.logits)
+        if stop < columns:
+            rows = []
+            for row in range(len(embeds)):
+                each = [embeds[row, column] for column in range(columns)]
+                if inputs["input_ids"][row, stop] == model.latent_token_id:
+                    each[stop] = out.hidden_states[-1][row, -1]
+                rows.append(torch.stack(each))
+            embeds = torch.stack(rows)
+    predicted = torch.cat(logits, dim=1)[:, :-1]
+    return F.cross_entropy(predicted.flatten(0, 1), inputs["labels"][:, 1:].flatten())
 
 
 if __name__ == "__main__":

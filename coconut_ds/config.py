@@ -57,6 +57,16 @@ class ScratchModelConfig(_Section):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
+class ActivationCheckpointingConfig(_Section):
+    """Which activations are kept for the backward and which are computed again (`model/checkpointing.py`)."""
+
+    enabled: bool = True
+    every_n_layers: int = Field(1, ge=1)
+    """Every n-th decoder layer is recomputed, the others keep their activations."""
+    offload: bool = False
+    """Layer inputs of the prefix wait in pinned host memory; no effect on a CPU."""
+
+
 class RunConfig(_Section):
     """Every training value of a run. Units: epochs and optimizer steps from 0 here, tokens, examples."""
 
@@ -104,8 +114,8 @@ class RunConfig(_Section):
     resume: int = Field(0, ge=0)
     """First epoch, from 0, of a run that starts from `load_model_path`; with `only_eval` it selects the stage."""
     num_epochs: int = Field(1, ge=1)
-    batch_size_training: int = Field(32, ge=1)
-    """Micro-batch: examples per rank in one forward."""
+    batch_size_training: int | Literal["auto"] = Field(32, ge=1)
+    """Micro-batch: examples per rank in one forward; `auto` is the largest that fits and divides `train_batch_size`."""
     gradient_accumulation_steps: int | None = Field(None, ge=1)
     """Micro-batches per optimizer step and rank; worked out from `train_batch_size` where that is given, else 1."""
     train_batch_size: int | None = Field(None, ge=1)
@@ -121,16 +131,20 @@ class RunConfig(_Section):
     reset_optimizer: Literal[False, "stage", "epoch"] = False
     """`true` means `stage`, what the paper describes; `epoch` is what the published code does."""
     loss_normalization: Literal["token", "micro_batch"] = "token"
+    group_by_length: bool = True
+    """Micro-batches of examples of like prefix length, so that little is padded."""
 
     # Memory strategy and precision
     deepspeed: str = "ds_configs/zero2_offload.json"
     precision: Literal["fp32", "bf16", "fp16", "auto"] | None = None
     """Null follows `bf16`; `auto` is bf16 where the device has it, else fp16 on CUDA, else fp32."""
     bf16: bool = False
+    activation_checkpointing: ActivationCheckpointingConfig | None = None
+    """Null keeps all activations, unless the `deepspeed` file has an `activation_checkpointing` block."""
 
     # Evaluation
-    eval_batch_size: int = Field(16, ge=1)
-    """Examples per rank in one decoding batch."""
+    eval_batch_size: int | Literal["auto"] = Field(16, ge=1)
+    """Examples per rank in one decoding batch; `auto` is what the free memory holds."""
     max_new_tokens: int = Field(128, ge=1)
 
     # Records
@@ -252,7 +266,11 @@ def _describe(item: Any) -> Problem:
     return Problem((location[0],), f"{key}: {item['input']!r}: {rule[0].lower()}{rule[1:]}")
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"latent_context": LatentContextConfig, "model": ScratchModelConfig}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "latent_context": LatentContextConfig,
+    "model": ScratchModelConfig,
+    "activation_checkpointing": ActivationCheckpointingConfig,
+}
 
 
 def contradictions(config: RunConfig) -> list[Problem]:
@@ -322,8 +340,16 @@ def _data_rules(config: RunConfig) -> _Found:
 
 def _batch_rules(config: RunConfig) -> _Found:
     found: _Found = []
-    accumulation = config.gradient_accumulation_steps
-    whole = config.batch_size_training * (accumulation or 1)
+    accumulation, micro = config.gradient_accumulation_steps, config.batch_size_training
+    if micro == "auto":
+        keys = ("batch_size_training", "train_batch_size", "gradient_accumulation_steps")
+        if config.train_batch_size is None:
+            found.append((keys, "batch_size_training: auto needs train_batch_size, the examples of an optimizer step"))
+        if accumulation is not None:
+            message = f"gradient_accumulation_steps: {accumulation} with batch_size_training: auto; leave it out"
+            found.append((keys, message))
+        micro = 1
+    whole = micro * (accumulation or 1)
     if config.train_batch_size and config.train_batch_size % whole:
         what = "batch_size_training" if accumulation is None else "batch_size_training * gradient_accumulation_steps"
         message = f"train_batch_size: {config.train_batch_size} must be a multiple of {what} ({whole})"
@@ -347,8 +373,13 @@ class BatchSizes:
 
 
 def batch_sizes(config: RunConfig, world: int) -> BatchSizes:
-    """Split the effective batch over `world` ranks; raises ConfigError where it does not divide."""
+    """Split the effective batch over `world` ranks; raises ConfigError where it does not divide.
+
+    `batch_size_training: auto` counts as 1 here, until a size has been chosen.
+    """
     micro, accumulation = config.batch_size_training, config.gradient_accumulation_steps
+    if micro == "auto":
+        micro = 1
     if config.train_batch_size is None:
         return BatchSizes(micro, accumulation or 1, world)
     if accumulation is None and config.train_batch_size % (micro * world) == 0:

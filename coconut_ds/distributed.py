@@ -45,6 +45,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def min_over_ranks(value: int) -> int:
+    """The smallest of the ranks' values."""
+    if not _initialized():
+        return value
+    values = torch.tensor(value, device=device())
+    dist.all_reduce(values, op=dist.ReduceOp.MIN)
+    return int(values)
+
+
 def gather_to_main(value: Any) -> list[Any] | None:
     """The picklable `value` of every rank, on rank 0; None elsewhere."""
     if not _initialized():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,29 +26,33 @@ def peak_memory_gib() -> float:
 class LiveTensorMeter(TorchDispatchMode):
     """Counts the bytes of tensors created inside the context and still alive: the allocator's view, without a GPU.
 
-    `live` and `peak` are bytes. Storages are counted once, however many views they have; temporaries inside a kernel
-    are not seen. Slow: every operation passes through Python.
+    `live` and `peak` are bytes; `history` is `live` after each operation. Storages are counted once, however many
+    views they have, and not at all when they were there before; temporaries inside a kernel are not seen. Slow: every
+    operation passes through Python.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
+        self.history: list[int] = []
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, torch.Tensor):
-                self._count(value.untyped_storage())
+        kwargs = kwargs or {}
+        for storage in _storages((args, kwargs)):
+            self._know(storage, n_bytes=0)
+        result = function(*args, **kwargs)
+        for storage in _storages(result):
+            self._know(storage, storage.nbytes())
+        self.history.append(self.live)
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def _know(self, storage: torch.UntypedStorage, n_bytes: int) -> None:
         key = storage._cdata
         if key in self._known:
             return
         self._known.add(key)
-        n_bytes = storage.nbytes()
         self.live += n_bytes
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._release, key, n_bytes)
@@ -55,3 +60,7 @@ class LiveTensorMeter(TorchDispatchMode):
     def _release(self, key: int, n_bytes: int) -> None:
         self._known.discard(key)
         self.live -= n_bytes
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    return (value.untyped_storage() for value in tree_iter(values) if isinstance(value, torch.Tensor))

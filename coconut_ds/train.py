@@ -14,8 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _CORES // _RANKS_HERE)))
 
 import argparse  # noqa: E402
 import json  # noqa: E402
+from typing import Any  # noqa: E402
 
-from coconut_ds.config import RunConfig, batch_sizes, load_run_config  # noqa: E402
+from coconut_ds.config import BatchSizes, RunConfig, batch_sizes, load_run_config  # noqa: E402
 from coconut_ds.errors import InputError  # noqa: E402
 
 
@@ -44,19 +45,27 @@ def run(config: RunConfig, options: argparse.Namespace) -> int:
     from coconut_ds import distributed
     from coconut_ds.console import quiet_libraries
     from coconut_ds.engine.build import describe_device
-    from coconut_ds.engine.ds_config import read_ds_json, resolve_ds_config
+    from coconut_ds.engine.ds_config import read_ds_json, resolve_checkpointing, resolve_ds_config, resolve_precision
     from coconut_ds.training import session
 
-    sizes = batch_sizes(config, distributed.world_size())
-    device = describe_device()
-    ds_config = resolve_ds_config(read_ds_json(config.deepspeed), config, sizes, device, options.run)
+    raw, device = read_ds_json(config.deepspeed), describe_device()
+
+    def resolve(config: RunConfig, sizes: BatchSizes) -> dict[str, Any]:
+        return resolve_ds_config(raw, config, sizes, device, options.run)
+
+    # Before any weight is loaded, whatever is chosen later.
+    ds_config = resolve(config, batch_sizes(config, distributed.world_size()))
+    config = config.model_copy(update={"activation_checkpointing": resolve_checkpointing(raw, config)})
     if options.dry_run:
         if distributed.is_main():
             print(f"# run\n{config.to_yaml()}\n# deepspeed\n{json.dumps(ds_config, indent=2)}")
         return 0
     quiet_libraries()
     try:
-        (session.evaluate if config.only_eval else session.train)(config, sizes, ds_config)
+        if config.only_eval:
+            session.evaluate(config, resolve_precision(config, device))
+        else:
+            session.train(config, resolve)
     finally:
         distributed.close()
     return 0

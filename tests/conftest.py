@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Tests neither read nor fill the user's cache of tokenized sets; ranks they start inherit this one.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="coconut_ds_tests_")
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,10 @@ from coconut_ds.curriculum.stages import Curriculum
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.hookimpl(wrapper=True)

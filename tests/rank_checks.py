@@ -18,6 +18,7 @@ from coconut_ds.curriculum.loaders import TrainingWindows
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.engine.build import build_engine, describe_device, start_process_group
 from coconut_ds.engine.ds_config import read_ds_json, resolve_ds_config
+from coconut_ds.engine.model_states import model_states
 from coconut_ds.engine.stage_boundary import new_schedule, reset_optimizer_state
 from coconut_ds.model.backbone import Backbone, word_tokenizer
 from coconut_ds.training.checkpoint import Checkpoints, Progress, read_progress
@@ -49,10 +50,11 @@ def undivided(rows: Dataset, epoch: int) -> Batch:
     return collate_training(sequences, list(range(len(rows))), tiny.PAD)
 
 
-def gradient_errors(names: list[str], splits: list[list[int]]) -> dict[str, float]:
+def gradient_errors(names: list[str], splits: list[list[int]], checkpointed: bool) -> dict[str, float]:
     """Largest difference between a gradient through the engine and that of one undivided batch of 8 in plain torch.
 
-    One step of SGD with learning rate 1 turns the gradient into a difference of weights.
+    `checkpointed` recomputes activations in the engine's model. One step of SGD with learning rate 1 turns the gradient
+    into a difference of weights.
     """
     start_process_group()
     rows = examples(8)
@@ -65,6 +67,8 @@ def gradient_errors(names: list[str], splits: list[list[int]]) -> dict[str, floa
         for micro, accumulation in splits:
             sizes = BatchSizes(micro, accumulation, world)
             model = tiny.coconut(context=CONTEXT)
+            if checkpointed:
+                model.enable_activation_checkpointing()
             before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
             settings = ds_config(name, RunConfig(), sizes) | {"zero_force_ds_cpu_optimizer": False}
             engine, *_ = deepspeed.initialize(
@@ -203,3 +207,34 @@ def non_finite_stops() -> dict[str, Any]:
         same = all(torch.equal(value.nan_to_num(), before[key].nan_to_num()) for key, value in model.named_parameters())
         return {"message": str(error), "unchanged": same, "indices": [i for b in window for i in b.indices]}
     raise AssertionError("a step with a loss that is not finite went through")
+
+
+def states_against_engine(name: str) -> list[int]:
+    """Bytes an engine keeps between steps, gradients and buckets aside, and what `model_states` says of them."""
+    start_process_group()
+    sizes = BatchSizes(2, 1, distributed.world_size())
+    config = RunConfig()
+    model = tiny.coconut(context=CONTEXT, n_layer=8)
+    settings = ds_config(name, config, sizes)
+    engine = build_engine(model, config, settings)
+    optimizer_step(engine, TrainingWindows(examples(4), curriculum(), TOKENS, sizes, distributed.rank(), 1)[0], "token")
+    numels = [parameter.numel() for parameter in model.parameters()]
+    without_buckets = settings | {"zero_optimization": settings["zero_optimization"] | {"reduce_bucket_size": 0}}
+    states = model_states(without_buckets, sum(numels), 0, sizes.world)
+    zero = settings["zero_optimization"]
+    gradients = 4 * sum(numels) // (sizes.world if zero.get("stage", 0) == 2 else 1)
+    return [sum(held_bytes(engine)), states.device + states.host - gradients]
+
+
+def held_bytes(engine: deepspeed.DeepSpeedEngine) -> list[int]:
+    """Bytes of each storage that holds weights, fp32 masters or moments."""
+    held = [*engine.module.parameters()]
+    for group in engine.basic_optimizer.param_groups:
+        held += group["params"]
+    held += [value for state in engine.basic_optimizer.state.values() for value in state.values()]
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for value in held
+        if isinstance(value, torch.Tensor)
+    }
+    return list(storages.values())

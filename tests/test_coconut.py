@@ -50,11 +50,11 @@ def test_loss_and_gradients_equal_the_naive_twin(family, context, shapes):
         assert error < 1e-4, f"{name}: relative error {error:.2e}"
 
 
-def test_the_span_is_found_where_the_collator_did_not_say_it():
+def test_what_the_collator_did_not_say_is_found():
     model = tiny.coconut(context=CONTEXTS["sequence"])
     inputs = dict(batch_of(RAGGED).inputs)
     with_span = model(**inputs).loss
-    del inputs["thought_span"], inputs["position_ids"]
+    del inputs["thought_span"], inputs["position_ids"], inputs["supervised"]
     assert torch.equal(model(**inputs).loss, with_span)
 
 
@@ -63,17 +63,19 @@ def _gradient_reaching_thought(model, source: int, target: int) -> float:
     columns = [10 + k for k in range(4)]
     ids = torch.tensor([[*range(5, 15), *[tiny.LATENT] * 4, 20, 21]])
     states: dict[int, torch.Tensor] = {}
-    run = model._run
+    start = 0
 
-    def traced(embeds, start, mask, positions, cache):
-        hidden = run(embeds, start, mask, positions, cache)
+    def cut(module, args, kwargs, output):
+        nonlocal start
         if start in columns:
             # Cut off from what it was computed from, so that the KV cache connects nothing.
-            states[start] = hidden = hidden.detach().requires_grad_()
-        return hidden
+            states[start] = output.last_hidden_state = output.last_hidden_state.detach().requires_grad_()
+        start += kwargs["inputs_embeds"].shape[1]
+        return output
 
-    model._run = traced
+    hook = model.base_causallm.base_model.register_forward_hook(cut, with_kwargs=True)
     fed = model.encode(ids).fed
+    hook.remove()
     gradient = torch.autograd.grad(
         fed[1 + target][:, 0].square().sum(), states[columns[source]], allow_unused=True, retain_graph=True
     )[0]

@@ -8,9 +8,11 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 from coconut_ds.config import BatchSizes
 from coconut_ds.curriculum.collator import Tokens, collate_prompts, collate_training, prompt_sequence, training_sequence
+from coconut_ds.curriculum.examples import read_records, tokenize
 from coconut_ds.curriculum.loaders import TrainingWindows, loss_loader, prompt_loader, training_loader
 from coconut_ds.curriculum.stages import Layout
 
@@ -155,6 +157,70 @@ def test_the_order_changes_with_epoch_and_seed_and_not_otherwise(examples, curri
     assert windows_of(examples, curriculum(), sizes) == first
     assert windows_of(examples, curriculum(), sizes, epoch=1) != first
     assert windows_of(examples, curriculum(seed=1), sizes) != first
+
+
+def lengths_of(examples, windows) -> list[list[int]]:
+    return [[len(examples[i]["question_ids"]) for batch in window for i in batch.indices] for window in windows]
+
+
+@pytest.mark.parametrize("sizes", [BatchSizes(4, 8, 1), BatchSizes(4, 4, 2), BatchSizes(8, 1, 1)], ids=str)
+def test_grouping_puts_like_lengths_together(curriculum, sizes):
+    examples = Dataset.from_list([tiny.row(3 + index * 7 % 50, [2], 2, index) for index in range(300)])
+
+    def windows(group: bool, epoch: int = 0):
+        sets = [
+            TrainingWindows(examples, curriculum(), TOKENS, sizes, rank, epoch, group) for rank in range(sizes.world)
+        ]
+        return [[batch for each in sets for batch in each[number]] for number in range(len(sets[0]))]
+
+    grouped, plain = windows(True), windows(False)
+    for order in (grouped, plain, windows(True, epoch=1)):
+        assert sorted(batch_index for w in order for b in w for batch_index in b.indices) == list(range(300))
+    assert lengths_of(examples, grouped) != lengths_of(examples, windows(True, epoch=1))
+    assert padding(grouped) < 0.5 * padding(plain)
+    # Longest first within a window, so that a micro-batch that is too long shows at once.
+    for rank_order in TrainingWindows(examples, curriculum(), TOKENS, sizes, 0, 0):
+        lengths = lengths_of(examples, [rank_order])[0]
+        assert lengths == sorted(lengths, reverse=True)
+
+
+def padding(windows) -> float:
+    batches = [batch for window in windows for batch in window if batch.n_tokens]
+    return 1 - sum(b.n_tokens for b in batches) / sum(b.inputs["input_ids"].numel() for b in batches)
+
+
+def test_grouping_leaves_large_windows_what_they_were(curriculum):
+    examples = Dataset.from_list([tiny.row(3 + index % 9, [2], 2, index) for index in range(400)])
+    sizes = BatchSizes(8, 16, 1)
+    grouped, plain = (
+        TrainingWindows(examples, curriculum(), TOKENS, sizes, 0, 0, group_by_length=group) for group in (True, False)
+    )
+    for number in range(len(plain)):
+        chosen = [{index for batch in windows[number] for index in batch.indices} for windows in (grouped, plain)]
+        assert chosen[0] == chosen[1]
+
+
+def test_tokens_are_counted_and_a_filler_has_none(examples, curriculum):
+    batch = TrainingWindows(examples, curriculum(), TOKENS, BatchSizes(8, 1, 1), 0, 0)[0][0]
+    assert batch.n_tokens == int(batch.inputs["attention_mask"].sum())
+    assert collate_training([], [], tiny.PAD).n_tokens == 0
+
+
+@pytest.mark.shared
+def test_padding_of_prosqa_in_micro_batches_of_eight(shared, curriculum):
+    records = read_records(shared / "datasets" / "prosqa_valid.json")
+    tokenizer = AutoTokenizer.from_pretrained(shared / "datasets" / "gpt2_tokenizer")
+    examples = tokenize(records, tokenizer)
+
+    def share(group: bool, stage: int, sizes: BatchSizes) -> float:
+        plan = curriculum(epochs_per_stage=1)
+        windows = TrainingWindows(examples, plan, TOKENS, sizes, 0, stage, group)
+        return padding([windows[number] for number in range(len(windows))])
+
+    for stage in (0, 6):
+        for sizes in (BatchSizes(8, 16, 1), BatchSizes(8, 8, 2), BatchSizes(8, 1, 1)):
+            assert share(True, stage, sizes) < 0.08, (stage, sizes)
+            assert share(False, stage, sizes) > 0.15, (stage, sizes)
 
 
 def test_a_loader_starts_where_it_is_told(examples, curriculum):

@@ -13,6 +13,7 @@ from coconut_ds.engine.ds_config import (
     Device,
     offloads_optimizer,
     read_ds_json,
+    resolve_checkpointing,
     resolve_ds_config,
     resolve_precision,
 )
@@ -110,7 +111,33 @@ def test_equal_values_are_no_clash():
     ("raw", "values", "device", "message"),
     [
         ({"zero_optimisation": {"stage": 2}}, {}, CPU, "unknown key, which DeepSpeed would ignore (did you mean"),
-        ({"activation_checkpointing": {}}, {}, CPU, "activation_checkpointing: refused"),
+        (
+            {"activation_checkpointing": {"partition_activations": True}},
+            {},
+            CPU,
+            "partition_activations: True: refused: it divides activations among model-parallel",
+        ),
+        (
+            {"activation_checkpointing": {"number_checkpoints": 4}},
+            {},
+            CPU,
+            "set activation_checkpointing.every_n_layers",
+        ),
+        ({"activation_checkpointing": {"cpu_chekpointing": True}}, {}, CPU, "did you mean 'cpu_checkpointing'"),
+        ({"activation_checkpointing": {"cpu_checkpointing": 1.5}}, {}, CPU, "must be true or false"),
+        ({"activation_checkpointing": True}, {}, CPU, "activation_checkpointing: True must be an object"),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": False}},
+            {"activation_checkpointing": {"enabled": False}},
+            CPU,
+            "has activation_checkpointing.enabled: false; drop one of them",
+        ),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": True}},
+            {"activation_checkpointing": {"offload": False}},
+            CPU,
+            "cpu_checkpointing: True here, but False follows from",
+        ),
         ({"zero_optimization": {"stage": 0}}, {"precision": "fp16"}, TURING, "0 with fp16 trains on unscaled losses"),
         ({"zero_optimization": {"stage": 3}}, {}, CPU, "zero_optimization.stage: 3"),
         (
@@ -141,6 +168,26 @@ def test_equal_values_are_no_clash():
 )
 def test_refusals_give_a_reason(raw, values, device, message):
     assert message in problem_with(raw, device, **values)
+
+
+@pytest.mark.parametrize(
+    ("block", "values", "enabled", "offload"),
+    [
+        (None, None, False, False),
+        ("auto", None, False, False),
+        ({}, None, True, False),
+        ({"cpu_checkpointing": True, "partition_activations": False, "number_checkpoints": None}, None, True, True),
+        (None, {"every_n_layers": 2}, True, False),
+        ({"cpu_checkpointing": "auto"}, {"offload": True}, True, True),
+    ],
+)
+def test_a_checkpointing_block_is_translated(block, values, enabled, offload):
+    raw = {} if block is None else {"activation_checkpointing": block}
+    config = RunConfig(activation_checkpointing=values)
+    assert "activation_checkpointing" not in resolve(raw, activation_checkpointing=values)
+    settings = resolve_checkpointing(raw, config)
+    assert (settings.enabled, settings.offload) == (enabled, offload)
+    assert settings.every_n_layers == (values or {}).get("every_n_layers", 1)
 
 
 @pytest.mark.parametrize(

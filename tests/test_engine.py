@@ -15,9 +15,10 @@ pytestmark = pytest.mark.ranks
     [(1, [[8, 1], [4, 2], [2, 4], [3, 3]]), (2, [[4, 1], [2, 2], [1, 4], [3, 2]])],
     ids=["1 rank", "2 ranks"],
 )
-def test_gradients_do_not_depend_on_the_split(ranks, splits):
-    code = "import rank_checks\nresult = rank_checks.gradient_errors(names, splits)"
-    for errors in launching.on_ranks(ranks, code, names=CONFIGS, splits=splits):
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
+def test_gradients_do_not_depend_on_the_split(ranks, splits, checkpointed):
+    code = "import rank_checks\nresult = rank_checks.gradient_errors(names, splits, checkpointed)"
+    for errors in launching.on_ranks(ranks, code, names=CONFIGS, splits=splits, checkpointed=checkpointed):
         assert len(errors) == len(CONFIGS) * len(splits)
         assert max(errors.values()) < 1e-6, errors
 

@@ -20,7 +20,7 @@ RUNS = (
 )
 
 
-def run_of(recipe: Path, name: str, config: dict, ranks: int, folder: Path) -> dict:
+def run_of(recipe: Path, name: str, config: dict, ranks: int, checkpointed: bool, folder: Path) -> dict:
     run = {key: value for key, value in config.items() if key != "reset"}
     run["reset_optimizer"] = False if config["reset"] == "never" else config["reset"]
     if name.startswith("last_pass_window"):
@@ -32,6 +32,7 @@ def run_of(recipe: Path, name: str, config: dict, ranks: int, folder: Path) -> d
         "train_path": str(recipe / "train.json"),
         "val_path": str(recipe / "valid.json"),
         "batch_size_training": 8 // ranks,
+        "activation_checkpointing": {"enabled": checkpointed},
         "max_new_tokens": 2,
         "debug": True,  # writes no checkpoints, which these runs do not need
     }
@@ -39,13 +40,13 @@ def run_of(recipe: Path, name: str, config: dict, ranks: int, folder: Path) -> d
 
 @pytest.mark.shared
 @pytest.mark.ranks
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "checkpointed"), [(1, True), (2, False)], ids=["1 recomputed", "2"])
 @pytest.mark.parametrize("name", RUNS)
-def test_published_run(shared, tmp_path, name, ranks):
+def test_published_run(shared, tmp_path, name, ranks, checkpointed):
     recipe = shared / "reference" / "recipe"
     published = json.loads((recipe / "losses.json").read_text())
     assert set(published) == set(RUNS)
-    launching.train(run_of(recipe, name, published[name]["config"], ranks, tmp_path), tmp_path, ranks)
+    launching.train(run_of(recipe, name, published[name]["config"], ranks, checkpointed, tmp_path), tmp_path, ranks)
     steps = launching.events(tmp_path / name, "train_step")
     evaluations = launching.events(tmp_path / name, "eval")
     expected = published[name]["epochs"]

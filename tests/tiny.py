@@ -7,36 +7,59 @@ from pathlib import Path
 
 import prosqa
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from coconut_ds import Coconut, LatentContext
 
 PAD, EOS, START, END, LATENT, VOCABULARY = 0, 1, 2, 3, 4, 40
 
 
-def backbone(family: str) -> PreTrainedModel:
-    """A two-layer model with large random weights, so that differences show."""
+def backbone(family: str, dropout: float = 0.0, n_layer: int = 2) -> PreTrainedModel:
+    """A small model with large random weights, so that differences show."""
     shape = {"vocab_size": VOCABULARY, "initializer_range": 0.2, "bos_token_id": EOS, "eos_token_id": EOS}
     if family == "gpt2":
-        no_dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
-        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=96, **no_dropout, **shape))
-    config = LlamaConfig(
+        rates = {"embd_pdrop": dropout, "attn_pdrop": dropout, "resid_pdrop": dropout}
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=n_layer, n_head=4, n_positions=96, **rates, **shape))
+    config_class, model_class = _FAMILIES[family]
+    head_size = {"head_dim": 8} if family == "qwen3" else {}
+    config = config_class(
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=n_layer,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=96,
+        attention_dropout=dropout,
         pad_token_id=PAD,
+        **head_size,
         **shape,
     )
-    return LlamaForCausalLM(config)
+    return model_class(config)
 
 
-def coconut(family: str = "gpt2", context: LatentContext | None = None) -> Coconut:
+_FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def coconut(
+    family: str = "gpt2", context: LatentContext | None = None, dropout: float = 0.0, n_layer: int = 2
+) -> Coconut:
     torch.manual_seed(0)
     return Coconut(
-        backbone(family),
+        backbone(family, dropout, n_layer),
         latent_token_id=LATENT,
         start_latent_id=START,
         end_latent_id=END,

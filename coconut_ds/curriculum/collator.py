@@ -42,9 +42,12 @@ class Batch(NamedTuple):
     """What one forward takes, and what the loop wants to know about it without asking the device."""
 
     inputs: dict[str, Any]
-    """input_ids, attention_mask, labels, position_ids, each (B, T), and thought_span: (first column, end) or ()."""
+    """What `Coconut.forward` takes: input_ids, attention_mask, labels, position_ids, each (B, T), thought_span as ints,
+    and supervised (N,)."""
     n_targets: int
     """Supervised tokens, counted after the causal shift."""
+    n_tokens: int
+    """Cells of the batch that are not padding; a filler has none."""
     indices: list[int]
     """Position of each row's example in its data file; empty for a filler."""
 
@@ -80,7 +83,8 @@ def collate_training(sequences: Sequence[TokenSequence], indices: list[int], pad
     rank runs the same number of micro-batches.
     """
     if not sequences:
-        sequences = [TokenSequence([pad], 0, 0, 1)]
+        filler = _collate([TokenSequence([pad], 0, 0, 1)], [0], indices, pad)
+        return filler._replace(n_tokens=0)
     with_thoughts = [each for each in sequences if each.n_thoughts]
     column = max((each.first_thought for each in with_thoughts), default=0)
     offsets = [column - each.first_thought if each.n_thoughts else 0 for each in sequences]
@@ -109,11 +113,15 @@ def _collate(sequences: Sequence[TokenSequence], offsets: list[int], indices: li
         if each.n_thoughts:
             first = offset + each.first_thought
             spans.append((first, first + each.n_thoughts))
+    counts = labels != IGNORED
+    counts[:, 0] = False
+    supervised = counts.flatten().nonzero().flatten()
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "labels": labels,
         "position_ids": position_ids,
         "thought_span": (min(first for first, _ in spans), max(end for _, end in spans)) if spans else (),
+        "supervised": supervised,
     }
-    return Batch(inputs, int((labels[:, 1:] != IGNORED).sum()), indices)
+    return Batch(inputs, len(supervised), sum(len(each.ids) for each in sequences), indices)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +16,8 @@ from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.errors import InputError, did_you_mean
 
 KEYS = ("question", "steps", "answer")
+_TOKENIZATION = 1
+"""Raised when `_tokenize_batch` changes, so that tables made before are not read."""
 
 
 class DataError(InputError):
@@ -70,11 +74,28 @@ def tokenize(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) 
     """Tokenize each part apart: question + newline, each step + newline, "### " + answer, EOS.
 
     Columns: question_ids (list of ids), steps_ids (list of lists), answer_ids, and the texts question, steps, answer.
+    The table is kept on disk beside the caches of `datasets` (`HF_DATASETS_CACHE`), under a hash of the texts and the
+    tokenizer, and read from there the next time.
     """
     texts = Dataset.from_list([{key: record[key] for key in KEYS} for record in records])
+    name = _content_hash(records, tokenizer)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "coconut_ds"
+    folder.mkdir(parents=True, exist_ok=True)
     return texts.map(
-        _tokenize_batch, batched=True, fn_kwargs={"tokenizer": tokenizer}, keep_in_memory=True, new_fingerprint="tokens"
+        _tokenize_batch,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer},
+        cache_file_name=str(folder / f"{name}.arrow"),
+        new_fingerprint=name,
     )
+
+
+def _content_hash(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+    texts = [[record[key] for key in KEYS] for record in records]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else f"{tokenizer!r} {sorted(tokenizer.get_vocab().items())}"
+    content = json.dumps([_TOKENIZATION, type(tokenizer).__name__, rules, tokenizer.special_tokens_map, texts])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _tokenize_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
@@ -91,6 +112,16 @@ def _tokenize_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) 
             for answer in ids(("### " + answer for answer in batch["answer"]), special=False)
         ],
     }
+
+
+def longest_prompt(examples: Dataset, curriculum: Curriculum) -> int:
+    """Columns of the longest evaluation prompt of any stage."""
+    markers = 2 if curriculum.uses_markers else 0
+    rows = examples.select_columns(["question_ids", "steps_ids"])
+    last = curriculum.max_latent_stage + 1
+    return max(
+        len(row["question_ids"]) + markers + curriculum.prompt_thoughts(last, len(row["steps_ids"])) for row in rows
+    )
 
 
 def check_lengths(

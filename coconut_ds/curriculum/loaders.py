@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow.compute
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
@@ -20,7 +21,10 @@ from coconut_ds.curriculum.collator import (
 )
 from coconut_ds.curriculum.stages import Curriculum
 
-_ID_COLUMNS = ["question_ids", "steps_ids", "answer_ids"]
+POOL = 128
+"""Examples that are sorted by length together at least."""
+
+ID_COLUMNS = ["question_ids", "steps_ids", "answer_ids"]
 
 
 class TrainingWindows(torch.utils.data.Dataset):
@@ -29,12 +33,23 @@ class TrainingWindows(torch.utils.data.Dataset):
     The order is a permutation fixed by (seed, epoch); window w holds the same examples whatever the number of ranks
     and the micro-batch size, as long as their product with the accumulation is the same. Every rank gets the same
     number of micro-batches; where examples run out, the missing ones are fillers without a supervised token.
+
+    With `group_by_length` the examples of a window are sorted by question length, longest first, before they are dealt
+    to micro-batches: less padding, the same optimizer step. Windows of fewer than `POOL` examples are cut from sorted
+    pools of at least that many, and come in random order.
     """
 
     def __init__(
-        self, examples: Dataset, curriculum: Curriculum, tokens: Tokens, sizes: BatchSizes, rank: int, epoch: int
+        self,
+        examples: Dataset,
+        curriculum: Curriculum,
+        tokens: Tokens,
+        sizes: BatchSizes,
+        rank: int,
+        epoch: int,
+        group_by_length: bool = True,
     ):
-        self._examples = examples.select_columns(_ID_COLUMNS)
+        self._examples = examples.select_columns(ID_COLUMNS)
         self._curriculum = curriculum
         self._tokens = tokens
         self._sizes = sizes
@@ -42,7 +57,10 @@ class TrainingWindows(torch.utils.data.Dataset):
         self._epoch = epoch
         self._stage = curriculum.stage(epoch)
         generator = torch.Generator().manual_seed(_mix(curriculum.seed, epoch))
-        self._order = torch.randperm(len(examples), generator=generator).tolist()
+        order = torch.randperm(len(examples), generator=generator)
+        if group_by_length:
+            order = _grouped(order, _question_lengths(self._examples), sizes.total, generator)
+        self._order: list[int] = order.tolist()
 
     def __len__(self) -> int:
         return windows_per_epoch(len(self._order), self._sizes)
@@ -62,6 +80,24 @@ class TrainingWindows(torch.utils.data.Dataset):
             layout = self._curriculum.training_layout(self._stage, len(row["steps_ids"]), self._epoch, index)
             sequences.append(training_sequence(row, layout, self._tokens))
         return collate_training(sequences, indices, self._tokens.pad)
+
+
+def _grouped(order: torch.Tensor, lengths: torch.Tensor, total: int, generator: torch.Generator) -> torch.Tensor:
+    """`order` (N,) with windows of `total` examples of like length, longest first within each; lengths (N,)."""
+    grouped = []
+    for pool in order.split(total * max(1, -(-POOL // total))):
+        by_length = pool[lengths[pool].argsort(descending=True, stable=True)]
+        windows = by_length.split(total)
+        whole = [windows[place] for place in torch.randperm(len(pool) // total, generator=generator)]
+        # A smaller window can only be the last of the epoch.
+        grouped += [*whole, *windows[len(whole) :]]
+    return torch.cat(grouped)
+
+
+def _question_lengths(examples: Dataset) -> torch.Tensor:
+    """Tokens of each question, (N,), read from the offsets of the Arrow column without touching the tokens."""
+    table = examples.select_columns("question_ids").with_format("arrow")[:]
+    return torch.tensor(pyarrow.compute.list_value_length(table["question_ids"]).to_numpy())
 
 
 def windows_per_epoch(n_examples: int, sizes: BatchSizes) -> int:
@@ -103,10 +139,9 @@ def prompt_loader(
 def _evaluation_loader(
     examples: Dataset, collate: Callable[[list[int], list[dict]], Batch], batch_size: int, rank: int, world: int
 ) -> DataLoader:
-    columns = examples.select_columns(_ID_COLUMNS)
-    lengths = [len(ids) for ids in columns["question_ids"]]
+    columns = examples.select_columns(ID_COLUMNS)
     # Like lengths together, so that little is padded; dealt out in turn, so that every rank has about as much to do.
-    mine = sorted(range(len(lengths)), key=lengths.__getitem__)[rank::world]
+    mine = _question_lengths(columns).argsort(stable=True)[rank::world].tolist()
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     return DataLoader(
         batches,  # type: ignore[arg-type]

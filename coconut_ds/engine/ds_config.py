@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from coconut_ds.config import BatchSizes, RunConfig
+from coconut_ds.config import ActivationCheckpointingConfig, BatchSizes, RunConfig
 from coconut_ds.errors import InputError, did_you_mean, problem_list
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -26,10 +26,27 @@ MEMORY_KEYS = frozenset(
 """Top-level keys of DeepSpeed that may stand in a ds JSON beside those owned by the run YAML."""
 
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-_OWNED_KEYS = frozenset((*_BATCH_KEYS, "gradient_clipping", "optimizer", "scheduler", "managed_gradient_accumulation"))
+_OWNED_KEYS = frozenset(
+    (
+        *_BATCH_KEYS,
+        "gradient_clipping",
+        "optimizer",
+        "scheduler",
+        "managed_gradient_accumulation",
+        "activation_checkpointing",
+    )
+)
+
+_CHECKPOINTING_REFUSED = {
+    "partition_activations": "it divides activations among model-parallel ranks, and there are none here",
+    "contiguous_memory_optimization": "it wants activations of one shape, and the passes differ in theirs",
+    "number_checkpoints": "it only sizes the buffer of contiguous_memory_optimization; for fewer checkpoints set "
+    "activation_checkpointing.every_n_layers in the run YAML",
+    "synchronize_checkpoint_boundary": "it makes the host wait at every layer of every pass",
+    "profile": "it times DeepSpeed's own checkpoint function, which is not used; see benchmarks/train_step.py",
+}
 
 _REFUSED_KEYS = {
-    "activation_checkpointing": "DeepSpeed's checkpointing is reentrant and breaks a multi-pass forward under ZeRO-2",
     "elasticity": "DeepSpeed 0.19 removed it",
     "torch_autocast": "it is global to the process and outlives the engine; set precision in the run YAML",
     "amp": "DeepSpeed 0.19 removed it; set precision in the run YAML",
@@ -92,6 +109,7 @@ def resolve_ds_config(
         *_unknown_keys(raw),
         *_clashes(raw, config, sizes, precision, run_file),
         *_broken_combinations(zero, raw, precision),
+        *_checkpointing_problems(raw, config, run_file),
     ]
     if problems:
         raise DeepSpeedConfigError(problem_list(config.deepspeed, problems))
@@ -111,6 +129,21 @@ def resolve_ds_config(
         "steps_per_print": raw.get("steps_per_print", 2**31 - 1),
     }
     return resolved
+
+
+def resolve_checkpointing(raw: dict[str, Any], config: RunConfig) -> ActivationCheckpointingConfig:
+    """The checkpointing to train with: the run YAML's, else what the ds JSON's `activation_checkpointing` block means.
+
+    DeepSpeed itself does nothing on such a block: it configures its own checkpoint function, which a model has to call.
+    A block that `resolve_ds_config` let through stands for checkpointing of every layer, with `cpu_checkpointing` for
+    offload.
+    """
+    block = raw.get("activation_checkpointing")
+    if config.activation_checkpointing is not None:
+        return config.activation_checkpointing
+    if not isinstance(block, dict):
+        return ActivationCheckpointingConfig(enabled=False)
+    return ActivationCheckpointingConfig(offload=block.get("cpu_checkpointing") is True)
 
 
 def offloads_optimizer(ds_config: dict[str, Any]) -> bool:
@@ -159,6 +192,32 @@ def _clashes(
                 yield f'{key}: {value!r} here, but {wanted!r} follows from {run_file}; write "auto" here'
         elif section in ("optimizer", "scheduler") and value != "auto":
             yield f'{key}: {value!r} here, but {run_file} owns training values; write "auto" here and set it there'
+
+
+def _checkpointing_problems(raw: dict[str, Any], config: RunConfig, run_file: str) -> Iterator[str]:
+    name = "activation_checkpointing"
+    block, wanted = raw.get(name, "auto"), config.activation_checkpointing
+    if block == "auto":
+        return
+    if not isinstance(block, dict):
+        yield f"{name}: {block!r} must be an object"
+        return
+    for key, value in block.items():
+        if key in _CHECKPOINTING_REFUSED and value not in (False, None, "auto"):
+            yield f"{name}.{key}: {value!r}: refused: {_CHECKPOINTING_REFUSED[key]}; remove it"
+        elif key not in (*_CHECKPOINTING_REFUSED, "cpu_checkpointing"):
+            hint = did_you_mean(key, (*_CHECKPOINTING_REFUSED, "cpu_checkpointing"))
+            yield f"{name}.{key}: unknown key, which DeepSpeed would ignore{hint}"
+    if wanted is not None and not wanted.enabled:
+        yield f"{name}: a block here, but {run_file} has {name}.enabled: false; drop one of them"
+    offload = block.get("cpu_checkpointing", "auto")
+    if offload not in (True, False, "auto"):
+        yield f"{name}.cpu_checkpointing: {offload!r} must be true or false"
+    elif wanted is not None and offload not in ("auto", wanted.offload):
+        yield (
+            f'{name}.cpu_checkpointing: {offload!r} here, but {wanted.offload!r} follows from {run_file}; write "auto" '
+            "here"
+        )
 
 
 def _leaves(raw: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.activations import NewGELUActivation
 
 from coconut_ds.errors import InputError
 
@@ -67,6 +69,7 @@ def load_backbone(name: str) -> Backbone:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     _check(model, name)
+    fuse_gelu(model)
     return Backbone(model, tokenizer)
 
 
@@ -107,7 +110,16 @@ def scratch_backbone(architecture: str, tokenizer: PreTrainedTokenizerBase, **sh
     `shape`: n_layer, n_embd, n_head, n_positions, dropout.
     """
     config = _SCRATCH_CONFIGS[architecture](tokenizer, **shape)
-    return Backbone(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fuse_gelu(model)
+    return Backbone(model, tokenizer)
+
+
+def fuse_gelu(model: PreTrainedModel) -> None:
+    """GPT-2 spells its GELU out in eight operations, which keep four tensors of the MLP's width; torch's keeps one."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, NewGELUActivation):
+            model.set_submodule(name, nn.GELU(approximate="tanh"))
 
 
 def _gpt2_config(tokenizer: PreTrainedTokenizerBase, dropout: float, **shape: Any) -> PreTrainedConfig:

@@ -5,17 +5,20 @@ Shapes: B rows, T columns, D hidden size, V vocabulary, N supervised tokens of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from coconut_ds.model.checkpointing import PieceCache, checkpoint_layers, restore_layers
 from coconut_ds.model.generation import greedy_decode
 from coconut_ds.model.latents import LatentContext, next_thought, states_in_reach
+from coconut_ds.model.loss import summed_cross_entropy
+from coconut_ds.model.masks import causal_mask, columns_of
+from coconut_ds.model.weight_gradients import Pass, Rows, gather_weight_gradients, within
 
 IGNORED_LABEL = -100
 
@@ -41,7 +44,7 @@ class Encoded:
     """(B, T, D)"""
     fed: Sequence[torch.Tensor]
     """What each pass was fed, (B, columns, D) each."""
-    cache: DynamicCache | None
+    cache: Cache | None
 
     @property
     def inputs_embeds(self) -> torch.Tensor:
@@ -73,6 +76,23 @@ class Coconut(nn.Module):
         self.end_latent_id = end_latent_id
         self.eos_token_id = eos_token_id
         self.latent_context = latent_context or LatentContext()
+        self._checkpoints_layers = False
+        gather_weight_gradients(self.base_causallm.base_model)
+
+    def enable_activation_checkpointing(self, every_n_layers: int = 1, offload: bool = False) -> None:
+        """Keep only the input, keys and values of every `every_n_layers`-th decoder layer and recompute the rest.
+
+        Same loss and gradients, dropout included. `offload` moves the layer inputs of the prefix to pinned host
+        memory; on a CPU it says that it does nothing. Raises ValueError for a model whose layers cannot be
+        checkpointed, and when it is on already.
+        """
+        checkpoint_layers(self.base_causallm, every_n_layers, offload)
+        self._checkpoints_layers = True
+
+    def disable_activation_checkpointing(self) -> None:
+        """Undo `enable_activation_checkpointing`; nothing happens when it is off."""
+        restore_layers(self.base_causallm)
+        self._checkpoints_layers = False
 
     def forward(
         self,
@@ -81,23 +101,33 @@ class Coconut(nn.Module):
         labels: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         thought_span: Sequence[int] | None = None,
+        supervised: torch.Tensor | None = None,
     ) -> CoconutOutput:
         """All tensors (B, T). Labels are -100 where nothing is learned; a label is predicted from the column before.
 
-        `thought_span` is (first thought column of the batch, one past the last), or () for a batch without thoughts;
-        the collator knows it, and where it is missing it is read from `input_ids`.
+        `thought_span` is (first thought column of the batch, one past the last), or () for a batch without thoughts.
+        `supervised` (N,) holds row * T + column of every label that counts. The collator knows both; where they are
+        missing they are read from the tensors, which on a GPU waits for it.
 
-        Raises ValueError when a thought stands in column 0.
+        Raises ValueError when a thought stands in column 0, or when HF's own checkpointing, which drops the cache, is
+        on in training.
         """
         encoded = self.encode(input_ids, attention_mask, position_ids, thought_span)
         if labels is None:
             return CoconutOutput(logits=self.lm_head(encoded.hidden))
-        targets = labels[:, 1:]
-        supervised = targets != IGNORED_LABEL
-        logits = self.lm_head(encoded.hidden[:, :-1][supervised])  # (N, V)
-        loss_sum = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-        n_targets = supervised.sum()
-        return CoconutOutput(loss=loss_sum / n_targets.clamp_min(1), loss_sum=loss_sum, n_targets=n_targets)
+        if supervised is None:
+            counts = labels != IGNORED_LABEL
+            counts[:, 0] = False  # nothing precedes the first column
+            supervised = counts.flatten().nonzero().flatten()
+        # The state one column earlier predicts a label.
+        states = encoded.hidden.flatten(0, 1).index_select(0, supervised - 1)  # (N, D)
+        loss_sum = summed_cross_entropy(self.lm_head, states, labels.flatten().index_select(0, supervised))
+        n_targets = len(supervised)
+        return CoconutOutput(
+            loss=loss_sum / max(n_targets, 1),
+            loss_sum=loss_sum,
+            n_targets=torch.tensor(n_targets),
+        )
 
     @property
     def lm_head(self) -> nn.Module:
@@ -113,28 +143,53 @@ class Coconut(nn.Module):
         use_cache: bool = False,
     ) -> Encoded:
         """Run all passes over (B, T) inputs. The cache is returned with `use_cache`, covering every column."""
+        if self.training and self.base_causallm.is_activation_checkpointing:
+            raise ValueError(
+                "the model's own gradient checkpointing drops the KV cache and with it every thought; call "
+                "activation_checkpointing_disable() on it and enable_activation_checkpointing() on the Coconut model"
+            )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if position_ids is None:
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
         span = self._find_thoughts(input_ids) if thought_span is None else tuple(thought_span)
         embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (B, T, D)
-        cache = DynamicCache(config=self.base_causallm.config) if span or use_cache else None
+        cache = self._new_cache(use_cache) if span or use_cache else None
+        mask = causal_mask(attention_mask, self.base_causallm.config)
+        left: dict[nn.Module, list[Rows]] = {}
+
+        def run(embeds: torch.Tensor, start: int) -> torch.Tensor:
+            """One pass of the backbone without its LM head over the columns from `start` on: (B, columns, D)."""
+            end = start + embeds.shape[1]
+            with within(Pass(start == 0, left) if span else None):
+                return self.base_causallm.base_model(
+                    inputs_embeds=embeds,
+                    attention_mask=columns_of(mask, start, end),
+                    position_ids=position_ids[:, start:end],
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                ).last_hidden_state
+
         if span:
-            passes = list(self._passes(span, input_ids, embeds, attention_mask, position_ids, cache))
+            first_real = attention_mask.argmax(dim=1)  # (B,)
+            passes = list(self._passes(span, input_ids, embeds, first_real, run))
         else:
-            passes = [(embeds, self._run(embeds, 0, attention_mask, position_ids, cache))]
+            passes = [(embeds, run(embeds, 0))]
         fed, hidden = zip(*passes)
         return Encoded(torch.cat(hidden, dim=1), fed, cache if use_cache else None)
+
+    def _new_cache(self, for_decoding: bool) -> Cache:
+        if self._checkpoints_layers and torch.is_grad_enabled() and not for_decoding:
+            return PieceCache()
+        return DynamicCache(config=self.base_causallm.config)
 
     def _passes(
         self,
         span: tuple[int, ...],
         input_ids: torch.Tensor,
         embeds: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        cache: DynamicCache | None,
+        first_real: torch.Tensor,
+        run: Callable[[torch.Tensor, int], torch.Tensor],
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (embeddings fed, hidden states), each (B, columns, D), of the prefix, each thought, and the tail."""
         first, end = span
@@ -144,9 +199,8 @@ class Coconut(nn.Module):
             raise ValueError("a thought stands in column 0, where no hidden state precedes it; put a token before it")
         context = self.latent_context
         is_thought = torch.eq(input_ids, self.latent_token_id)  # (B, T)
-        first_real = attention_mask.argmax(dim=1)  # (B,)
         fed = embeds[:, :first]
-        hidden = self._run(fed, 0, attention_mask, position_ids, cache)
+        hidden = run(fed, 0)
         yield fed, hidden
         recent = hidden[:, -context.reach :].flip(1)  # (B, J, D), newest first
         for column in range(first, end):
@@ -156,27 +210,9 @@ class Coconut(nn.Module):
             fed = torch.where(is_thought[:, column, None], thought, embeds[:, column])[:, None]
             if column == end - 1:
                 fed = torch.cat([fed, embeds[:, end:]], dim=1)
-            hidden = self._run(fed, column, attention_mask, position_ids, cache)
+            hidden = run(fed, column)
             yield fed, hidden
             recent = torch.cat([hidden[:, :1], recent], dim=1)[:, : context.reach]
-
-    def _run(
-        self,
-        embeds: torch.Tensor,
-        start: int,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        cache: DynamicCache | None,
-    ) -> torch.Tensor:
-        """One pass of the backbone without its LM head over the columns from `start` on: (B, columns, D)."""
-        end = start + embeds.shape[1]
-        return self.base_causallm.base_model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask[:, :end],
-            position_ids=position_ids[:, start:end],
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
 
     def _find_thoughts(self, input_ids: torch.Tensor) -> tuple[int, ...]:
         if self.latent_token_id is None:

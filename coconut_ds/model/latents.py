@@ -5,6 +5,7 @@ Shapes: B rows, J states in the window, D hidden size.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,8 +63,14 @@ def next_thought(states: torch.Tensor, available: torch.Tensor, weights: tuple[f
     A row without any state to average gets zeros.
     """
     n_states = states.shape[1]
-    window = torch.tensor(weights[:n_states], device=states.device)  # (J,)
+    window = _window(weights, states.device)[:n_states]  # (J,)
     counted = torch.arange(n_states, device=states.device) < available[:, None]  # (B, J)
     shares = torch.where(counted, window, 0.0)  # (B, J)
     shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
     return torch.einsum("bj,bjd->bd", shares.to(states.dtype), states)
+
+
+@functools.cache
+def _window(weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    # Copied to the device once: a copy per thought would make the host wait for it each time.
+    return torch.tensor(weights, device=device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,19 @@ import torch
 from datasets import Dataset
 
 from coconut_ds import distributed
-from coconut_ds.config import BatchSizes, RunConfig
+from coconut_ds.config import ActivationCheckpointingConfig, BatchSizes, RunConfig, batch_sizes
 from coconut_ds.console import say
 from coconut_ds.curriculum.collator import Tokens
-from coconut_ds.curriculum.examples import check_lengths, read_records, tokenize
+from coconut_ds.curriculum.examples import check_lengths, longest_prompt, read_records, tokenize
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.engine.build import build_engine, start_process_group
+from coconut_ds.engine.ds_config import Precision
 from coconut_ds.errors import InputError
 from coconut_ds.model.backbone import END_LATENT, LATENT, START_LATENT, Backbone, scratch_backbone, word_tokenizer
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.latents import LatentContext
 from coconut_ds.tracking import Tracker, describe_environment, read_events
+from coconut_ds.training.batch_size import choose_eval_batch, choose_micro_batch
 from coconut_ds.training.checkpoint import latent_settings, load_initial, stored_settings
 from coconut_ds.training.evaluator import Evaluation, Evaluator
 from coconut_ds.training.trainer import Parts, Trainer, write_predictions
@@ -28,9 +32,20 @@ from coconut_ds.training.trainer import Parts, Trainer, write_predictions
 _DEBUG_TRAIN, _DEBUG_VALID = 5000, 32
 
 
-def train(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any]) -> None:
-    """Train a run to its end and print accuracy by stage."""
-    torch.manual_seed(config.seed)
+@dataclass(frozen=True)
+class Materials:
+    """What a run trains and what on, read and checked."""
+
+    curriculum: Curriculum
+    backbone: Backbone
+    model: Coconut
+    tokens: Tokens
+    train_set: Dataset
+    valid_set: Dataset
+
+
+def load_materials(config: RunConfig) -> Materials:
+    """Read data and model; raises InputError for whatever is wrong with them."""
     train_path, val_path = str(config.train_path), str(config.val_path)
     train_records = read_records(train_path, _DEBUG_TRAIN if config.debug else None)
     valid_records = read_records(val_path, _DEBUG_VALID if config.debug else None)
@@ -39,27 +54,42 @@ def train(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any]) -> No
     train_set = _examples(train_path, train_records, backbone, curriculum, config.max_new_tokens)
     valid_set = _examples(val_path, valid_records, backbone, curriculum, config.max_new_tokens)
     model, tokens = _coconut(config, backbone)
+    return Materials(curriculum, backbone, model, tokens, train_set, valid_set)
+
+
+def train(config: RunConfig, resolve: Callable[[RunConfig, BatchSizes], dict[str, Any]]) -> None:
+    """Train a run to its end and print accuracy by stage; `resolve` makes the DeepSpeed configuration."""
+    torch.manual_seed(config.seed)
+    materials = load_materials(config)
+    curriculum, backbone, model, tokens = materials.curriculum, materials.backbone, materials.model, materials.tokens
     # Only now: whatever is wrong with the input has been said by here, and no rank waits for another.
     start_process_group()
+    world = distributed.world_size()
+    if config.batch_size_training == "auto":
+        provisional = resolve(config, batch_sizes(config, world))
+        micro = choose_micro_batch(config, provisional, model, materials.train_set, curriculum, tokens)
+        config = config.model_copy(update={"batch_size_training": micro})
+    sizes = batch_sizes(config, world)
+    ds_config = resolve(config, sizes)
     if distributed.is_main():
         _write_description(config, ds_config)
     # Ranks draw their own dropout from here on; weights and order were drawn from the seed they share.
     torch.manual_seed(config.seed + 1_000_003 * distributed.rank())
     engine = build_engine(model, config, ds_config)
     tracker = Tracker(config, distributed.is_main())
-    evaluator = Evaluator(
-        engine.module, valid_set, curriculum, tokens, backbone.tokenizer, config.eval_batch_size, config.max_new_tokens
-    )
-    say(_opening(config, sizes, ds_config, backbone, len(train_set)))
+    evaluator = _evaluator(config, model, materials.valid_set, curriculum, tokens, backbone)
+    say(_opening(config, sizes, ds_config, backbone, len(materials.train_set)))
     try:
-        Trainer(Parts(config, sizes, curriculum, tokens, backbone, engine, train_set, evaluator, tracker)).fit()
+        Trainer(
+            Parts(config, sizes, curriculum, tokens, backbone, engine, materials.train_set, evaluator, tracker)
+        ).fit()
     finally:
         tracker.close()
     say(summary_table(read_events(tracker.path, "eval")) if distributed.is_main() else "")
     say(f"run folder: {config.run_folder}")
 
 
-def evaluate(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any]) -> None:
+def evaluate(config: RunConfig, precision: Precision) -> None:
     """Evaluate `load_model_path` on the test set, or on the validation set where no test set is named."""
     path = str(config.test_path or config.val_path)
     records = read_records(path, _DEBUG_VALID if config.debug else None)
@@ -69,11 +99,8 @@ def evaluate(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any]) ->
     examples = _examples(path, records, backbone, curriculum, config.max_new_tokens)
     model, tokens = _coconut(config, backbone)
     start_process_group()
-    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-    model.to(distributed.device(), torch.float16 if ds_config["fp16"]["enabled"] else dtype)
-    evaluator = Evaluator(
-        model, examples, curriculum, tokens, backbone.tokenizer, config.eval_batch_size, config.max_new_tokens
-    )
+    model.to(distributed.device(), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    evaluator = _evaluator(config, model, examples, curriculum, tokens, backbone)
     outcome = evaluator.run(stage)
     if outcome is None:
         return
@@ -101,6 +128,16 @@ def _examples(
     return examples
 
 
+def _evaluator(
+    config: RunConfig, model: Coconut, examples: Dataset, curriculum: Curriculum, tokens: Tokens, backbone: Backbone
+) -> Evaluator:
+    rows = config.eval_batch_size
+    if rows == "auto":
+        rows = choose_eval_batch(model, longest_prompt(examples, curriculum), config.max_new_tokens, len(examples))
+        say(f"eval_batch_size: auto is {rows}")
+    return Evaluator(model, examples, curriculum, tokens, backbone.tokenizer, rows, config.max_new_tokens)
+
+
 def _coconut(config: RunConfig, backbone: Backbone) -> tuple[Coconut, Tokens]:
     ids = backbone.marker_ids() if config.uses_markers else dict.fromkeys((START_LATENT, END_LATENT, LATENT))
     context = config.latent_context
@@ -112,8 +149,18 @@ def _coconut(config: RunConfig, backbone: Backbone) -> tuple[Coconut, Tokens]:
         eos_token_id=backbone.tokenizer.eos_token_id,
         latent_context=LatentContext(context.weights, context.scope) if context else None,
     )
+    checkpointing = config.activation_checkpointing
+    if checkpointing is not None and checkpointing.enabled and not config.only_eval:
+        _checkpoint_activations(model, checkpointing)
     tokens = Tokens(backbone.tokenizer.pad_token_id, ids[START_LATENT], ids[END_LATENT], ids[LATENT])
     return model, tokens
+
+
+def _checkpoint_activations(model: Coconut, wanted: ActivationCheckpointingConfig) -> None:
+    try:
+        model.enable_activation_checkpointing(wanted.every_n_layers, wanted.offload)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:

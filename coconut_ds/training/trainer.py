@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
@@ -22,7 +22,7 @@ from coconut_ds.model.backbone import Backbone
 from coconut_ds.tracking import Tracker
 from coconut_ds.training.checkpoint import Checkpoints, Progress, latent_settings, read_progress
 from coconut_ds.training.evaluator import Evaluation, Evaluator
-from coconut_ds.training.step import optimizer_step
+from coconut_ds.training.step import Pending, accumulate_gradients, fetch
 
 if TYPE_CHECKING:
     import deepspeed
@@ -95,7 +95,13 @@ class Trainer:
             self._start_schedule(epoch)
         parts = self.parts
         self.windows = TrainingWindows(
-            parts.train_set, self.curriculum, parts.tokens, parts.sizes, distributed.rank(), epoch
+            parts.train_set,
+            self.curriculum,
+            parts.tokens,
+            parts.sizes,
+            distributed.rank(),
+            epoch,
+            self.config.group_by_length,
         )
         if is_first or resets or stage != self.curriculum.stage(epoch - 1):
             self.tracker.log(
@@ -113,25 +119,32 @@ class Trainer:
         stage = self.curriculum.stage(epoch)
         label = f"epoch {epoch + 1}/{self.config.num_epochs}, stage {stage}"
         started = time.monotonic()
+        pending: list[Pending] = []
         for window in progress_bar(training_loader(self.windows), len(self.windows), label):
             learning_rate = self.schedule.get_last_lr()[0]
-            step = optimizer_step(self.engine, window, self.config.loss_normalization)
-            if step.applied:
+            pending.append(accumulate_gradients(self.engine, window, self.config.loss_normalization))
+            number = self.progress.step + 1
+            logs = number % self.config.log_every_steps == 0
+            # Before the update, so that weights that went wrong are not saved.
+            figures = fetch(pending, number) if logs or number % self.steps_per_epoch == 0 else []
+            if figures:
+                pending.clear()
+            self.engine.step()
+            if self.engine.was_step_applied():
                 self.schedule.step()
-            self.progress = replace(self.progress, step=self.progress.step + 1)
+            self.progress = replace(self.progress, step=number)
             finished = time.monotonic()
-            if self.progress.step % self.config.log_every_steps == 0:
+            if logs:
                 self.tracker.log(
                     "train_step",
                     epoch=epoch + 1,
                     stage=stage,
-                    step=self.progress.step,
-                    loss=step.loss,
+                    step=number,
                     lr=learning_rate,
                     grad_norm=self._gradient_norm(),
-                    n_targets=step.n_targets,
                     step_time_s=finished - started,
                     peak_memory_gib=peak_memory_gib(),
+                    **asdict(figures[-1]),
                 )
             started = finished
 

@@ -1,0 +1,136 @@
+"""Peak memory of a training step, and how well it is predicted.
+
+    python benchmarks/memory.py --tokenizer FOLDER [--deepspeed ds_configs/*.json] [--micro-batch 2 4 8]
+        [--precision fp32 bf16] [--activations recomputed kept]
+
+One process for every ZeRO file, precision and treatment of activations. On a CPU what is counted is live tensor bytes
+of an optimizer step through the engine, the host's part included; on a GPU the allocator's peak. Columns:
+  step      peak of the step beyond what lives between steps
+  beyond    the same without gradients (one full set of them): activations and temporaries
+  planned   `training.activations` from micro-batches of 2 and 3, and the plain forward and backward it stands for
+A row that runs out of memory stays in the table. Prints a table and one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import workload
+
+from coconut_ds import Coconut, distributed
+from coconut_ds.config import BatchSizes, RunConfig
+from coconut_ds.engine.build import build_engine, describe_device, start_process_group
+from coconut_ds.engine.ds_config import read_ds_json, resolve_ds_config
+from coconut_ds.memory import LiveTensorMeter
+from coconut_ds.training.activations import ActivationCost, batch_of, measure, measured_peak
+from coconut_ds.training.step import optimizer_step
+
+MIB = 2**20
+_TREATMENTS = ("recomputed", "kept")
+
+
+def main() -> None:
+    parser = workload.parser(__doc__)
+    parser.add_argument("--deepspeed", nargs="+", default=sorted(map(str, Path("ds_configs").glob("*.json"))))
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--precision", nargs="+", default=["fp32"])
+    parser.add_argument("--activations", nargs="+", choices=_TREATMENTS, default=list(_TREATMENTS))
+    parser.add_argument("--columns", type=int, default=workload.PROSQA_COLUMNS)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(_one(options)))
+        return
+    print("ZeRO file        precision  activations  micro-batch  step MiB  beyond MiB  an example  planned / measured")
+    rows = []
+    for path, precision, how in itertools.product(options.deepspeed, options.precision, options.activations):
+        for row in _in_a_process(options, path, precision, how):
+            rows.append({"deepspeed": path, "precision": precision, "activations": how, **row})
+            print(_line(rows[-1]), flush=True)
+    counted = [row for row in rows if row["activations"] == "recomputed" and "per_example_mib" in row]
+    headline = counted[-1]["per_example_mib"] if counted else None
+    workload.finish(options, per_example_mib=headline, rows=rows)
+
+
+def _in_a_process(options: argparse.Namespace, path: str, precision: str, how: str) -> list[dict[str, Any]]:
+    command = [sys.executable, __file__, "--one", "--tokenizer", options.tokenizer, "--deepspeed", path]
+    command += ["--precision", precision, "--activations", how, "--columns", str(options.columns)]
+    command += ["--thoughts", str(options.thoughts), "--micro-batch", *map(str, options.micro_batch)]
+    if options.memory_limit:
+        command += ["--memory-limit", str(options.memory_limit)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        return [{"micro_batch": micro, "failed": f"exit status {done.returncode}"} for micro in options.micro_batch]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _one(options: argparse.Namespace) -> list[dict[str, Any]]:
+    workload.begin(options)
+    start_process_group()
+    config = RunConfig(deepspeed=options.deepspeed[0], precision=options.precision[0])
+    model = workload.coconut(workload.gpt2_small(options.tokenizer))
+    if options.activations == ["recomputed"]:
+        model.enable_activation_checkpointing()
+    sequence = workload.sequence_of(options.columns, options.thoughts, int(model.latent_token_id or 0))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision[0]]
+    # What is planned and measured without an engine first: it needs the weights as they are before ZeRO holds them.
+    plain = model.to(dtype)
+    cost = measure(plain, sequence)
+    measured = {micro: measured_peak(plain, batch_of(sequence, micro)) for micro in options.micro_batch}
+    settings = resolve_ds_config(
+        read_ds_json(config.deepspeed), config, BatchSizes(options.micro_batch[0], 1, 1), describe_device()
+    )
+    engine = build_engine(model.to(torch.float32), config, settings)
+    gradients = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    optimizer_step(engine, [batch_of(sequence, 1)], "token")
+    rows = []
+    for micro in options.micro_batch:
+        row: dict[str, Any] = {"micro_batch": micro}
+        try:
+            peak = _step_peak(engine, model, [batch_of(sequence, micro)])
+            beyond = peak - gradients
+            row |= {"step_mib": peak / MIB, "beyond_mib": beyond / MIB, "per_example_mib": beyond / micro / MIB}
+        except torch.OutOfMemoryError:
+            row["failed"] = "out of memory"
+        row |= _prediction(cost, measured[micro], micro)
+        rows.append(row)
+    distributed.close()
+    return rows
+
+
+def _prediction(cost: ActivationCost, measured: int, micro: int) -> dict[str, float]:
+    return {"planned_mib": cost.peak(micro) / MIB, "planned_over_measured": cost.peak(micro) / measured}
+
+
+def _step_peak(engine: Any, model: Coconut, window: list[Any]) -> int:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        optimizer_step(engine, window, "token")
+        return torch.cuda.max_memory_allocated() - before
+    with LiveTensorMeter() as meter:
+        optimizer_step(engine, window, "token")
+    return meter.peak
+
+
+def _line(row: dict[str, Any]) -> str:
+    head = (
+        f"{Path(row['deepspeed']).stem:<15}  {row['precision']:>9}  {row['activations']:>11}  {row['micro_batch']:>11}"
+    )
+    if "failed" in row:
+        return f"{head}  {row['failed']}"
+    return (
+        f"{head}  {row['step_mib']:>8.0f}  {row['beyond_mib']:>10.0f}  {row['per_example_mib']:>10.1f}  "
+        f"{row['planned_over_measured']:>18.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

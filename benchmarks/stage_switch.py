@@ -1,0 +1,67 @@
+"""From the end of one stage to the first batch of the next, and tokenizing at start.
+
+    python benchmarks/stage_switch.py --tokenizer FOLDER [--examples 18000] [--rounds 5]
+
+Generates ProsQA, tokenizes it with an empty cache and again with a full one, and switches stages: the loader of the
+next stage is made, its order drawn and grouped by length, and its first window (128 examples) collated. Prints a table
+and one JSON line.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# Before `datasets` is imported: a cache that is empty, and gone afterwards.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "preprocessing"))
+
+import prosqa
+import workload
+from transformers import AutoTokenizer
+
+from coconut_ds.config import BatchSizes
+from coconut_ds.curriculum.collator import Tokens
+from coconut_ds.curriculum.examples import tokenize
+from coconut_ds.curriculum.loaders import TrainingWindows, training_loader
+from coconut_ds.curriculum.stages import Curriculum
+
+
+def main() -> None:
+    parser = workload.parser(__doc__)
+    parser.add_argument("--examples", type=int, default=18_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    workload.begin(options)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    records = list(prosqa.generate(options.examples, "benchmark"))
+    tokenizing = []
+    for _ in range(2):
+        started = time.perf_counter()
+        examples = tokenize(records, tokenizer)
+        tokenizing.append(time.perf_counter() - started)
+    curriculum = Curriculum("coconut", 1, 1, 6, True, 0.0, 0)
+    epoch = iter(range(1, 10**6))
+
+    def switch() -> None:
+        windows = TrainingWindows(
+            examples, curriculum, Tokens(50256, 50257, 50258, 50259), BatchSizes(8, 16, 1), 0, next(epoch)
+        )
+        next(iter(training_loader(windows)))
+
+    seconds = workload.seconds_by_round({"switch": switch}, options.rounds)["switch"]
+    print(f"tokenizing {options.examples} examples: {tokenizing[0]:.1f} s, from the cache {tokenizing[1]:.2f} s")
+    print(f"stage switch to the first window: {workload.spread(seconds)} s")
+    workload.finish(
+        options, stage_switch_s=statistics.median(seconds), tokenize_s=tokenizing[0], cached_s=tokenizing[1]
+    )
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"])
+
+
+if __name__ == "__main__":
+    main()

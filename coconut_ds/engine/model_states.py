@@ -1,0 +1,43 @@
+"""Pure: what ZeRO keeps between steps, from a resolved DeepSpeed configuration. No DeepSpeed import.
+
+The arithmetic of Rajbhandari et al., ZeRO (arXiv 1910.02054), section 3.1, with the buffers DeepSpeed 0.19.8 adds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+_FP32 = 4
+_MOMENTS = 2 * _FP32
+
+
+@dataclass(frozen=True)
+class ModelStates:
+    """Bytes per rank; `device` is the GPU, or host memory like everything else on a CPU."""
+
+    device: int
+    host: int
+
+
+def model_states(ds_config: dict[str, Any], n_parameters: int, largest_parameter: int, world: int) -> ModelStates:
+    """Weights, gradients, fp32 masters, Adam's moments and ZeRO's buffers of one rank.
+
+    `largest_parameter` in elements: with offload its gradient passes through a buffer of its size.
+    """
+    zero = ds_config["zero_optimization"]
+    stage = zero.get("stage", 0)
+    width = 2 if ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"] else _FP32
+    weights, gradients = n_parameters * width, n_parameters * width
+    if stage == 0:
+        masters = n_parameters * _FP32 if width == 2 else 0
+        return ModelStates(weights + gradients + masters + n_parameters * _MOMENTS, 0)
+    share = -(-n_parameters // world)
+    optimizer = share * (_FP32 + _MOMENTS)
+    buckets = zero.get("reduce_bucket_size", 500_000_000) * width * (2 if zero.get("overlap_comm") else 1)
+    if stage == 2:
+        gradients = share * width
+    if zero.get("offload_optimizer", {}).get("device", "none") == "none":
+        return ModelStates(weights + gradients + optimizer + buckets, 0)
+    on_device = weights + buckets + largest_parameter * width + (0 if stage == 2 else gradients)
+    return ModelStates(on_device, optimizer + share * _FP32)

@@ -1,0 +1,32 @@
+"""The attention mask of all passes, made once per batch.
+
+Left to itself the backbone makes one from the padding mask in every pass, and asks the device each time whether there
+is padding at all: on a GPU, one wait per thought.
+
+Shapes: B rows, T columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedConfig
+
+
+def causal_mask(attention_mask: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+    """(B, T) padding mask -> (B, 1, T, T), True where a query column (third) may see a key column (fourth).
+
+    Padding sees itself, so that no softmax is over nothing. Backbones that need something else, such as a sliding
+    window or the floats of eager attention, get their padding mask back and make their own.
+    """
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) is not None or layer_types != {"full_attention"}
+    if config._attn_implementation != "sdpa" or windowed:
+        return attention_mask
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    queries, keys = columns[:, None], columns[None, :]
+    return ((queries >= keys) & attention_mask.bool()[:, None, None, :]) | (queries == keys)
+
+
+def columns_of(mask: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """The part of a mask made by `causal_mask` for a pass over the columns `start` to `end`."""
+    return mask[:, :end] if mask.ndim == 2 else mask[:, :, start:end, :end]

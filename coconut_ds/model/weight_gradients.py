@@ -1,0 +1,122 @@
+"""Weight gradients of all passes in one go, when the backward reaches the prefix.
+
+A pass over one column gives each weight matrix a gradient of rank B that autograd writes out in full and adds to the
+last one: for GPT-2 small, 340 MB written and a gigabyte moved per thought, and a second set of gradients alive until
+the prefix's are done. Here the passes after the prefix leave their inputs and output gradients, B rows each, to the
+prefix's backward, which follows all of theirs: every thought is made from a state of the pass before it. A pass with
+so many rows that they would take more memory than the gradient goes the usual way.
+
+Shapes: N rows of a pass (batch times columns), I inputs, O outputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+Rows = tuple[torch.Tensor, torch.Tensor]
+"""Inputs (N, I) and output gradients (N, O) of one pass through one layer."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a forward; `left` is shared by its passes: what the later ones left for the prefix, by layer."""
+
+    is_prefix: bool
+    left: dict[nn.Module, list[Rows]]
+
+
+_CURRENT: ContextVar[Pass | None] = ContextVar("pass", default=None)
+
+
+@contextmanager
+def within(this: Pass | None) -> Iterator[None]:
+    """Run as part of a pass, or of none."""
+    token = _CURRENT.set(this)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def current_pass() -> Pass | None:
+    """The pass under way, to come back to it with `within` when activations are recomputed."""
+    return _CURRENT.get()
+
+
+def gather_weight_gradients(decoder: nn.Module) -> None:
+    """Make the linear layers inside `decoder` follow the pass they run in; outside of passes they stay as they are."""
+    for module in decoder.modules():
+        if type(module) in (nn.Linear, Conv1D):
+            module.forward = functools.partial(_forward, module)
+
+
+def _forward(module: Any, rows: torch.Tensor) -> torch.Tensor:
+    this = _CURRENT.get()
+    weight: torch.Tensor = module.weight
+    if this is None or not (torch.is_grad_enabled() and weight.requires_grad):
+        return type(module).forward(module, rows)
+    if not this.is_prefix and rows.shape[:-1].numel() * sum(weight.shape) > weight.numel():
+        return type(module).forward(module, rows)
+    function = _Prefix if this.is_prefix else _Later
+    # Weights are (O, I); Conv1D keeps them transposed.
+    is_transposed = isinstance(module, Conv1D)
+    return function.apply(rows, weight, module.bias, is_transposed, this.left.setdefault(module, []))
+
+
+class _Later(torch.autograd.Function):
+    """A linear layer that leaves its weight's gradient to the prefix."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        is_transposed: bool,
+        left: list[Rows],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.is_transposed, ctx.left = is_transposed, left
+        return F.linear(rows, weight.T if is_transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        ctx.left.append((rows.flatten(0, -2), gradient.flatten(0, -2)))
+        return gradient @ (weight.T if ctx.is_transposed else weight), None, None, None, None
+
+
+class _Prefix(torch.autograd.Function):
+    """A linear layer whose backward adds what the later passes left."""
+
+    forward = _Later.forward
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        to_rows = gradient @ (weight.T if ctx.is_transposed else weight) if ctx.needs_input_grad[0] else None
+        rows, gradient = rows.flatten(0, -2), gradient.flatten(0, -2)
+        first, second = (rows, gradient) if ctx.is_transposed else (gradient, rows)
+        to_weight = first.T @ second
+        to_bias = gradient.sum(dim=0) if ctx.needs_input_grad[2] else None
+        if ctx.left:
+            later_rows, later_gradients = (torch.cat(parts) for parts in zip(*ctx.left))
+            ctx.left.clear()
+            first, second = (later_rows, later_gradients) if ctx.is_transposed else (later_gradients, later_rows)
+            to_weight.addmm_(first.T, second)
+            if to_bias is not None:
+                to_bias += later_gradients.sum(dim=0)
+        return to_rows, to_weight, to_bias, None, None

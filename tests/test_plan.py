@@ -1,0 +1,83 @@
+"""The planner's tables, and its arithmetic of model states against an engine."""
+
+from __future__ import annotations
+
+import launching
+import pytest
+import tiny
+
+from coconut_ds import plan
+from coconut_ds.engine.model_states import model_states
+
+FP32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
+
+
+@pytest.fixture
+def run_file(tmp_path) -> str:
+    tiny.write_symbolic(tmp_path, n_train=8, n_valid=4)
+    run = {
+        "coconut": True,
+        "max_latent_stage": 2,
+        "num_epochs": 9,
+        "model_id": "scratch",
+        "model": {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64},
+        "train_path": str(tmp_path / "prosqa_train.json"),
+        "val_path": str(tmp_path / "prosqa_valid.json"),
+        "max_new_tokens": 4,
+        "batch_size_training": 4,
+    }
+    return str(launching.write_run(run, tmp_path))
+
+
+def test_a_plan_has_every_stage_and_every_file(run_file, capsys):
+    assert plan.main(["--run", run_file, "--memory", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    stages = [line.split() for line in printed.splitlines() if line[:5].strip().isdigit()]
+    assert [row[:2] for row in stages] == [["0", "0"], ["1", "1"], ["2", "2"], ["3", "2"]]
+    # More memory, larger micro-batches.
+    assert plan.main(["--run", run_file, "--memory", "1"]) == 0
+    larger = [line.split() for line in capsys.readouterr().out.splitlines() if line[:5].strip().isdigit()]
+    assert all(int(more[-1]) > int(less[-1]) > 0 for more, less in zip(larger, stages))
+    for name in ("zero0", "zero1", "zero2", "zero2_offload"):
+        assert f"ds_configs/{name}.json" in printed
+
+
+def test_recomputing_makes_room(run_file, capsys):
+    largest = []
+    for enabled in ("false", "true"):
+        assert plan.main(["--run", run_file, "--memory", "0.5", f"activation_checkpointing.enabled={enabled}"]) == 0
+        stages = [line.split() for line in capsys.readouterr().out.splitlines() if line[:5].strip().isdigit()]
+        largest.append(min(int(row[-1]) for row in stages))
+    assert largest[1] > largest[0]
+
+
+def test_what_is_wrong_ends_with_status_2(run_file, capsys):
+    assert plan.main(["--run", run_file, "--memory", "11", "val_path=missing.json"]) == 2
+    assert "error: missing.json: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("zero", "world", "precision", "device", "host"),
+    [
+        # 16 bytes a parameter without ZeRO; weights, gradients and a master copy with it.
+        ({"stage": 0}, 2, {}, 16, 0),
+        ({"stage": 1, "reduce_bucket_size": 0}, 2, {}, 4 + 4 + 6, 0),
+        ({"stage": 2, "reduce_bucket_size": 0}, 2, {}, 4 + 2 + 6, 0),
+        ({"stage": 2, "reduce_bucket_size": 0}, 1, {"bf16": {"enabled": True}}, 2 + 2 + 12, 0),
+        # On the card only the weights and the buffer of the largest parameter stay.
+        ({"stage": 2, "reduce_bucket_size": 0, "offload_optimizer": {"device": "cpu"}}, 2, {}, 4 + 1, 6 + 2),
+        ({"stage": 2, "reduce_bucket_size": 100, "overlap_comm": True}, 2, {}, 4 + 2 + 6 + 8 / 10, 0),
+    ],
+)
+def test_bytes_per_parameter(zero, world, precision, device, host):
+    states = model_states({"zero_optimization": zero, **FP32, **precision}, 1000, 250, world)
+    assert (states.device / 1000, states.host / 1000) == (device, host)
+
+
+@pytest.mark.ranks
+def test_an_engine_holds_what_the_arithmetic_says():
+    code = "import rank_checks\nresult = [rank_checks.states_against_engine(name) for name in names]"
+    for outcomes in launching.on_ranks(2, code, names=["zero0", "zero1", "zero2", "zero2_offload"]):
+        for held, predicted in outcomes:
+            # Partitions are padded to whole blocks.
+            assert held == pytest.approx(predicted, rel=0.02)
