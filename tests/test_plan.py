@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import launching
 import pytest
 import tiny
+import yaml
 
 from coconut_ds import plan
+from coconut_ds.config import ConfigError, RunConfig, batch_sizes, contradictions
 from coconut_ds.engine.model_states import model_states
 
 FP32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
@@ -81,3 +86,49 @@ def test_an_engine_holds_what_the_arithmetic_says():
         for held, predicted in outcomes:
             # Partitions are padded to whole blocks.
             assert held == pytest.approx(predicted, rel=0.02)
+
+
+@pytest.mark.ranks
+def test_batch_sizes_are_found_through_the_entry(run_file, tmp_path):
+    raw = json.loads((launching.ROOT / "ds_configs" / "zero2.json").read_text())
+    raw["activation_checkpointing"] = {"cpu_checkpointing": False}
+    zero = tmp_path / "zero2_block.json"
+    zero.write_text(json.dumps(raw))
+    run = yaml.safe_load(Path(run_file).read_text()) | {
+        "save_path": str(tmp_path),
+        "name": "auto",
+        "num_epochs": 2,
+        "batch_size_training": "auto",
+        "train_batch_size": 4,
+        "eval_batch_size": "auto",
+        "log_every_steps": 2,
+        "deepspeed": str(zero),
+        "debug": True,
+    }
+    output = launching.train(run, tmp_path, 2)
+    # The model is tiny: everything fits.
+    assert "batch_size_training: auto is 2: 2 x 1 accumulated x 2 ranks" in output
+    assert "eval_batch_size: auto is 4" in output
+    resolved = yaml.safe_load((tmp_path / "auto" / "run_config.yaml").read_text())
+    assert resolved["batch_size_training"] == 2
+    assert resolved["activation_checkpointing"] == {"enabled": True, "every_n_layers": 1, "offload": False}
+    # 8 examples, 4 a step: two steps an epoch, every second one recorded.
+    assert [event["step"] for event in launching.events(tmp_path / "auto", "train_step")] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_batch_size": None}, "batch_size_training: auto needs train_batch_size"),
+        ({"train_batch_size": 8, "gradient_accumulation_steps": 2}, "with batch_size_training: auto; leave it out"),
+        ({"train_batch_size": 3}, "train_batch_size: 3 cannot be made from"),
+    ],
+)
+def test_auto_needs_the_examples_of_a_step(changes, message):
+    config = RunConfig(batch_size_training="auto", train_path="t", val_path="v", coconut=True, **changes)
+    problems = [problem.message for problem in contradictions(config)]
+    if not problems:
+        with pytest.raises(ConfigError) as error:
+            batch_sizes(config, world=2)
+        problems = [str(error.value)]
+    assert any(message in problem for problem in problems), problems

@@ -161,7 +161,8 @@ class Coconut(nn.Module):
         def run(embeds: torch.Tensor, start: int) -> torch.Tensor:
             """One pass of the backbone without its LM head over the columns from `start` on: (B, columns, D)."""
             end = start + embeds.shape[1]
-            with within(Pass(start == 0, left) if span else None):
+            # Also where there are no thoughts: gradients must come in one order on every rank, or ZeRO adds up others'.
+            with within(Pass(start == 0, left)):
                 return self.base_causallm.base_model(
                     inputs_embeds=embeds,
                     attention_mask=columns_of(mask, start, end),

@@ -6,6 +6,10 @@ the prefix's are done. Here the passes after the prefix leave their inputs and o
 prefix's backward, which follows all of theirs: every thought is made from a state of the pass before it. A pass with
 so many rows that they would take more memory than the gradient goes the usual way.
 
+ZeRO's buckets hold gradients in the order in which they become ready, and ranks must agree on it. A layer's weight and
+bias become ready when its prefix is done, in the order `_Prefix` returns them, so every forward has to have a prefix,
+whether thoughts follow it or not.
+
 Shapes: N rows of a pass (batch times columns), I inputs, O outputs of a linear layer.
 """
 
