@@ -8,15 +8,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator
 
 from coconut_ds.errors import InputError, did_you_mean, problem_list
 
 Method = Literal["coconut", "cot", "no_cot", "no_thoughts"]
 Scope = Literal["sequence", "last_pass"]
+
+
+def _positive_or_auto(value: Any) -> Any:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError("must be a whole number of at least 1, or auto")
+    return value
+
+
+AutoBatchSize = Annotated[int | Literal["auto"], PlainValidator(_positive_or_auto)]
 
 
 class _Section(BaseModel):
@@ -114,7 +123,7 @@ class RunConfig(_Section):
     resume: int = Field(0, ge=0)
     """First epoch, from 0, of a run that starts from `load_model_path`; with `only_eval` it selects the stage."""
     num_epochs: int = Field(1, ge=1)
-    batch_size_training: int | Literal["auto"] = Field(32, ge=1)
+    batch_size_training: AutoBatchSize = 32
     """Micro-batch: examples per rank in one forward; `auto` is the largest that fits and divides `train_batch_size`."""
     gradient_accumulation_steps: int | None = Field(None, ge=1)
     """Micro-batches per optimizer step and rank; worked out from `train_batch_size` where that is given, else 1."""
@@ -143,7 +152,7 @@ class RunConfig(_Section):
     """Null keeps all activations, unless the `deepspeed` file has an `activation_checkpointing` block."""
 
     # Evaluation
-    eval_batch_size: int | Literal["auto"] = Field(16, ge=1)
+    eval_batch_size: AutoBatchSize = 16
     """Examples per rank in one decoding batch; `auto` is what the free memory holds."""
     max_new_tokens: int = Field(128, ge=1)
 

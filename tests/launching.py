@@ -64,8 +64,14 @@ def finish(process: subprocess.Popen, time_limit_s: float = TIME_LIMIT_S) -> sub
 
 
 def end(process: subprocess.Popen) -> None:
+    """End the whole group, and remove what ranks that did not end by themselves left in shared memory."""
+    ended_well = process.poll() == 0
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    if "--master_port" in process.args and not ended_well:
+        port = process.args[process.args.index("--master_port") + 1]
+        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+            left.unlink(missing_ok=True)
 
 
 def train_command(run_file: Path, ranks: int, *arguments: str) -> list[str]:

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from coconut_ds import Coconut, LatentContext
 from coconut_ds.config import RunConfig
 from coconut_ds.curriculum.collator import Tokens, TokenSequence
+from coconut_ds.model.latents import _window
 from coconut_ds.training import batch_size
 from coconut_ds.training.activations import ActivationCost, batch_of, measure, measured_peak, widest_sequence
 from coconut_ds.training.batch_size import choose_eval_batch, distinct_stages, largest_divisor, tried
@@ -52,6 +53,20 @@ def test_a_peak_that_moves_is_followed():
         rows = cost.most_rows(budget)
         assert rows == 0 or cost.peak(rows) <= budget
         assert cost.peak(rows + 1) > budget
+
+
+def test_other_operations_give_an_upper_bound():
+    cost = ActivationCost(torch.tensor([10, 40]), torch.tensor([10, 10, 60]))
+    assert [cost.peak(rows) for rows in (2, 3, 8)] == [40, 60, 160]
+
+
+def test_both_measurements_take_the_same_operations():
+    # The window's weights are on the device from the first forward on.
+    _window.cache_clear()
+    cost = measure(
+        tiny.coconut("gpt2", LatentContext((0.7, 0.3))), TokenSequence([5] * 6 + [tiny.LATENT] + [5] * 3, 6, 1, 8)
+    )
+    assert len(cost.two) == len(cost.three)
 
 
 def test_measuring_leaves_the_model_as_it_was():

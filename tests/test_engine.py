@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import launching
 import pytest
 
@@ -21,6 +23,17 @@ def test_gradients_do_not_depend_on_the_split(ranks, splits, checkpointed):
     for errors in launching.on_ranks(ranks, code, names=CONFIGS, splits=splits, checkpointed=checkpointed):
         assert len(errors) == len(CONFIGS) * len(splits)
         assert max(errors.values()) < 1e-6, errors
+
+
+def test_ranks_leave_nothing_in_shared_memory():
+    buffers = Path("/dev/shm").glob
+    before = set(buffers("deepspeed_allreduce_buffer_*"))
+    code = "from coconut_ds.engine.build import start_process_group\nfrom coconut_ds import distributed\n"
+    code += "import torch, glob\nstart_process_group()\ndistributed.sum_over_ranks(torch.ones(4))\n"
+    code += "result = glob.glob(f'/dev/shm/deepspeed_allreduce_buffer_*_{os.environ[\"MASTER_PORT\"]}_*')"
+    for seen in launching.on_ranks(2, code):
+        assert seen, "the buffers are there while ranks run; without them this test shows nothing"
+    assert set(buffers("deepspeed_allreduce_buffer_*")) == before
 
 
 def test_published_normalisation_leaves_fillers_out():

@@ -9,6 +9,7 @@ would not do: some copies of more rows are views there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -29,9 +30,9 @@ class ActivationCost:
     """int64 (operations,), with two rows and with three."""
 
     def peak(self, rows: int) -> int:
-        """Bytes at the peak of a micro-batch of `rows`."""
+        """Bytes at the peak of a micro-batch of `rows`; an upper bound where two and three rows differ."""
         if len(self.two) != len(self.three):
-            return int(self.two.max() + (rows - 2) * (self.three.max() - self.two.max()))
+            return max(int(self.two.max()), int(self.three.max()) * rows // 3)
         return int((self.two + (rows - 2) * (self.three - self.two)).max())
 
     def most_rows(self, budget: int) -> int:
@@ -49,6 +50,9 @@ class ActivationCost:
 
 def measure(model: Coconut, sequence: TokenSequence) -> ActivationCost:
     """The cost of micro-batches whose rows are all as long as `sequence`, on the device of `model`."""
+    # What is made once and kept, such as the window's weights, must not count as an operation of the first run alone.
+    with torch.no_grad():
+        model(**_on_device_of(model, batch_of(sequence, 1)))
     histories = [torch.tensor(_live_bytes(model, batch_of(sequence, rows))) for rows in (2, 3)]
     return ActivationCost(*histories)
 
@@ -100,6 +104,11 @@ def _live_bytes(model: Coconut, batch: Batch) -> list[int]:
         for hook in hooks:
             hook.remove()
     return meter.history
+
+
+def _on_device_of(model: Coconut, batch: Batch) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.inputs.items()}
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:
