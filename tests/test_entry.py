@@ -24,16 +24,8 @@ RUNS = sorted((ROOT / "run_configs").glob("*.yaml"))
 
 @pytest.fixture
 def run(tmp_path) -> dict:
-    tiny.write_symbolic(tmp_path, n_train=8, n_valid=4)
-    return {
+    return tiny.run(tmp_path) | {
         "save_path": str(tmp_path / "runs"),
-        "coconut": True,
-        "max_latent_stage": 2,
-        "model_id": "scratch",
-        "model": {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64},
-        "train_path": str(tmp_path / "prosqa_train.json"),
-        "val_path": str(tmp_path / "prosqa_valid.json"),
-        "max_new_tokens": 4,
         "deepspeed": str(ROOT / "ds_configs" / "zero2_offload.json"),
     }
 

@@ -19,18 +19,7 @@ FP32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
 
 @pytest.fixture
 def run_file(tmp_path) -> str:
-    tiny.write_symbolic(tmp_path, n_train=8, n_valid=4)
-    run = {
-        "coconut": True,
-        "max_latent_stage": 2,
-        "num_epochs": 9,
-        "model_id": "scratch",
-        "model": {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64},
-        "train_path": str(tmp_path / "prosqa_train.json"),
-        "val_path": str(tmp_path / "prosqa_valid.json"),
-        "max_new_tokens": 4,
-        "batch_size_training": 4,
-    }
+    run = tiny.run(tmp_path) | {"num_epochs": 9, "batch_size_training": 4}
     return str(launching.write_run(run, tmp_path))
 
 

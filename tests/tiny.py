@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import prosqa
 import torch
@@ -89,3 +90,17 @@ def write_symbolic(folder: Path, n_train: int, n_valid: int, seed: int = 0) -> N
     for split, count in (("train", n_train), ("valid", n_valid)):
         records = list(prosqa.generate(count, f"{seed}/{split}", **shape))
         (folder / f"prosqa_{split}.json").write_text(json.dumps(records), encoding="utf-8")
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """Values of a run that trains a model of one layer on a few two-step questions, written to `folder`."""
+    write_symbolic(folder, n_train=8, n_valid=4)
+    return {
+        "coconut": True,
+        "max_latent_stage": 2,
+        "model_id": "scratch",
+        "model": {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64},
+        "train_path": str(folder / "prosqa_train.json"),
+        "val_path": str(folder / "prosqa_valid.json"),
+        "max_new_tokens": 4,
+    }

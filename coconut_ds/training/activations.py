@@ -9,7 +9,6 @@ would not do: some copies of more rows are views there.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -19,6 +18,7 @@ from coconut_ds.curriculum.loaders import ID_COLUMNS
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.memory import LiveTensorMeter
 from coconut_ds.model.coconut import Coconut
+from coconut_ds.training.evaluator import to_device
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def measure(model: Coconut, sequence: TokenSequence) -> ActivationCost:
     """The cost of micro-batches whose rows are all as long as `sequence`, on the device of `model`."""
     # What is made once and kept, such as the window's weights, must not count as an operation of the first run alone.
     with torch.no_grad():
-        model(**_on_device_of(model, batch_of(sequence, 1)))
+        model(**to_device(batch_of(sequence, 1).inputs, next(model.parameters()).device))
     histories = [torch.tensor(_live_bytes(model, batch_of(sequence, rows))) for rows in (2, 3)]
     return ActivationCost(*histories)
 
@@ -104,11 +104,6 @@ def _live_bytes(model: Coconut, batch: Batch) -> list[int]:
         for hook in hooks:
             hook.remove()
     return meter.history
-
-
-def _on_device_of(model: Coconut, batch: Batch) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.inputs.items()}
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:

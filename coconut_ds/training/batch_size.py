@@ -19,6 +19,7 @@ from coconut_ds.engine.model_states import model_states
 from coconut_ds.errors import InputError
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.training.activations import batch_of, measure, widest_sequence
+from coconut_ds.training.evaluator import to_device
 
 USABLE_SHARE = 0.9
 """Of the memory; the rest is for fragments, the CUDA context's workspaces and what the meter cannot see."""
@@ -98,8 +99,7 @@ def _fits(model: Coconut, sequence: TokenSequence, rows: int, kept: int) -> bool
         model.to(device)
         # In place of what the engine will keep beside the weights.
         reserved = torch.empty(max(0, kept - weights), dtype=torch.uint8, device=device)
-        inputs = batch_of(sequence, rows).inputs
-        model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}).loss.backward()
+        model(**to_device(batch_of(sequence, rows).inputs)).loss.backward()
         del reserved
     except torch.OutOfMemoryError:
         return False

@@ -110,9 +110,9 @@ class Evaluator:
         }
 
 
-def to_device(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Tensors on this rank's device; other values unchanged."""
-    device = distributed.device()
+def to_device(inputs: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """Tensors on `device`, or on this rank's; other values unchanged."""
+    device = device or distributed.device()
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in inputs.items()
