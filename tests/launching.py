@@ -108,7 +108,11 @@ def on_ranks(ranks: int, code: str, **values: Any) -> list[Any]:
         folder = Path(name)
         script = folder / "script.py"
         prologue = f"import json, os\nglobals().update(json.loads({json.dumps(json.dumps(values))}))\n"
-        epilogue = f"\nopen(f'{folder}/result' + os.environ['RANK'], 'w').write(json.dumps(result))\n"
+        # A rank that ends inside the group is now and then aborted: gloo's threads are still running.
+        epilogue = (
+            f"\nopen(f'{folder}/result' + os.environ['RANK'], 'w').write(json.dumps(result))\n"
+            "from coconut_ds import distributed\ndistributed.close()\n"
+        )
         script.write_text(prologue + code + epilogue, encoding="utf-8")
         port = str(free_port())
         command = [str(_LAUNCHER), "--num_gpus", str(ranks), "--master_port", port, "--no_local_rank", str(script)]

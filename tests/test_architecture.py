@@ -20,6 +20,7 @@ LAYERS = (
         "curriculum.examples",
         "curriculum.collator",
         "model.latents",
+        "model.few_rows",
         "tracking",
         "memory",
         "engine.ds_config",

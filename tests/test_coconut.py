@@ -148,7 +148,8 @@ def prompts(thoughts: list[int]):
     return sequences, collate_prompts(sequences, list(range(4)), tiny.PAD).inputs
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+# A cache of fixed size holds layers of both kinds: all columns, and a sliding window (here 5 columns).
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
 @pytest.mark.parametrize("context", CONTEXTS, ids=str)
 @pytest.mark.parametrize("thoughts", [[3, 3, 3, 3], [4, 1, 2, 0], [0, 0, 0, 0]], ids=str)
 def test_batched_generation_equals_one_at_a_time(family, context, thoughts):

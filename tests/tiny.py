@@ -13,6 +13,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -32,7 +34,7 @@ def backbone(family: str, dropout: float = 0.0, n_layer: int = 2) -> PreTrainedM
         rates = {"embd_pdrop": dropout, "attn_pdrop": dropout, "resid_pdrop": dropout}
         return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=n_layer, n_head=4, n_positions=96, **rates, **shape))
     config_class, model_class = _FAMILIES[family]
-    head_size = {"head_dim": 8} if family == "qwen3" else {}
+    own = {"qwen3": {"head_dim": 8}, "mistral": {"sliding_window": 5}}.get(family, {})
     config = config_class(
         hidden_size=32,
         intermediate_size=64,
@@ -42,7 +44,7 @@ def backbone(family: str, dropout: float = 0.0, n_layer: int = 2) -> PreTrainedM
         max_position_embeddings=96,
         attention_dropout=dropout,
         pad_token_id=PAD,
-        **head_size,
+        **own,
         **shape,
     )
     return model_class(config)
@@ -50,6 +52,7 @@ def backbone(family: str, dropout: float = 0.0, n_layer: int = 2) -> PreTrainedM
 
 _FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }

@@ -44,7 +44,6 @@ class Encoded:
     """(B, T, D)"""
     fed: Sequence[torch.Tensor]
     """What each pass was fed, (B, columns, D) each."""
-    cache: Cache | None
 
     @property
     def inputs_embeds(self) -> torch.Tensor:
@@ -139,10 +138,9 @@ class Coconut(nn.Module):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         thought_span: Sequence[int] | None = None,
-        *,
-        use_cache: bool = False,
+        cache: Cache | None = None,
     ) -> Encoded:
-        """Run all passes over (B, T) inputs. The cache is returned with `use_cache`, covering every column."""
+        """Run all passes over (B, T) inputs. A `cache` that is given is empty, and covers every column afterwards."""
         if self.training and self.base_causallm.is_activation_checkpointing:
             raise ValueError(
                 "the model's own gradient checkpointing drops the KV cache and with it every thought; call "
@@ -154,7 +152,10 @@ class Coconut(nn.Module):
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
         span = self._find_thoughts(input_ids) if thought_span is None else tuple(thought_span)
         embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (B, T, D)
-        cache = self._new_cache(use_cache) if span or use_cache else None
+        keys = 0 if cache is None else cache.get_max_length()
+        if cache is None and span:
+            recomputes = self._checkpoints_layers and torch.is_grad_enabled()
+            cache = PieceCache() if recomputes else DynamicCache(config=self.base_causallm.config)
         mask = causal_mask(attention_mask, self.base_causallm.config)
         left: dict[nn.Module, list[Rows]] = {}
 
@@ -165,7 +166,7 @@ class Coconut(nn.Module):
             with within(Pass(start == 0, left)):
                 return self.base_causallm.base_model(
                     inputs_embeds=embeds,
-                    attention_mask=columns_of(mask, start, end),
+                    attention_mask=columns_of(mask, start, end, keys),
                     position_ids=position_ids[:, start:end],
                     past_key_values=cache,
                     use_cache=cache is not None,
@@ -177,12 +178,7 @@ class Coconut(nn.Module):
         else:
             passes = [(embeds, run(embeds, 0))]
         fed, hidden = zip(*passes)
-        return Encoded(torch.cat(hidden, dim=1), fed, cache if use_cache else None)
-
-    def _new_cache(self, for_decoding: bool) -> Cache:
-        if self._checkpoints_layers and torch.is_grad_enabled() and not for_decoding:
-            return PieceCache()
-        return DynamicCache(config=self.base_causallm.config)
+        return Encoded(torch.cat(hidden, dim=1), fed)
 
     def _passes(
         self,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from transformers import StaticCache
 
 if TYPE_CHECKING:
     from coconut_ds.model.coconut import Coconut
@@ -35,12 +36,14 @@ def greedy_decode(
             f"prompts {rows} end in a thought or in padding; pad on the left and end with an ordinary token, "
             "such as <|end-latent|>"
         )
+    backbone: Any = model.base_causallm
     cache = None
     if input_ids.shape[1] > 1:
+        # Of fixed size: one that grows is copied whole for every token.
+        cache = StaticCache(config=backbone.config, max_cache_len=input_ids.shape[1] + max_new_tokens)
         # The thoughts never reach the last column, so the span found for the whole prompt holds for its head.
         head = slice(None, -1)
-        cache = model.encode(input_ids[:, head], attention_mask[:, head], None, thought_span, use_cache=True).cache
-    backbone: Any = model.base_causallm
+        model.encode(input_ids[:, head], attention_mask[:, head], None, thought_span, cache)
     tokens = backbone.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -49,6 +52,7 @@ def greedy_decode(
         do_sample=False,
         num_beams=1,
         use_cache=True,
+        disable_compile=True,
         eos_token_id=model.eos_token_id,
         pad_token_id=model.eos_token_id,
     )

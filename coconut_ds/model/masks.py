@@ -9,6 +9,7 @@ Shapes: B rows, T columns.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
 
@@ -27,6 +28,12 @@ def causal_mask(attention_mask: torch.Tensor, config: PreTrainedConfig) -> torch
     return ((queries >= keys) & attention_mask.bool()[:, None, None, :]) | (queries == keys)
 
 
-def columns_of(mask: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """The part of a mask made by `causal_mask` for a pass over the columns `start` to `end`."""
-    return mask[:, :end] if mask.ndim == 2 else mask[:, :, start:end, :end]
+def columns_of(mask: torch.Tensor, start: int, end: int, keys: int) -> torch.Tensor:
+    """The part of a mask made by `causal_mask` for a pass over the columns `start` to `end` that is given `keys` keys.
+
+    More keys than `end` are room for tokens to come, in a cache of fixed size.
+    """
+    if mask.ndim == 2:
+        return mask[:, :end]
+    part = mask[:, :, start:end, :end]
+    return F.pad(part, (0, keys - end)) if keys > end else part

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
+
+from coconut_ds.model.few_rows import product
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """Inputs (N, I) and output gradients (N, O) of one pass through one layer."""
@@ -59,7 +60,7 @@ def current_pass() -> Pass | None:
 
 
 def gather_weight_gradients(decoder: nn.Module) -> None:
-    """Make the linear layers inside `decoder` follow the pass they run in; outside of passes they stay as they are."""
+    """Make the linear layers inside `decoder` follow the pass they run in."""
     for module in decoder.modules():
         if type(module) in (nn.Linear, Conv1D):
             module.forward = functools.partial(_forward, module)
@@ -68,13 +69,15 @@ def gather_weight_gradients(decoder: nn.Module) -> None:
 def _forward(module: Any, rows: torch.Tensor) -> torch.Tensor:
     this = _CURRENT.get()
     weight: torch.Tensor = module.weight
-    if this is None or not (torch.is_grad_enabled() and weight.requires_grad):
+    # Weights are (O, I); Conv1D keeps them transposed.
+    is_transposed = isinstance(module, Conv1D)
+    if not torch.is_grad_enabled():
+        return product(rows, weight if is_transposed else weight.T, module.bias)
+    if this is None or not weight.requires_grad:
         return type(module).forward(module, rows)
     if not this.is_prefix and rows.shape[:-1].numel() * sum(weight.shape) > weight.numel():
         return type(module).forward(module, rows)
     function = _Prefix if this.is_prefix else _Later
-    # Weights are (O, I); Conv1D keeps them transposed.
-    is_transposed = isinstance(module, Conv1D)
     return function.apply(rows, weight, module.bias, is_transposed, this.left.setdefault(module, []))
 
 
@@ -92,14 +95,14 @@ class _Later(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.is_transposed, ctx.left = is_transposed, left
-        return F.linear(rows, weight.T if is_transposed else weight, bias)
+        return product(rows, weight if is_transposed else weight.T, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         ctx.left.append((rows.flatten(0, -2), gradient.flatten(0, -2)))
-        return gradient @ (weight.T if ctx.is_transposed else weight), None, None, None, None
+        return product(gradient, weight.T if ctx.is_transposed else weight), None, None, None, None
 
 
 class _Prefix(torch.autograd.Function):
@@ -111,7 +114,7 @@ class _Prefix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
-        to_rows = gradient @ (weight.T if ctx.is_transposed else weight) if ctx.needs_input_grad[0] else None
+        to_rows = product(gradient, weight.T if ctx.is_transposed else weight) if ctx.needs_input_grad[0] else None
         rows, gradient = rows.flatten(0, -2), gradient.flatten(0, -2)
         first, second = (rows, gradient) if ctx.is_transposed else (gradient, rows)
         to_weight = first.T @ second

@@ -115,8 +115,8 @@ def _fits(model: Coconut, sequence: TokenSequence, rows: int, kept: int) -> bool
 def choose_eval_batch(model: Coconut, prompt_columns: int, new_tokens: int, n_examples: int) -> int:
     """Rows of a decoding batch that half of the free memory holds, at most 256 and the set itself.
 
-    A row costs its keys and values up to the last new token, twice while they grow, the widest activations of one
-    layer over the prompt, and its logits.
+    A row costs its keys and values up to the last new token, the widest activations of one layer over the prompt, and
+    its logits.
     """
     config = model.base_causallm.config
     width = next(model.parameters()).element_size()
@@ -124,7 +124,7 @@ def choose_eval_batch(model: Coconut, prompt_columns: int, new_tokens: int, n_ex
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
-    cache = 2 * 2 * config.num_hidden_layers * columns * key_value_heads * head_size * width
+    cache = 2 * config.num_hidden_layers * columns * key_value_heads * head_size * width
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
     layer = prompt_columns * (2 * inner + 8 * config.hidden_size) * width + 2 * prompt_columns**2 * 4
     row = cache + layer + 4 * config.vocab_size * 4
