@@ -1,10 +1,9 @@
-"""Weight gradients of all passes in one go, when the backward reaches the prefix.
+"""Weight gradients of the thoughts in one go, when the backward reaches the prefix.
 
 A pass over one column gives each weight matrix a gradient of rank B that autograd writes out in full and adds to the
-last one: for GPT-2 small, 340 MB written and a gigabyte moved per thought, and a second set of gradients alive until
-the prefix's are done. Here the passes after the prefix leave their inputs and output gradients, B rows each, to the
-prefix's backward, which follows all of theirs: every thought is made from a state of the pass before it. A pass with
-so many rows that they would take more memory than the gradient goes the usual way.
+last one: for GPT-2 small, 340 MB written and a gigabyte moved per thought. Here these passes leave their inputs and
+output gradients, B rows each, to the prefix's backward, which follows all of theirs: every thought is made from a state
+of the pass before it. The tail, with more columns, goes the usual way.
 
 ZeRO's buckets hold gradients in the order in which they become ready, and ranks must agree on it. A layer's weight and
 bias become ready when its prefix is done, in the order `_Prefix` returns them, so every forward has to have a prefix,
@@ -35,7 +34,7 @@ Rows = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of a forward; `left` is shared by its passes: what the later ones left for the prefix, by layer."""
+    """One pass of a forward; `left` is shared by its passes: what the thoughts left for the prefix, by layer."""
 
     is_prefix: bool
     left: dict[nn.Module, list[Rows]]
@@ -75,13 +74,13 @@ def _forward(module: Any, rows: torch.Tensor) -> torch.Tensor:
         return product(rows, weight if is_transposed else weight.T, module.bias)
     if this is None or not weight.requires_grad:
         return type(module).forward(module, rows)
-    if not this.is_prefix and rows.shape[:-1].numel() * sum(weight.shape) > weight.numel():
+    if not this.is_prefix and rows.shape[1] > 1:
         return type(module).forward(module, rows)
-    function = _Prefix if this.is_prefix else _Later
+    function = _Prefix if this.is_prefix else _Thought
     return function.apply(rows, weight, module.bias, is_transposed, this.left.setdefault(module, []))
 
 
-class _Later(torch.autograd.Function):
+class _Thought(torch.autograd.Function):
     """A linear layer that leaves its weight's gradient to the prefix."""
 
     @staticmethod
@@ -106,9 +105,9 @@ class _Later(torch.autograd.Function):
 
 
 class _Prefix(torch.autograd.Function):
-    """A linear layer whose backward adds what the later passes left."""
+    """A linear layer whose backward adds what the thoughts left."""
 
-    forward = _Later.forward
+    forward = _Thought.forward
 
     @staticmethod
     @once_differentiable
@@ -120,10 +119,10 @@ class _Prefix(torch.autograd.Function):
         to_weight = first.T @ second
         to_bias = gradient.sum(dim=0) if ctx.needs_input_grad[2] else None
         if ctx.left:
-            later_rows, later_gradients = (torch.cat(parts) for parts in zip(*ctx.left))
+            left_rows, left_gradients = (torch.cat(parts) for parts in zip(*ctx.left))
             ctx.left.clear()
-            first, second = (later_rows, later_gradients) if ctx.is_transposed else (later_gradients, later_rows)
+            first, second = (left_rows, left_gradients) if ctx.is_transposed else (left_gradients, left_rows)
             to_weight.addmm_(first.T, second)
             if to_bias is not None:
-                to_bias += later_gradients.sum(dim=0)
+                to_bias += left_gradients.sum(dim=0)
         return to_rows, to_weight, to_bias, None, None
