@@ -21,6 +21,7 @@ LAYERS = (
         "curriculum.collator",
         "model.latents",
         "model.few_rows",
+        "model.kv_cache",
         "tracking",
         "memory",
         "engine.ds_config",

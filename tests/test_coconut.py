@@ -30,7 +30,7 @@ def batch_of(shapes):
     return collate_training(sequences, list(range(len(rows))), tiny.PAD)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
 @pytest.mark.parametrize("context", CONTEXTS, ids=str)
 @pytest.mark.parametrize("shapes", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
 def test_loss_and_gradients_equal_the_naive_twin(family, context, shapes):

@@ -1,9 +1,8 @@
 """Activation checkpointing of decoder layers that keeps the KV cache.
 
-HF's own checkpointing drops the cache in training and with it every thought. Here a layer's earlier keys and values go
-into the recomputed region as inputs and its new ones come out as outputs; the cache is written outside it. What stays
-alive per layer and pass is the layer's input and its new keys and values; joining them with the earlier ones happens
-inside the region and is undone with it.
+HF's own checkpointing drops the cache in training and with it every thought. Here a layer's keys and values so far go
+into the recomputed region as inputs and come out of it with those of the pass; recomputing writes the same columns of
+the layer's buffer once more. What stays alive per layer is that buffer, and per pass the layer's input.
 
 Shapes: B rows, T columns of the pass, D hidden size, H key-value heads, d their size.
 """
@@ -21,66 +20,14 @@ import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from coconut_ds.model.kv_cache import TrainingCache
 from coconut_ds.model.weight_gradients import current_pass, within
 
 _LOG = logging.getLogger(__name__)
 _CACHE_ARGUMENT = "past_key_values"
-
-Piece = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values one pass wrote, (B, H, T, d) each."""
-
-
-class _PieceLayer(DynamicLayer):
-    """One layer's keys and values as the pieces the passes wrote, joined only for the time a layer needs them."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        super().__init__()
-        self.pieces: list[Piece] = []
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Piece:
-        self.pieces.append((key_states, value_states))
-        return _join(self.pieces)
-
-    def get_seq_length(self) -> int:
-        return sum(keys.shape[-2] for keys, _ in self.pieces)
-
-
-class PieceCache(Cache):
-    """A KV cache for training with checkpointed layers; layers that are not checkpointed can use it as well."""
-
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=_PieceLayer)
-
-    def pieces(self, layer: int) -> list[Piece]:
-        """What the passes so far wrote for a layer."""
-        while len(self.layers) <= layer:
-            self.layers.append(_PieceLayer())
-        own: Any = self.layers[layer]
-        return own.pieces
-
-
-class _RegionCache(PieceCache):
-    """The cache as one layer sees it inside a recomputed region: earlier pieces to read, one new piece to hand out."""
-
-    def __init__(self, layer: int, earlier: list[Piece]) -> None:
-        super().__init__()
-        self._layer = layer
-        self.pieces(layer).extend(earlier)
-        self.written: list[Piece] = []
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> Piece:
-        if layer_idx != self._layer or self.written:
-            raise RuntimeError(
-                f"decoder layer {self._layer} wrote keys and values for layer {layer_idx}, or twice; "
-                "activation checkpointing needs one write to its own layer: switch it off for this model"
-            )
-        # Handed out on its own: a view would keep the whole projection alive.
-        self.written.append((key_states.contiguous(), value_states.contiguous()))
-        return _join([*self.pieces(self._layer), (key_states, value_states)])
 
 
 def checkpoint_layers(model: PreTrainedModel, every_n_layers: int = 1, offload: bool = False) -> None:
@@ -128,30 +75,35 @@ def _checkpointed(
     call = signature.bind(*args, **kwargs)
     cache = call.arguments.pop(_CACHE_ARGUMENT, None)
     hidden, *rest = call.args
-    run = _region(forward, index, cache is not None, rest, call.kwargs)
-    earlier = cache.pieces(index) if cache is not None else []
-    flat = [tensor for piece in earlier for tensor in piece]
+    earlier = cache.layer(index).written if cache is not None else ()
+    run = _region(forward, index, cache, rest, call.kwargs)
     # The prefix is what pays; the passes after it have a column or a few.
     with on_host(hidden) if offload and hidden.is_cuda and not earlier else nullcontext():
-        output, *piece = checkpoint(run, hidden, *flat, use_reentrant=False)
+        output, *written = checkpoint(run, hidden, *earlier, use_reentrant=False)
     if cache is not None:
-        cache.pieces(index).append(tuple(piece))
+        cache.layer(index).written = tuple(written)
     return output
 
 
 def _region(
-    forward: Callable[..., Any], index: int, has_cache: bool, rest: list[Any], kwargs: dict[str, Any]
+    forward: Callable[..., Any], index: int, cache: TrainingCache | None, rest: list[Any], kwargs: dict[str, Any]
 ) -> Callable[..., tuple[Any, ...]]:
-    """(layer input, earlier keys and values in turn) -> (layer output, new keys, new values)."""
+    """(layer input, keys and values so far) -> (layer output, keys and values with those of this pass)."""
     this = current_pass()
 
-    def run(hidden: torch.Tensor, *flat: torch.Tensor) -> tuple[Any, ...]:
+    def run(hidden: torch.Tensor, *earlier: torch.Tensor) -> tuple[Any, ...]:
         with within(this):
-            if not has_cache:
+            if cache is None:
                 return (forward(hidden, *rest, **kwargs),)
-            view = _RegionCache(index, list(zip(flat[::2], flat[1::2])))
-            output = forward(hidden, *rest, **kwargs, **{_CACHE_ARGUMENT: view})
-            return (output, *view.written[0])
+            own = cache.of_layer(index, earlier)
+            n_before = own.get_seq_length(index)
+            output = forward(hidden, *rest, **kwargs, **{_CACHE_ARGUMENT: own})
+            if len(own.layers) != index + 1 or own.get_seq_length(index) != n_before + hidden.shape[1]:
+                raise RuntimeError(
+                    f"decoder layer {index} wrote keys and values of another layer, or not once for each column; "
+                    "activation checkpointing needs one write to its own layer: switch it off for this model"
+                )
+            return (output, *own.layer(index).written)
 
     return run
 
@@ -167,10 +119,3 @@ def on_host(hidden: torch.Tensor) -> AbstractContextManager[Any]:
         return packed if isinstance(packed, torch.Tensor) else host.unpack_hook(packed)
 
     return saved_tensors_hooks(pack, unpack)
-
-
-def _join(pieces: list[Piece]) -> Piece:
-    if len(pieces) == 1:
-        return pieces[0]
-    keys, values = zip(*pieces)
-    return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from coconut_ds.model.checkpointing import PieceCache, checkpoint_layers, restore_layers
+from coconut_ds.model.checkpointing import checkpoint_layers, restore_layers
 from coconut_ds.model.generation import greedy_decode
+from coconut_ds.model.kv_cache import TrainingCache
 from coconut_ds.model.latents import LatentContext, next_thought, states_in_reach
 from coconut_ds.model.loss import summed_cross_entropy
 from coconut_ds.model.masks import causal_mask, columns_of
@@ -154,8 +155,7 @@ class Coconut(nn.Module):
         embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (B, T, D)
         keys = 0 if cache is None else cache.get_max_length()
         if cache is None and span:
-            recomputes = self._checkpoints_layers and torch.is_grad_enabled()
-            cache = PieceCache() if recomputes else DynamicCache(config=self.base_causallm.config)
+            cache = TrainingCache(input_ids.shape[1])
         mask = causal_mask(attention_mask, self.base_causallm.config)
         left: dict[nn.Module, list[Rows]] = {}
 

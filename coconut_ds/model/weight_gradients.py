@@ -6,7 +6,7 @@ output gradients, B rows each, to the prefix's backward, which follows all of th
 of the pass before it. The tail, with more columns, goes the usual way.
 
 ZeRO's buckets hold gradients in the order in which they become ready, and ranks must agree on it. A layer's weight and
-bias become ready when its prefix is done, in the order `_Prefix` returns them, so every forward has to have a prefix,
+bias become ready when its prefix is done, in the order `_Gathered` returns them, so every forward has to have a prefix,
 whether thoughts follow it or not.
 
 Shapes: N rows of a pass (batch times columns), I inputs, O outputs of a linear layer.
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
@@ -74,10 +75,15 @@ def _forward(module: Any, rows: torch.Tensor) -> torch.Tensor:
         return product(rows, weight if is_transposed else weight.T, module.bias)
     if this is None or not weight.requires_grad:
         return type(module).forward(module, rows)
-    if not this.is_prefix and rows.shape[1] > 1:
+    left = this.left.setdefault(module, [])
+    if this.is_prefix:
+        weight, bias = _Gathered.apply(weight, module.bias, is_transposed, left)
+        if is_transposed:
+            return torch.addmm(bias, rows.flatten(0, -2), weight).unflatten(0, rows.shape[:-1])
+        return F.linear(rows, weight, bias)
+    if rows.shape[1] > 1:
         return type(module).forward(module, rows)
-    function = _Prefix if this.is_prefix else _Thought
-    return function.apply(rows, weight, module.bias, is_transposed, this.left.setdefault(module, []))
+    return _Thought.apply(rows, weight, module.bias, is_transposed, left)
 
 
 class _Thought(torch.autograd.Function):
@@ -104,25 +110,24 @@ class _Thought(torch.autograd.Function):
         return product(gradient, weight.T if ctx.is_transposed else weight), None, None, None, None
 
 
-class _Prefix(torch.autograd.Function):
-    """A linear layer whose backward adds what the thoughts left."""
+class _Gathered(torch.autograd.Function):
+    """Weight and bias as they are; the backward adds to their gradients what the thoughts left."""
 
-    forward = _Thought.forward
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool, left: list[Rows]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx.is_transposed, ctx.left = is_transposed, left
+        return weight.view_as(weight), bias if bias is None else bias.view_as(bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
-        to_rows = product(gradient, weight.T if ctx.is_transposed else weight) if ctx.needs_input_grad[0] else None
-        rows, gradient = rows.flatten(0, -2), gradient.flatten(0, -2)
-        first, second = (rows, gradient) if ctx.is_transposed else (gradient, rows)
-        to_weight = first.T @ second
-        to_bias = gradient.sum(dim=0) if ctx.needs_input_grad[2] else None
+    def backward(ctx: Any, to_weight: torch.Tensor, to_bias: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if ctx.left:
-            left_rows, left_gradients = (torch.cat(parts) for parts in zip(*ctx.left))
+            rows, gradient = (torch.cat(parts) for parts in zip(*ctx.left))
             ctx.left.clear()
-            first, second = (left_rows, left_gradients) if ctx.is_transposed else (left_gradients, left_rows)
-            to_weight.addmm_(first.T, second)
+            first, second = (rows, gradient) if ctx.is_transposed else (gradient, rows)
+            to_weight = to_weight.addmm_(first.T, second)
             if to_bias is not None:
-                to_bias += left_gradients.sum(dim=0)
-        return to_rows, to_weight, to_bias, None, None
+                to_bias = to_bias + gradient.sum(dim=0)
+        return to_weight, to_bias, None, None

@@ -84,10 +84,7 @@ def widest_sequence(examples: Dataset, curriculum: Curriculum, stage: int, token
 
 
 def _live_bytes(model: Coconut, batch: Batch) -> list[int]:
-    device = next(model.parameters()).device
-    inputs = {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.inputs.items()
-    }
+    inputs = to_device(batch.inputs, next(model.parameters()).device)
     # A gradient that is complete leaves at once, as into a bucket: what it is added to is counted with the states.
     hooks = [
         parameter.register_post_accumulate_grad_hook(_drop_gradient)

@@ -1,0 +1,104 @@
+"""Keys and values of all passes of a training forward, in one buffer per layer.
+
+A cache that grows copies every key and value in every pass, and autograd keeps each copy until the backward. Here a
+pass writes its columns behind those of the passes before it and gets a view of all of them; in the backward the
+gradients of all passes are summed in one tensor per layer.
+
+Shapes: B rows, H key-value heads, P columns of earlier passes, N columns of the pass, T columns in all, d head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+Columns = tuple[torch.Tensor, ...]
+"""Keys and values of the columns so far, (B, H, P, d) each; empty before the first pass."""
+
+
+@dataclass
+class _Gradient:
+    """What the backward has collected so far for the keys, or the values, of a layer: (B, H, T, d)."""
+
+    total: torch.Tensor | None = None
+
+
+class _Layer(DynamicLayer):
+    def __init__(self, n_columns: int) -> None:
+        super().__init__()
+        self.n_columns = n_columns
+        self.written: Columns = ()
+        self.gradients = _Gradient(), _Gradient()
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        earlier = self.written or (None, None)
+        self.written = tuple(
+            _Append.apply(before, new, self.n_columns, gradient)
+            for before, new, gradient in zip(earlier, (key_states, value_states), self.gradients)
+        )
+        return self.written
+
+    def get_seq_length(self) -> int:
+        return self.written[0].shape[-2] if self.written else 0
+
+
+class TrainingCache(Cache):
+    """A KV cache for passes that cover `n_columns` columns together, each continuing where the one before it ended."""
+
+    def __init__(self, n_columns: int) -> None:
+        layer: Any = functools.partial(_Layer, n_columns)
+        super().__init__(layer_class_to_replicate=layer)
+        self._n_columns = n_columns
+
+    def layer(self, index: int) -> _Layer:
+        while len(self.layers) <= index:
+            self.layers.append(_Layer(self._n_columns))
+        layer: Any = self.layers[index]
+        return layer
+
+    def of_layer(self, index: int, earlier: Columns) -> TrainingCache:
+        """A cache that continues after `earlier` in one layer, to write in it again what this one holds already."""
+        view = TrainingCache(self._n_columns)
+        view.layer(index).written = earlier
+        view.layer(index).gradients = self.layer(index).gradients
+        return view
+
+
+class _Append(torch.autograd.Function):
+    """(B, H, P, d) so far and (B, H, N, d) new columns -> (B, H, P + N, d), a view of the layer's buffer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, earlier: torch.Tensor | None, new: torch.Tensor, n_columns: int, gradient: _Gradient
+    ) -> torch.Tensor:
+        rows, heads, columns, size = new.shape
+        if earlier is None:
+            start, buffer = 0, new.new_empty(rows, heads, n_columns, size)
+        else:
+            # `.data`: to autograd a write would change what earlier passes saved, but their columns stay as they are.
+            start = earlier.shape[-2]
+            buffer = earlier.data.as_strided((rows, heads, n_columns, size), earlier.stride())
+        ctx.start, ctx.gradient = start, gradient
+        end = start + columns
+        buffer[:, :, start:end] = new
+        return buffer[:, :, :end]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # `earlier` is given none: its own pass, whose turn comes later, finds it in the total.
+        end = gradient.shape[-2]
+        total = ctx.gradient.total
+        if total is None:
+            total = ctx.gradient.total = gradient.clone()
+        else:
+            total[:, :, :end] += gradient
+        if ctx.start == 0:
+            ctx.gradient.total = None
+        return None, total[:, :, ctx.start : end], None, None
