@@ -90,12 +90,14 @@ def _region(
 ) -> Callable[..., tuple[Any, ...]]:
     """(layer input, keys and values so far) -> (layer output, keys and values with those of this pass)."""
     this = current_pass()
+    # Without what is written: a region lives until its backward, and would keep the keys and values of all layers.
+    empty = cache.of_layer(index, ()) if cache is not None else None
 
     def run(hidden: torch.Tensor, *earlier: torch.Tensor) -> tuple[Any, ...]:
         with within(this):
-            if cache is None:
+            if empty is None:
                 return (forward(hidden, *rest, **kwargs),)
-            own = cache.of_layer(index, earlier)
+            own = empty.of_layer(index, earlier)
             n_before = own.get_seq_length(index)
             output = forward(hidden, *rest, **kwargs, **{_CACHE_ARGUMENT: own})
             if len(own.layers) != index + 1 or own.get_seq_length(index) != n_before + hidden.shape[1]:
