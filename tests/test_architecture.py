@@ -27,7 +27,7 @@ LAYERS = (
         "engine.ds_config",
         "engine.model_states",
     ),
-    ("model.weight_gradients",),
+    ("model.weight_gradients", "model.thought_attention"),
     ("model.generation", "model.checkpointing", "model.loss", "model.masks"),
     ("model.coconut", "model.backbone", "curriculum.loaders"),
     ("engine.build",),

@@ -19,6 +19,7 @@ from coconut_ds.model.kv_cache import TrainingCache
 from coconut_ds.model.latents import LatentContext, next_thought, states_in_reach
 from coconut_ds.model.loss import summed_cross_entropy
 from coconut_ds.model.masks import causal_mask, columns_of
+from coconut_ds.model.thought_attention import gather_attention_gradients
 from coconut_ds.model.weight_gradients import Pass, Rows, gather_weight_gradients, within
 
 IGNORED_LABEL = -100
@@ -78,6 +79,7 @@ class Coconut(nn.Module):
         self.latent_context = latent_context or LatentContext()
         self._checkpoints_layers = False
         gather_weight_gradients(self.base_causallm.base_model)
+        gather_attention_gradients(self.base_causallm)
 
     def enable_activation_checkpointing(self, every_n_layers: int = 1, offload: bool = False) -> None:
         """Keep only the input, keys and values of every `every_n_layers`-th decoder layer and recompute the rest.

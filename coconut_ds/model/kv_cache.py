@@ -2,7 +2,7 @@
 
 A cache that grows copies every key and value in every pass, and autograd keeps each copy until the backward. Here a
 pass writes its columns behind those of the passes before it and gets a view of all of them; in the backward the
-gradients of all passes are summed in one tensor per layer.
+gradients of all passes are summed in one tensor per layer, and those a thought left as rows are added column by column.
 
 Shapes: B rows, H key-value heads, P columns of earlier passes, N columns of the pass, T columns in all, d head size.
 """
@@ -10,7 +10,7 @@ Shapes: B rows, H key-value heads, P columns of earlier passes, N columns of the
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,10 +23,37 @@ Columns = tuple[torch.Tensor, ...]
 
 
 @dataclass
-class _Gradient:
-    """What the backward has collected so far for the keys, or the values, of a layer: (B, H, T, d)."""
+class Gradient:
+    """What the backward has collected so far for the keys, or the values, of a layer."""
 
     total: torch.Tensor | None = None
+    """(B, H, T, d)"""
+    left: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """Products not yet worked out, as (B, H, G, P) and (B, H, G, d) with few rows G: first.mT @ second."""
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add the gradient (B, H, P, d) of the first P columns."""
+        if self.total is None:
+            self.total = gradient.clone()
+        else:
+            self.total[:, :, : gradient.shape[-2]] += gradient
+
+    def take(self, start: int, end: int) -> torch.Tensor | None:
+        """The gradient (B, H, N, d) of the columns `start` to `end`, to be taken once, the first ones last."""
+        own = None if self.total is None else self.total[:, :, start:end]
+        if self.left:
+            first = torch.cat([shares[..., start:end] for shares, _ in self.left], dim=2)
+            product = first.mT @ torch.cat([vectors for _, vectors in self.left], dim=2)
+            own = product if own is None else own.add_(product)
+        if start == 0:
+            self.total = None
+            self.left.clear()
+        return own
+
+
+def collected(columns: torch.Tensor) -> Gradient | None:
+    """Where the backward collects the gradient of keys or values that a `TrainingCache` returned; else None."""
+    return getattr(columns.grad_fn, "collected", None)
 
 
 class _Layer(DynamicLayer):
@@ -34,7 +61,7 @@ class _Layer(DynamicLayer):
         super().__init__()
         self.n_columns = n_columns
         self.written: Columns = ()
-        self.gradients = _Gradient(), _Gradient()
+        self.gradients = Gradient(), Gradient()
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         earlier = self.written or (None, None)
@@ -75,7 +102,7 @@ class _Append(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, earlier: torch.Tensor | None, new: torch.Tensor, n_columns: int, gradient: _Gradient
+        ctx: Any, earlier: torch.Tensor | None, new: torch.Tensor, n_columns: int, gradient: Gradient
     ) -> torch.Tensor:
         rows, heads, columns, size = new.shape
         if earlier is None:
@@ -84,21 +111,16 @@ class _Append(torch.autograd.Function):
             # `.data`: to autograd a write would change what earlier passes saved, but their columns stay as they are.
             start = earlier.shape[-2]
             buffer = earlier.data.as_strided((rows, heads, n_columns, size), earlier.stride())
-        ctx.start, ctx.gradient = start, gradient
         end = start + columns
+        ctx.columns, ctx.collected = (start, end), gradient
+        ctx.set_materialize_grads(False)
         buffer[:, :, start:end] = new
         return buffer[:, :, :end]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # `earlier` is given none: its own pass, whose turn comes later, finds it in the total.
-        end = gradient.shape[-2]
-        total = ctx.gradient.total
-        if total is None:
-            total = ctx.gradient.total = gradient.clone()
-        else:
-            total[:, :, :end] += gradient
-        if ctx.start == 0:
-            ctx.gradient.total = None
-        return None, total[:, :, ctx.start : end], None, None
+    def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if gradient is not None:
+            ctx.collected.add(gradient)
+        # `earlier` is given none: its own pass, whose turn comes later, takes it from what was collected.
+        return None, ctx.collected.take(*ctx.columns), None, None

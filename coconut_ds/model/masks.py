@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
+from coconut_ds.model.thought_attention import GATHERING_SDPA
+
 
 def causal_mask(attention_mask: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
     """(B, T) padding mask -> (B, 1, T, T), True where a query column (third) may see a key column (fourth).
@@ -21,7 +23,7 @@ def causal_mask(attention_mask: torch.Tensor, config: PreTrainedConfig) -> torch
     """
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) is not None or layer_types != {"full_attention"}
-    if config._attn_implementation != "sdpa" or windowed:
+    if config._attn_implementation not in ("sdpa", GATHERING_SDPA) or windowed:
         return attention_mask
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     queries, keys = columns[:, None], columns[None, :]

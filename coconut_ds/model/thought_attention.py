@@ -1,0 +1,85 @@
+"""Attention of a pass over one column, whose gradients of keys and values are worked out with those of the prefix.
+
+For each head they are products of one row with another, which torch's attention writes out over all columns and
+autograd adds up, pass by pass. Here a thought leaves the rows, and the KV cache multiplies those of all thoughts at
+once. A pass over more columns is left to torch.
+
+Shapes: B rows, H key-value heads with G query heads each, P columns so far, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from coconut_ds.model.kv_cache import collected
+
+GATHERING_SDPA = "sdpa_gathering"
+"""The name of this attention in transformers; a saved configuration does not hold it."""
+
+
+def gather_attention_gradients(model: PreTrainedModel) -> None:
+    """Make a model that uses torch's attention use this one."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(GATHERING_SDPA)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Query (B, H * G, columns, d), keys and values (B, H, P, d) -> (B, columns, H * G, d), as transformers asks."""
+    of_keys, of_values = collected(key), collected(value)
+    is_plain = options.get("position_bias") is None and (
+        attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
+    )
+    if query.shape[2] > 1 or of_keys is None or of_values is None or not is_plain:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    query = query.reshape(len(key), key.shape[1], -1, key.shape[3])  # (B, H, G, d)
+    query = query * (key.shape[3] ** -0.5 if scaling is None else scaling)
+    scores = _Product.apply(query, key.mT, lambda rows, gradient: of_keys.left.append((gradient, rows)))
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
+    shares = F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)  # (B, H, G, P)
+    shares = F.dropout(shares, dropout)
+    mixed = _Product.apply(shares, value, lambda rows, gradient: of_values.left.append((rows, gradient)))
+    return mixed.flatten(1, 2)[:, None], None
+
+
+AttentionInterface.register(GATHERING_SDPA, _attention)
+AttentionMaskInterface.register(GATHERING_SDPA, sdpa_mask)
+
+
+class _Product(torch.autograd.Function):
+    """(B, H, G, K) times (B, H, K, N); `leave` is given the rows and their gradient in place of the matrix's own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, matrix: torch.Tensor, leave: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, matrix)
+        ctx.leave = leave
+        return rows @ matrix
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, matrix = ctx.saved_tensors
+        ctx.leave(rows, gradient)
+        return gradient @ matrix.mT, None, None
