@@ -160,3 +160,11 @@ def test_a_layer_that_writes_for_another_is_refused():
     model.base_causallm.transformer.h[1].attn.layer_idx = 0
     with pytest.raises(RuntimeError, match="decoder layer 1 wrote keys and values of another layer"):
         model(**batch_of(RAGGED).inputs)
+
+
+def test_a_cache_of_another_kind_runs_without_recomputing():
+    model = tiny.coconut("llama")
+    ids = torch.randint(5, tiny.VOCABULARY, (2, 6))
+    expected = model.base_causallm(input_ids=ids).logits
+    model.enable_activation_checkpointing()
+    torch.testing.assert_close(model.base_causallm(input_ids=ids).logits, expected, rtol=0, atol=0)

@@ -67,3 +67,10 @@ def test_thoughts_do_not_copy_the_keys_and_values_of_the_prefix(checkpointed):
 
     one_copy = 2 * 8 * 50 * 32 * 4  # keys and values of one layer, for one thought
     assert kept(6) - kept(1) < one_copy
+
+
+def test_more_columns_than_it_was_made_for_are_refused():
+    cache = TrainingCache(3)
+    cache.update(torch.rand(1, 1, 3, 2), torch.rand(1, 1, 3, 2), 0)
+    with pytest.raises(ValueError, match="4 columns written to a TrainingCache made for 3"):
+        cache.update(torch.rand(1, 1, 1, 2), torch.rand(1, 1, 1, 2), 0)

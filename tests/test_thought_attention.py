@@ -60,6 +60,29 @@ def test_values_and_gradients_are_those_of_torch(monkeypatch, kind, scaling):
     assert asked == ([COLUMNS - 2] if one_column_is_ours else [COLUMNS - 2, 1, 1])
 
 
+@pytest.mark.parametrize("family", ["gpt2", "mistral"])
+def test_padding_that_sees_nothing_makes_no_nan(family):
+    """One row still thinks when the other is padded further than a sliding window reaches."""
+    model = tiny.coconut(family, CONTEXTS["sequence"])
+    model(**batch_of([(9, 2, 40), (4, 0, 1)]).inputs).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_half_precision_is_left_to_torch(monkeypatch):
+    asked = []
+
+    def counted(*args, **options):
+        asked.append(args[1].shape[2])
+        return sdpa_attention_forward(*args, **options)
+
+    monkeypatch.setattr(thought_attention, "sdpa_attention_forward", counted)
+    model = tiny.coconut("gpt2", CONTEXTS["sequence"])
+    model(**batch_of(RAGGED).inputs)
+    assert 1 not in asked
+    model.bfloat16()(**batch_of(RAGGED).inputs)
+    assert 1 in asked
+
+
 def test_dropout_keeps_the_mean():
     torch.manual_seed(0)
     keys, values = TrainingCache(4).update(

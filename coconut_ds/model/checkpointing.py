@@ -70,10 +70,11 @@ def _checkpointed(
 ) -> Any:
     """What a checkpointed layer runs in place of its forward; same arguments, same result."""
     forward = functools.partial(type(layer).forward, layer)
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
     call = signature.bind(*args, **kwargs)
-    cache = call.arguments.pop(_CACHE_ARGUMENT, None)
+    cache = call.arguments.get(_CACHE_ARGUMENT)
+    if not torch.is_grad_enabled() or not (cache is None or isinstance(cache, TrainingCache)):
+        return forward(*args, **kwargs)
+    call.arguments.pop(_CACHE_ARGUMENT, None)
     hidden, *rest = call.args
     earlier = cache.layer(index).written if cache is not None else ()
     run = _region(forward, index, cache, rest, call.kwargs)

@@ -14,13 +14,14 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from coconut_ds.model.checkpointing import checkpoint_layers, restore_layers
+from coconut_ds.model.deferred import Deferred
 from coconut_ds.model.generation import greedy_decode
 from coconut_ds.model.kv_cache import TrainingCache
 from coconut_ds.model.latents import LatentContext, next_thought, states_in_reach
 from coconut_ds.model.loss import summed_cross_entropy
 from coconut_ds.model.masks import causal_mask, columns_of
 from coconut_ds.model.thought_attention import gather_attention_gradients
-from coconut_ds.model.weight_gradients import Pass, Rows, gather_weight_gradients, within
+from coconut_ds.model.weight_gradients import Pass, gather_weight_gradients, within
 
 IGNORED_LABEL = -100
 
@@ -159,7 +160,7 @@ class Coconut(nn.Module):
         if cache is None and span:
             cache = TrainingCache(input_ids.shape[1])
         mask = causal_mask(attention_mask, self.base_causallm.config)
-        left: dict[nn.Module, list[Rows]] = {}
+        left: dict[nn.Module, Deferred] = {}
 
         def run(embeds: torch.Tensor, start: int) -> torch.Tensor:
             """One pass of the backbone without its LM head over the columns from `start` on: (B, columns, D)."""

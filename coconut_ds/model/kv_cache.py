@@ -2,7 +2,7 @@
 
 A cache that grows copies every key and value in every pass, and autograd keeps each copy until the backward. Here a
 pass writes its columns behind those of the passes before it and gets a view of all of them; in the backward the
-gradients of all passes are summed in one tensor per layer, and those a thought left as rows are added column by column.
+gradients of all passes are summed in place, and each pass takes the columns it wrote when all later passes are done.
 
 Shapes: B rows, H key-value heads, P columns of earlier passes, N columns of the pass, T columns in all, d head size.
 """
@@ -10,7 +10,7 @@ Shapes: B rows, H key-value heads, P columns of earlier passes, N columns of the
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,37 +18,43 @@ from torch.autograd.function import once_differentiable
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from coconut_ds.model.deferred import Deferred
+
 Columns = tuple[torch.Tensor, ...]
 """Keys and values of the columns so far, (B, H, P, d) each; empty before the first pass."""
 
 
 @dataclass
-class Gradient:
-    """What the backward has collected so far for the keys, or the values, of a layer."""
+class Gradient(Deferred):
+    """What a backward has collected so far for the keys, or the values, of a layer.
+
+    Rows left are (B, H, G, P) and (B, H, G, d), G query heads for each key-value head.
+    """
 
     total: torch.Tensor | None = None
     """(B, H, T, d)"""
-    left: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    """Products not yet worked out, as (B, H, G, P) and (B, H, G, d) with few rows G: first.mT @ second."""
 
     def add(self, gradient: torch.Tensor) -> None:
         """Add the gradient (B, H, P, d) of the first P columns."""
+        self.begin()
         if self.total is None:
             self.total = gradient.clone()
         else:
             self.total[:, :, : gradient.shape[-2]] += gradient
 
     def take(self, start: int, end: int) -> torch.Tensor | None:
-        """The gradient (B, H, N, d) of the columns `start` to `end`, to be taken once, the first ones last."""
+        """The gradient (B, H, N, d) of the columns `start` to `end`, once; None when there is none."""
+        self.begin()
         own = None if self.total is None else self.total[:, :, start:end]
-        if self.left:
-            first = torch.cat([shares[..., start:end] for shares, _ in self.left], dim=2)
-            product = first.mT @ torch.cat([vectors for _, vectors in self.left], dim=2)
+        if self.rows:
+            shares = torch.cat([first[..., start:end] for first, _ in self.rows], dim=2)
+            product = shares.mT @ torch.cat([second for _, second in self.rows], dim=2)
             own = product if own is None else own.add_(product)
-        if start == 0:
-            self.total = None
-            self.left.clear()
         return own
+
+    def clear(self) -> None:
+        super().clear()
+        self.total = None
 
 
 def collected(columns: torch.Tensor) -> Gradient | None:
@@ -112,6 +118,8 @@ class _Append(torch.autograd.Function):
             start = earlier.shape[-2]
             buffer = earlier.data.as_strided((rows, heads, n_columns, size), earlier.stride())
         end = start + columns
+        if end > n_columns:
+            raise ValueError(f"{end} columns written to a TrainingCache made for {n_columns}; make it for all of them")
         ctx.columns, ctx.collected = (start, end), gradient
         ctx.set_materialize_grads(False)
         buffer[:, :, start:end] = new
@@ -122,5 +130,8 @@ class _Append(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if gradient is not None:
             ctx.collected.add(gradient)
+        own = ctx.collected.take(*ctx.columns)
+        if not ctx.needs_input_grad[0]:
+            ctx.collected.clear()  # no pass before this one takes part
         # `earlier` is given none: its own pass, whose turn comes later, takes it from what was collected.
-        return None, ctx.collected.take(*ctx.columns), None, None
+        return None, own, None, None

@@ -2,7 +2,7 @@
 
 For each head they are products of one row with another, which torch's attention writes out over all columns and
 autograd adds up, pass by pass. Here a thought leaves the rows, and the KV cache multiplies those of all thoughts at
-once. A pass over more columns is left to torch.
+once. Passes over more columns are left to torch, and half precisions too: its kernels keep the scores in fp32.
 
 Shapes: B rows, H key-value heads with G query heads each, P columns so far, d head size.
 """
@@ -44,21 +44,22 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Query (B, H * G, columns, d), keys and values (B, H, P, d) -> (B, columns, H * G, d), as transformers asks."""
     of_keys, of_values = collected(key), collected(value)
+    is_fp32 = query.dtype == torch.float32 and not torch.is_autocast_enabled(query.device.type)
     is_plain = options.get("position_bias") is None and (
         attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
     )
-    if query.shape[2] > 1 or of_keys is None or of_values is None or not is_plain:
+    if query.shape[2] > 1 or of_keys is None or of_values is None or not (is_fp32 and is_plain):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
     query = query.reshape(len(key), key.shape[1], -1, key.shape[3])  # (B, H, G, d)
     query = query * (key.shape[3] ** -0.5 if scaling is None else scaling)
-    scores = _Product.apply(query, key.mT, lambda rows, gradient: of_keys.left.append((gradient, rows)))
+    scores = _Product.apply(query, key.mT, lambda rows, gradient: of_keys.leave(gradient, rows))
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, float("-inf"))
-    shares = F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)  # (B, H, G, P)
-    shares = F.dropout(shares, dropout)
-    mixed = _Product.apply(shares, value, lambda rows, gradient: of_values.left.append((rows, gradient)))
+        # Not -inf, which makes NaN of a padding column that sees nothing.
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    shares = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, H, G, P)
+    mixed = _Product.apply(shares, value, of_values.leave)
     return mixed.flatten(1, 2)[:, None], None
 
 

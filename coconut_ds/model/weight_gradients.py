@@ -27,18 +27,19 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from coconut_ds.model.deferred import Deferred
 from coconut_ds.model.few_rows import product
-
-Rows = tuple[torch.Tensor, torch.Tensor]
-"""Inputs (N, I) and output gradients (N, O) of one pass through one layer."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of a forward; `left` is shared by its passes: what the thoughts left for the prefix, by layer."""
+    """One pass of a forward; `left` is shared by its passes.
+
+    For each linear layer the prefix ran, the rows the thoughts leave it: inputs (N, I) and output gradients (N, O).
+    """
 
     is_prefix: bool
-    left: dict[nn.Module, list[Rows]]
+    left: dict[nn.Module, Deferred]
 
 
 _CURRENT: ContextVar[Pass | None] = ContextVar("pass", default=None)
@@ -73,17 +74,18 @@ def _forward(module: Any, rows: torch.Tensor) -> torch.Tensor:
     is_transposed = isinstance(module, Conv1D)
     if not torch.is_grad_enabled():
         return product(rows, weight if is_transposed else weight.T, module.bias)
-    if this is None or not weight.requires_grad:
+    # Autocast wants the casts of torch's own operations.
+    if this is None or not weight.requires_grad or torch.is_autocast_enabled(rows.device.type):
         return type(module).forward(module, rows)
-    left = this.left.setdefault(module, [])
     if this.is_prefix:
+        left = this.left.setdefault(module, Deferred())
         weight, bias = _Gathered.apply(weight, module.bias, is_transposed, left)
         if is_transposed:
             return torch.addmm(bias, rows.flatten(0, -2), weight).unflatten(0, rows.shape[:-1])
         return F.linear(rows, weight, bias)
-    if rows.shape[1] > 1:
+    if rows.shape[1] > 1 or module not in this.left:
         return type(module).forward(module, rows)
-    return _Thought.apply(rows, weight, module.bias, is_transposed, left)
+    return _Thought.apply(rows, weight, module.bias, is_transposed, this.left[module])
 
 
 class _Thought(torch.autograd.Function):
@@ -96,7 +98,7 @@ class _Thought(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         is_transposed: bool,
-        left: list[Rows],
+        left: Deferred,
     ) -> torch.Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.is_transposed, ctx.left = is_transposed, left
@@ -106,7 +108,7 @@ class _Thought(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
-        ctx.left.append((rows.flatten(0, -2), gradient.flatten(0, -2)))
+        ctx.left.leave(rows.flatten(0, -2), gradient.flatten(0, -2))
         return product(gradient, weight.T if ctx.is_transposed else weight), None, None, None, None
 
 
@@ -115,7 +117,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool, left: list[Rows]
+        ctx: Any, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool, left: Deferred
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.is_transposed, ctx.left = is_transposed, left
         return weight.view_as(weight), bias if bias is None else bias.view_as(bias)
@@ -123,8 +125,9 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_weight: torch.Tensor, to_bias: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if ctx.left:
-            rows, gradient = (torch.cat(parts) for parts in zip(*ctx.left))
+        ctx.left.begin()
+        if ctx.left.rows:
+            rows, gradient = (torch.cat(parts) for parts in zip(*ctx.left.rows))
             ctx.left.clear()
             first, second = (rows, gradient) if ctx.is_transposed else (gradient, rows)
             to_weight = to_weight.addmm_(first.T, second)
