@@ -148,6 +148,7 @@ def test_only_the_layer_input_goes_to_the_host():
 def test_a_model_that_cannot_be_checkpointed_is_named():
     model = tiny.coconut("gpt2")
     model.base_causallm.transformer.h = torch.nn.ModuleList()
+    model.disable_activation_checkpointing()
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no decoder layers that take past_key_values"):
         model.enable_activation_checkpointing()
     with pytest.raises(ValueError, match="every_n_layers 0"):

@@ -94,7 +94,8 @@ class Coconut(nn.Module):
 
     def disable_activation_checkpointing(self) -> None:
         """Undo `enable_activation_checkpointing`; nothing happens when it is off."""
-        restore_layers(self.base_causallm)
+        if self._checkpoints_layers:
+            restore_layers(self.base_causallm)
         self._checkpoints_layers = False
 
     def forward(
