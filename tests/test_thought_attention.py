@@ -1,6 +1,8 @@
-"""Attention of one column gives what torch's gives, and hands what it cannot do to torch's."""
+"""Attention of a short pass gives what torch's gives, and hands what it cannot do to torch's."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import tiny
@@ -15,13 +17,16 @@ from coconut_ds.model.kv_cache import TrainingCache
 ROWS, HEADS, GROUP, COLUMNS, SIZE = 3, 2, 2, 7, 8
 
 
+PASSES = (3, 1, 3)
+
+
 def attended(attention, cache, mask, **options):
-    """Attention of three passes, the last two over one column, and the gradients of all that went in."""
+    """Attention of three passes, and the gradients of all that went in."""
     generator = torch.Generator().manual_seed(0)
     module = torch.nn.Module()
     module.num_key_value_groups = GROUP
     leaves, outputs = [], []
-    for columns, end in ((COLUMNS - 2, COLUMNS - 2), (1, COLUMNS - 1), (1, COLUMNS)):
+    for columns, end in zip(PASSES, itertools.accumulate(PASSES)):
         heads = (HEADS * GROUP, HEADS, HEADS)
         parts = [torch.randn(ROWS, each, columns, SIZE, generator=generator).requires_grad_() for each in heads]
         leaves += parts
@@ -56,8 +61,26 @@ def test_values_and_gradients_are_those_of_torch(monkeypatch, kind, scaling):
     expected = attended(sdpa_attention_forward, DynamicCache(), mask, scaling=scaling)
     for ours, torchs in zip((*found[0], *found[1]), (*expected[0], *expected[1])):
         torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-6)
-    one_column_is_ours = kind == "one for all heads"
-    assert asked == ([COLUMNS - 2] if one_column_is_ours else [COLUMNS - 2, 1, 1])
+    assert asked == ([PASSES[0]] if kind == "one for all heads" else list(PASSES))
+
+
+def test_a_tail_whose_rows_would_take_more_than_their_product_is_left_to_torch(monkeypatch):
+    asked = []
+
+    def counted(*args, **options):
+        asked.append(args[1].shape[2])
+        return sdpa_attention_forward(*args, **options)
+
+    monkeypatch.setattr(thought_attention, "sdpa_attention_forward", counted)
+    cache = TrainingCache(20)
+    for columns in (11, SIZE // GROUP, SIZE // GROUP + 1):
+        parts = [torch.randn(1, heads, columns, SIZE, requires_grad=True) for heads in (GROUP, 1, 1)]
+        keys, values = cache.update(parts[1], parts[2], 0)
+        mask = torch.ones(1, 1, columns, keys.shape[2], dtype=torch.bool)
+        module = torch.nn.Module()
+        module.num_key_value_groups = GROUP
+        thought_attention._attention(module, parts[0], keys, values, mask)
+    assert asked == [11, SIZE // GROUP + 1]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral"])
