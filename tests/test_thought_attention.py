@@ -15,9 +15,20 @@ from coconut_ds.model import thought_attention
 from coconut_ds.model.kv_cache import TrainingCache
 
 ROWS, HEADS, GROUP, COLUMNS, SIZE = 3, 2, 2, 7, 8
-
-
 PASSES = (3, 1, 3)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The columns of every query that is left to torch."""
+    asked = []
+
+    def counted(*args, **options):
+        asked.append(args[1].shape[2])
+        return sdpa_attention_forward(*args, **options)
+
+    monkeypatch.setattr(thought_attention, "sdpa_attention_forward", counted)
+    return asked
 
 
 def attended(attention, cache, mask, **options):
@@ -48,14 +59,7 @@ def masks():
 
 @pytest.mark.parametrize("kind", masks())
 @pytest.mark.parametrize("scaling", [None, 0.7])
-def test_values_and_gradients_are_those_of_torch(monkeypatch, kind, scaling):
-    asked = []
-
-    def counted(*args, **options):
-        asked.append(args[1].shape[2])
-        return sdpa_attention_forward(*args, **options)
-
-    monkeypatch.setattr(thought_attention, "sdpa_attention_forward", counted)
+def test_values_and_gradients_are_those_of_torch(asked, kind, scaling):
     mask = masks()[kind]
     found = attended(thought_attention._attention, TrainingCache(COLUMNS), mask, scaling=scaling)
     expected = attended(sdpa_attention_forward, DynamicCache(), mask, scaling=scaling)
@@ -64,14 +68,7 @@ def test_values_and_gradients_are_those_of_torch(monkeypatch, kind, scaling):
     assert asked == ([PASSES[0]] if kind == "one for all heads" else list(PASSES))
 
 
-def test_a_tail_whose_rows_would_take_more_than_their_product_is_left_to_torch(monkeypatch):
-    asked = []
-
-    def counted(*args, **options):
-        asked.append(args[1].shape[2])
-        return sdpa_attention_forward(*args, **options)
-
-    monkeypatch.setattr(thought_attention, "sdpa_attention_forward", counted)
+def test_a_tail_whose_rows_would_take_more_than_their_product_is_left_to_torch(asked):
     cache = TrainingCache(20)
     for columns in (11, SIZE // GROUP, SIZE // GROUP + 1):
         parts = [torch.randn(1, heads, columns, SIZE, requires_grad=True) for heads in (GROUP, 1, 1)]
@@ -91,14 +88,7 @@ def test_padding_that_sees_nothing_makes_no_nan(family):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_half_precision_is_left_to_torch(monkeypatch):
-    asked = []
-
-    def counted(*args, **options):
-        asked.append(args[1].shape[2])
-        return sdpa_attention_forward(*args, **options)
-
-    monkeypatch.setattr(thought_attention, "sdpa_attention_forward", counted)
+def test_half_precision_is_left_to_torch(asked):
     model = tiny.coconut("gpt2", CONTEXTS["sequence"])
     model(**batch_of(RAGGED).inputs)
     assert 1 not in asked
