@@ -87,11 +87,11 @@ def sequence_of(columns: int, thoughts: int, latent: int, answer: int = 20) -> T
 def seconds_by_round(work: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Time everything once a round, one after the other, so that a slow spell of the machine falls on all of it.
 
-    One round before them warms up.
+    One round before them warms up. Every other round goes backwards: what runs second is not always the same.
     """
     found: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
-        for name, run in work.items():
+        for name, run in list(work.items())[:: 1 if number % 2 else -1]:
             started = time.perf_counter()
             run()
             if torch.cuda.is_available():
