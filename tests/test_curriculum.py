@@ -10,8 +10,16 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from coconut_ds import LatentContext
 from coconut_ds.config import BatchSizes
-from coconut_ds.curriculum.collator import Tokens, collate_prompts, collate_training, prompt_sequence, training_sequence
+from coconut_ds.curriculum.collator import (
+    Size,
+    Tokens,
+    collate_prompts,
+    collate_training,
+    prompt_sequence,
+    training_sequence,
+)
 from coconut_ds.curriculum.examples import read_records, tokenize
 from coconut_ds.curriculum.loaders import TrainingWindows, loss_loader, prompt_loader, training_loader
 from coconut_ds.curriculum.stages import Layout
@@ -223,6 +231,45 @@ def test_padding_of_prosqa_in_micro_batches_of_eight(shared, curriculum):
             assert share(False, stage, sizes) > 0.15, (stage, sizes)
 
 
+def test_a_loader_draws_no_number_of_the_run(examples, curriculum):
+    """A run that goes on within an epoch starts a loader once more than one that was left alone."""
+    before = torch.get_rng_state()
+    windows = TrainingWindows(examples, curriculum(), TOKENS, BatchSizes(4, 2, 1), 0, 0)
+    assert list(training_loader(windows))
+    assert list(prompt_loader(examples, curriculum(), TOKENS, 1, 7, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("epoch", [0, 2], ids=["most without thoughts", "most with thoughts"])
+def test_micro_batches_in_step_make_as_many_passes_on_every_rank(examples, curriculum, epoch):
+    stages = curriculum(epochs_per_stage=1, uniform_prob=0.5)
+    sizes = BatchSizes(2, 3, 2)
+    model = tiny.coconut(context=LatentContext((0.6, 0.3, 0.1)))
+    differ = 0
+    alone, in_step = (
+        [TrainingWindows(examples, stages, TOKENS, sizes, rank, epoch, in_step=together) for rank in range(2)]
+        for together in (False, True)
+    )
+    # The last window ends in a filler.
+    for number in (0, 1, len(alone[0]) - 1):
+        for batches in zip(*(windows[number] for windows in (*alone, *in_step)), strict=True):
+            here, there, grown_here, grown_there = batches
+            assert Size.of(grown_here).n_thoughts == Size.of(grown_there).n_thoughts
+            assert len(grown_here.inputs["supervised"]) == len(grown_there.inputs["supervised"])
+            differ += Size.of(here) != Size.of(there)
+            for batch, grown in ((here, grown_here), (there, grown_there)):
+                assert (grown.n_targets, grown.n_tokens, grown.indices) == (
+                    batch.n_targets,
+                    batch.n_tokens,
+                    batch.indices,
+                )
+                losses = [model(**each.inputs).loss_sum for each in (batch, grown)]
+                gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+                torch.testing.assert_close(losses[1], losses[0])
+                torch.testing.assert_close(gradients[1], gradients[0], atol=2e-5, rtol=1e-4)
+    assert differ > 2
+
+
 def test_a_loader_starts_where_it_is_told(examples, curriculum):
     windows = TrainingWindows(examples, curriculum(), TOKENS, BatchSizes(4, 2, 1), 0, 0)
     whole = [[batch.indices for batch in window] for window in training_loader(windows)]
@@ -235,7 +282,7 @@ def test_a_worker_that_collates_ahead_changes_nothing(examples, curriculum, monk
     here = [batch for window in training_loader(windows) for batch in window]
     # What a machine with a GPU does, memory that only a GPU can pin aside.
     ahead = {"num_workers": 1, "prefetch_factor": 2}
-    monkeypatch.setattr("coconut_ds.curriculum.loaders._prefetching", lambda: ahead)
+    monkeypatch.setattr("coconut_ds.curriculum.loaders._loading", lambda: ahead)
     there = [batch for window in training_loader(windows) for batch in window]
     assert [batch.indices for batch in there] == [batch.indices for batch in here]
     assert all(torch.equal(a.inputs["input_ids"], b.inputs["input_ids"]) for a, b in zip(here, there, strict=True))

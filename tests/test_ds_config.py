@@ -69,7 +69,7 @@ def test_a_json_written_for_the_hf_trainer_works():
     assert resolved["gradient_clipping"] == 1.0
     assert resolved["managed_gradient_accumulation"] is False
     assert resolved["fp16"] == {"enabled": False, "loss_scale": 0, "initial_scale_power": 16}
-    assert "reduce_bucket_size" not in resolved["zero_optimization"]
+    assert resolved["zero_optimization"]["reduce_bucket_size"] == 50_000_000
     assert not {"optimizer", "scheduler"} & set(resolved)
     assert offloads_optimizer(resolved)
 
@@ -139,12 +139,11 @@ def test_equal_values_are_no_clash():
             "cpu_checkpointing: True here, but False follows from",
         ),
         ({"zero_optimization": {"stage": 0}}, {"precision": "fp16"}, TURING, "0 with fp16 trains on unscaled losses"),
-        ({"zero_optimization": {"stage": 3}}, {}, CPU, "zero_optimization.stage: 3"),
         (
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
             {},
             CPU,
-            "needs stage 3",
+            "ignores it below stage 3",
         ),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, {}, CPU, "ignores it at stage 0"),
         ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, {}, CPU, "overlap_comm: true is not possible"),
@@ -155,6 +154,33 @@ def test_equal_values_are_no_clash():
             "would be wrong; set it to false",
         ),
         ({"zero_optimization": 2}, {}, CPU, "must be an object with a stage"),
+        ({"zero_optimization": {"stage": 4}}, {}, CPU, "zero_optimization.stage: 4: must be 0, 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_sise": 5}},
+            {},
+            CPU,
+            "zero_optimization.reduce_bucket_sise: unknown key (did you mean 'reduce_bucket_size'?)",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin": True}}},
+            {},
+            CPU,
+            "zero_optimization.offload_optimizer.pin: unknown key",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+            {},
+            CPU,
+            "nvme is not supported",
+        ),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, {}, CPU, "zero_optimization.reduce_bucket_size: 'big'"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, {}, CPU, "mics_shard_size: unknown key"),
+        ({"fp16": {"enable": True}}, {}, CPU, "fp16.enable: unknown key (did you mean 'enabled'?)"),
+        ({"bf16": True}, {}, CPU, "bf16: True must be an object"),
+        ({"data_types": {"grad_accum": "fp32"}}, {}, CPU, "data_types.grad_accum: unknown key, which DeepSpeed would"),
+        ({"flops_profiler": {"enable": True}}, {}, CPU, "flops_profiler.enable: unknown key, which DeepSpeed would"),
+        ({"aio": {"thread_count": 2}}, {}, CPU, "aio: refused: it is for NVMe"),
+        ({"checkpoint": {"load_universal": True}}, {}, CPU, "checkpoint: refused: checkpoints are written by this"),
         (
             {
                 "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
@@ -219,9 +245,9 @@ def test_every_shipped_json_resolves(path, device):
     zero = resolved["zero_optimization"]
     assert ("offload" in path.stem) is offloads_optimizer(resolved)
     assert f"zero{zero['stage']}" in path.stem
-    if zero["stage"]:
-        assert 2e7 <= zero["reduce_bucket_size"] <= 5e7
-        assert 2e7 <= zero["allgather_bucket_size"] <= 5e7
+    buckets = {key: value for key, value in zero.items() if key.endswith("bucket_size")}
+    assert len(buckets) == (2 if zero["stage"] else 0)
+    assert all(2e7 <= size <= 5e7 for size in buckets.values())
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "JSON object")])

@@ -32,7 +32,7 @@ def test_a_plan_has_every_stage_and_every_file(run_file, capsys):
     assert plan.main(["--run", run_file, "--memory", "1"]) == 0
     larger = [line.split() for line in capsys.readouterr().out.splitlines() if line[:5].strip().isdigit()]
     assert all(int(more[-1]) > int(less[-1]) > 0 for more, less in zip(larger, stages))
-    for name in ("zero0", "zero1", "zero2", "zero2_offload"):
+    for name in ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"):
         assert f"ds_configs/{name}.json" in printed
 
 
@@ -63,6 +63,15 @@ def test_what_is_wrong_ends_with_status_2(run_file, capsys):
         # On the card only the weights and the buffer of the largest parameter stay.
         ({"stage": 2, "reduce_bucket_size": 0, "offload_optimizer": {"device": "cpu"}}, 2, {}, 4 + 1, 6 + 2),
         ({"stage": 2, "reduce_bucket_size": 100, "overlap_comm": True}, 2, {}, 4 + 2 + 6 + 8 / 10, 0),
+        # Of the weights half is a share, and all may be gathered.
+        ({"stage": 3, "reduce_bucket_size": 0, "stage3_prefetch_bucket_size": 0}, 2, {}, 4 + 2 + 2 + 6, 0),
+        (
+            {"stage": 3, "reduce_bucket_size": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 250},
+            2,
+            {},
+            1 + 2 + 2 + 6,
+            0,
+        ),
     ],
 )
 def test_bytes_per_parameter(zero, world, precision, device, host):

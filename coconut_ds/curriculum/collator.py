@@ -52,6 +52,45 @@ class Batch(NamedTuple):
     """Position of each row's example in its data file; empty for a filler."""
 
 
+@dataclass(frozen=True)
+class Size:
+    """What decides how often a forward calls its layers: thought columns, and chunks of supervised tokens."""
+
+    n_thoughts: int = 0
+    n_targets: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch) -> Size:
+        span = batch.inputs["thought_span"]
+        return cls(span[1] - span[0] if span else 0, batch.n_targets)
+
+    def __or__(self, other: Size) -> Size:
+        """The larger of both, in each respect."""
+        return Size(max(self.n_thoughts, other.n_thoughts), max(self.n_targets, other.n_targets))
+
+
+def grown(batch: Batch, size: Size, pad: int) -> Batch:
+    """`batch` with the same loss and as many passes and supervised entries as `size`; at least its own size.
+
+    Ordinary columns run as if they were thoughts, padding where there are not enough of them; entries that are added
+    carry no label.
+    """
+    inputs = dict(batch.inputs)
+    columns = inputs["input_ids"].shape[1]
+    first = inputs["thought_span"][0] if inputs["thought_span"] else max(1, columns - size.n_thoughts)
+    if size.n_thoughts:
+        inputs["thought_span"] = (first, first + size.n_thoughts)
+    missing = max(0, first + size.n_thoughts - columns, 2 - columns)
+    values = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED, "position_ids": 0}
+    for name, value in values.items():
+        inputs[name] = torch.nn.functional.pad(inputs[name], (0, missing), value=value)
+    rows = inputs["supervised"] // columns
+    # Column 1 of the first row: it follows the first token of a question, or of a filler, and has no label there.
+    added = torch.ones(size.n_targets - len(rows), dtype=torch.long)
+    inputs["supervised"] = torch.cat([inputs["supervised"] + rows * missing, added])
+    return batch._replace(inputs=inputs)
+
+
 def training_sequence(row: dict[str, Any], layout: Layout, tokens: Tokens) -> TokenSequence:
     """question [start] thoughts [end] remaining steps, answer; everything before the steps is unsupervised."""
     ids, first_thought = _opening(row, layout.n_thoughts, tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +15,11 @@ from torch.utils.data import DataLoader
 from coconut_ds.config import BatchSizes
 from coconut_ds.curriculum.collator import (
     Batch,
+    Size,
     Tokens,
     collate_prompts,
     collate_training,
+    grown,
     prompt_sequence,
     training_sequence,
 )
@@ -37,6 +41,8 @@ class TrainingWindows(torch.utils.data.Dataset):
     With `group_by_length` the examples of a window are sorted by question length, longest first, before they are dealt
     to micro-batches: less padding, the same optimizer step. Windows of fewer than `POOL` examples are cut from sorted
     pools of at least that many, and come in random order.
+
+    With `in_step` micro-batches make as many passes on every rank, as ZeRO-3 demands: those of the rank with the most.
     """
 
     def __init__(
@@ -48,7 +54,9 @@ class TrainingWindows(torch.utils.data.Dataset):
         rank: int,
         epoch: int,
         group_by_length: bool = True,
+        in_step: bool = False,
     ):
+        self._in_step = in_step
         self._examples = examples.select_columns(ID_COLUMNS)
         self._curriculum = curriculum
         self._tokens = tokens
@@ -71,8 +79,18 @@ class TrainingWindows(torch.utils.data.Dataset):
         sizes = self._sizes
         chosen = self._order[window * sizes.total : (window + 1) * sizes.total]
         starts = range(0, len(chosen), sizes.micro * sizes.world)
-        mine = [start + self._rank * sizes.micro for start in starts]
-        return [self._micro_batch(chosen[start : start + sizes.micro]) for start in mine]
+        return [self._of_rank(chosen[start : start + sizes.micro * sizes.world]) for start in starts]
+
+    def _of_rank(self, indices: list[int]) -> Batch:
+        """This rank's micro-batch of those that all ranks feed at once."""
+        micro = self._sizes.micro
+        mine = slice(self._rank * micro, (self._rank + 1) * micro)
+        if not self._in_step:
+            return self._micro_batch(indices[mine])
+        ranks = range(self._sizes.world)
+        all_of_them = [self._micro_batch(indices[rank * micro : (rank + 1) * micro]) for rank in ranks]
+        size = functools.reduce(operator.or_, map(Size.of, all_of_them))
+        return grown(all_of_them[self._rank], size, self._tokens.pad)
 
     def _micro_batch(self, indices: list[int]) -> Batch:
         sequences = []
@@ -107,7 +125,7 @@ def windows_per_epoch(n_examples: int, sizes: BatchSizes) -> int:
 
 def training_loader(windows: TrainingWindows, first_window: int = 0) -> DataLoader:
     """Loader over the accumulation windows of an epoch, from `first_window` on."""
-    return DataLoader(windows, batch_size=None, sampler=range(first_window, len(windows)), **_prefetching())
+    return DataLoader(windows, batch_size=None, sampler=range(first_window, len(windows)), **_loading())
 
 
 def loss_loader(
@@ -147,7 +165,7 @@ def _evaluation_loader(
         batches,  # type: ignore[arg-type]
         batch_size=None,
         collate_fn=lambda indices: collate(indices, _rows(columns, indices)),
-        **_prefetching(),
+        **_loading(),
     )
 
 
@@ -162,6 +180,9 @@ def _mix(seed: int, epoch: int) -> int:
     return seed * 1_000_003 + epoch
 
 
-def _prefetching() -> dict[str, Any]:
+def _loading() -> dict[str, Any]:
     """Beside a GPU a worker collates ahead into pinned memory; on a CPU it would take the ranks' cores."""
-    return {"num_workers": 1, "prefetch_factor": 2, "pin_memory": True} if torch.cuda.is_available() else {}
+    # Of its own: a loader draws a number when it starts, which a run that goes on within an epoch would draw twice.
+    generator = {"generator": torch.Generator()}
+    ahead = {"num_workers": 1, "prefetch_factor": 2, "pin_memory": True} if torch.cuda.is_available() else {}
+    return generator | ahead

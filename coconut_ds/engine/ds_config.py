@@ -1,8 +1,8 @@
-"""Pure: (ds_configs JSON, RunConfig, batch sizes, device) -> the final DeepSpeed dict. No DeepSpeed import.
+"""Pure: (ds_configs JSON, RunConfig, batch sizes, device) -> the final DeepSpeed dict.
 
 The run YAML owns training values, the JSON owns the memory strategy and may say "auto" for the rest. Every "auto" is
-resolved here, because DeepSpeed drops the ones it does not know in silence; unknown top-level keys are refused for the
-same reason. Evidence for each refusal: `docs/ZERO.md`.
+resolved here, because DeepSpeed drops the ones it does not know in silence; unknown keys are refused for the same
+reason, by DeepSpeed's own schema where a section has one. Evidence for each refusal: `docs/ZERO.md`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.runtime.config import DeepSpeedConfigError as DeepSpeedError
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import BaseModel, ValidationError
+
 from coconut_ds.config import ActivationCheckpointingConfig, BatchSizes, RunConfig
 from coconut_ds.errors import InputError, did_you_mean, problem_list
 
@@ -21,7 +27,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 MEMORY_KEYS = frozenset(
     """zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer bf16 bfloat16 fp16 data_types
     communication_data_type prescale_gradients gradient_predivide_factor disable_allgather steps_per_print
-    wall_clock_breakdown memory_breakdown dump_state aio comms_logger flops_profiler checkpoint""".split()
+    wall_clock_breakdown memory_breakdown dump_state comms_logger flops_profiler""".split()
 )
 """Top-level keys of DeepSpeed that may stand in a ds JSON beside those owned by the run YAML."""
 
@@ -46,7 +52,37 @@ _CHECKPOINTING_REFUSED = {
     "profile": "it times DeepSpeed's own checkpoint function, which is not used; see benchmarks/train_step.py",
 }
 
+_SCHEMAS: dict[str, type[BaseModel]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "fp16": DeepSpeedFP16Config,
+    "bf16": DeepSpeedBF16Config,
+    "bfloat16": DeepSpeedBF16Config,
+    "comms_logger": CommsLoggerConfig,
+}
+_KEYS_WITHOUT_SCHEMA = {
+    "data_types": ("grad_accum_dtype",),
+    "flops_profiler": (
+        "enabled",
+        "recompute_fwd_factor",
+        "profile_step",
+        "module_depth",
+        "top_modules",
+        "detailed",
+        "output_file",
+    ),
+}
+
+_AUTO_VALUES = {
+    "reduce_bucket_size": 50_000_000,
+    "allgather_bucket_size": 50_000_000,
+    "stage3_prefetch_bucket_size": 20_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+}
+"""What "auto" stands for: the values of `ds_configs/`, where DeepSpeed's own would take up to 1.9 GiB."""
+
 _REFUSED_KEYS = {
+    "aio": "it is for NVMe, which is not supported",
+    "checkpoint": "checkpoints are written by this trainer (docs/RELIABILITY.md)",
     "elasticity": "DeepSpeed 0.19 removed it",
     "torch_autocast": "it is global to the process and outlives the engine; set precision in the run YAML",
     "amp": "DeepSpeed 0.19 removed it; set precision in the run YAML",
@@ -104,12 +140,13 @@ def resolve_ds_config(
     Raises DeepSpeedConfigError listing unknown keys, clashes between the two files, and combinations known to break.
     """
     precision = resolve_precision(config, device)
-    zero = _without_auto(raw.get("zero_optimization", {}))
+    zero = _with_small_buckets(raw.get("zero_optimization", {}))
     problems = [
         *_unknown_keys(raw),
         *_clashes(raw, config, sizes, precision, run_file),
         *_broken_combinations(zero, raw, precision),
         *_checkpointing_problems(raw, config, run_file),
+        *_schema_problems(raw),
     ]
     if problems:
         raise DeepSpeedConfigError(problem_list(config.deepspeed, problems))
@@ -148,13 +185,55 @@ def resolve_checkpointing(raw: dict[str, Any], config: RunConfig) -> ActivationC
 
 def offloads_optimizer(ds_config: dict[str, Any]) -> bool:
     """Whether optimizer states live in host memory."""
-    return ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    return _offload_device(ds_config["zero_optimization"], "offload_optimizer") != "none"
+
+
+def _offload_device(zero: dict[str, Any], section: str) -> str:
+    settings = zero.get(section)
+    return settings.get("device", "none") if isinstance(settings, dict) else "none"
 
 
 def _without_auto(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
     return value
+
+
+def _with_small_buckets(zero: Any) -> Any:
+    if not isinstance(zero, dict):
+        return zero
+    return _without_auto(
+        {key: _AUTO_VALUES.get(key, value) if value == "auto" else value for key, value in zero.items()}
+    )
+
+
+def _schema_problems(raw: dict[str, Any]) -> Iterator[str]:
+    """Unknown keys and unusable values inside the sections."""
+    for section, value in raw.items():
+        if section in (*_SCHEMAS, *_KEYS_WITHOUT_SCHEMA) and not isinstance(value, dict):
+            if value != "auto" and section != "zero_optimization":
+                yield f"{section}: {value!r} must be an object"
+        elif section in _SCHEMAS:
+            yield from _against_schema(section, _SCHEMAS[section], _without_auto(value))
+        elif section in _KEYS_WITHOUT_SCHEMA:
+            known = _KEYS_WITHOUT_SCHEMA[section]
+            for key in value:
+                if key not in known:
+                    yield f"{section}.{key}: unknown key, which DeepSpeed would ignore{did_you_mean(key, known)}"
+
+
+def _against_schema(section: str, schema: type[BaseModel], values: dict[str, Any]) -> Iterator[str]:
+    try:
+        schema(**values)
+    except ValidationError as error:
+        for item in error.errors():
+            key = ".".join((section, *map(str, item["loc"])))
+            if item["type"] == "extra_forbidden":
+                yield f"{key}: unknown key{did_you_mean(str(item['loc'][-1]), schema.model_fields)}"
+            else:
+                yield f"{key}: {item['input']!r}: {item['msg']}"
+    except DeepSpeedError as error:
+        yield f"{section}: {error}"
 
 
 def _unknown_keys(raw: dict[str, Any]) -> Iterator[str]:
@@ -233,15 +312,18 @@ def _broken_combinations(zero: Any, raw: dict[str, Any], precision: Precision) -
         yield f"zero_optimization: {zero!r} must be an object with a stage"
         return
     stage = zero.get("stage", 0)
-    offload = zero.get("offload_optimizer", {}).get("device", "none")
-    if stage not in (0, 1, 2):
-        yield f"zero_optimization.stage: {stage!r}: this version trains with 0, 1 and 2; see ds_configs/"
+    offload = _offload_device(zero, "offload_optimizer")
+    if stage not in (0, 1, 2, 3):
+        yield f"zero_optimization.stage: {stage!r}: must be 0, 1, 2 or 3; see ds_configs/"
     if stage == 0 and precision == "fp16":
         yield "zero_optimization.stage: 0 with fp16 trains on unscaled losses in DeepSpeed 0.19.8; use stage 1 or fp32"
     if stage == 0 and offload != "none":
         yield "zero_optimization.offload_optimizer: DeepSpeed ignores it at stage 0; use stage 1 or 2"
-    if zero.get("offload_param", {}).get("device", "none") != "none":
-        yield "zero_optimization.offload_param: needs stage 3, which this version does not train with; remove it"
+    if stage != 3 and _offload_device(zero, "offload_param") != "none":
+        yield "zero_optimization.offload_param: DeepSpeed ignores it below stage 3; use stage 3 or remove it"
+    for section in ("offload_optimizer", "offload_param"):
+        if _offload_device(zero, section) == "nvme":
+            yield f"zero_optimization.{section}.device: nvme is not supported; use cpu"
     if stage == 1 and zero.get("overlap_comm"):
         yield "zero_optimization.overlap_comm: true is not possible at stage 1 with windows of our own; set it to false"
     if zero.get("round_robin_gradients"):

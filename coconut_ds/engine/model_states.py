@@ -33,11 +33,18 @@ def model_states(ds_config: dict[str, Any], n_parameters: int, largest_parameter
         masters = n_parameters * _FP32 if width == 2 else 0
         return ModelStates(weights + gradients + masters + n_parameters * _MOMENTS, 0)
     share = -(-n_parameters // world)
-    optimizer = share * (_FP32 + _MOMENTS)
     buckets = zero.get("reduce_bucket_size", 500_000_000) * width * (2 if zero.get("overlap_comm") else 1)
-    if stage == 2:
+    if stage >= 2:
         gradients = share * width
+    resident, on_host = weights, 0
+    if stage == 3:
+        # In a multi-pass backward weights are released late: as many are gathered as the file allows.
+        live = min(n_parameters, zero.get("stage3_max_live_parameters", 1_000_000_000)) * width
+        buckets += zero.get("stage3_prefetch_bucket_size", 50_000_000) * width
+        is_resident = zero.get("offload_param", {}).get("device", "none") == "none"
+        resident, on_host = live + (share * width if is_resident else 0), 0 if is_resident else share * width
+    optimizer = share * (_FP32 + _MOMENTS)
     if zero.get("offload_optimizer", {}).get("device", "none") == "none":
-        return ModelStates(weights + gradients + optimizer + buckets, 0)
-    on_device = weights + buckets + largest_parameter * width + (0 if stage == 2 else gradients)
-    return ModelStates(on_device, optimizer + share * _FP32)
+        return ModelStates(resident + gradients + optimizer + buckets, on_host)
+    passing = largest_parameter * width + (0 if stage >= 2 else gradients)
+    return ModelStates(resident + buckets + passing, on_host + optimizer + share * _FP32)

@@ -74,8 +74,9 @@ def _forward(module: Any, rows: torch.Tensor) -> torch.Tensor:
     is_transposed = isinstance(module, Conv1D)
     if not torch.is_grad_enabled():
         return product(rows, weight if is_transposed else weight.T, module.bias)
-    # Autocast wants the casts of torch's own operations.
-    if this is None or not weight.requires_grad or torch.is_autocast_enabled(rows.device.type):
+    # Autocast wants the casts of torch's own operations, and ZeRO-3 has the weight for the call of its module only.
+    is_ordinary = torch.is_autocast_enabled(rows.device.type) or hasattr(weight, "ds_id")
+    if this is None or not weight.requires_grad or is_ordinary:
         return type(module).forward(module, rows)
     if this.is_prefix:
         left = this.left.setdefault(module, Deferred())
