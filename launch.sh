@@ -127,7 +127,22 @@ start_run() {
   [[ -n "${MASTER_PORT:-}" ]] && port=(--master_port "$MASTER_PORT")
   local command=(deepspeed --num_gpus "$(rank_count)" "${port[@]}" coconut_ds/train.py --run "$@")
   echo "+ ${command[*]}"
-  exec "${command[@]}"
+  # In a session of its own: DeepSpeed's launcher answers a signal by ending its ranks, so only they get it.
+  setsid "${command[@]}" &
+  launcher=$! asked=0
+  trap end_run INT TERM HUP
+  local status=0
+  while kill -0 "$launcher" 2>/dev/null; do
+    wait "$launcher" && status=0 || status=$?
+  done
+  exit "$status"
+}
+
+# The first signal lets the ranks save, or ends everything where there are none yet; the second one ends it at once.
+end_run() {
+  ((asked)) && kill -KILL -- "-$launcher"
+  asked=1
+  pkill -TERM --session "$launcher" --full -- '--local_rank=' || kill -TERM -- "-$launcher"
 }
 
 demo() {

@@ -158,8 +158,12 @@ class RunConfig(_Section):
 
     # Records
     save_only_improve: bool = False
+    save_every_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between checkpoints within an epoch; null saves at the end of epochs only."""
     keep_checkpoints: int | None = Field(None, ge=1)
-    """How many checkpoints stay on disk, the best one always among them; null keeps all."""
+    """How many checkpoints stay on disk, the best one always among them; null keeps one for every epoch."""
+    hang_limit_s: int = Field(1800, ge=1)
+    """Seconds that an optimizer step, a batch of an evaluation or a part of a checkpoint may take."""
     log_every_steps: int = Field(1, ge=1)
     wandb: Literal["online", "offline", "disabled"] = "disabled"
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+
+_FAILED = "coconut_ds/failed"
 
 
 def rank() -> int:
@@ -54,6 +58,11 @@ def min_over_ranks(value: int) -> int:
     return int(values)
 
 
+def any_over_ranks(value: bool) -> bool:
+    """Whether `value` is true on any rank; the host waits for it."""
+    return bool(sum_over_ranks(torch.tensor(int(value), device=device())))
+
+
 def gather_to_main(value: Any) -> list[Any] | None:
     """The picklable `value` of every rank, on rank 0; None elsewhere."""
     if not _initialized():
@@ -72,10 +81,36 @@ def from_main(value: Any) -> Any:
     return holder[0]
 
 
+def is_first_to_fail() -> bool:
+    """Whether no other rank has failed before: those that fail because another one is gone have nothing to tell.
+
+    Before there is a process group all ranks find the same, and rank 0 tells.
+    """
+    if not _initialized():
+        return is_main()
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.compare_set(_FAILED, "", str(rank())) == str(rank()).encode()
+    except RuntimeError:  # rank 0, which keeps the store, is gone
+        return False
+
+
 def close() -> None:
-    """Leave the process group, so that the process ends without warnings."""
+    """Leave the process group."""
     if _initialized():
         dist.destroy_process_group()
+
+
+def end_process(status: int) -> NoReturn:
+    """End this process: exit handlers run, the interpreter is not taken apart.
+
+    DeepSpeed keeps references to process groups, so gloo's threads outlive `close`. One that lets go of a tensor of the
+    last collective while the interpreter ends is denied the GIL, and the process aborts (SIGABRT) after it was done.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _initialized() -> bool:

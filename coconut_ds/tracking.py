@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from coconut_ds.config import RunConfig
+from coconut_ds.errors import InputError
 
 _WANDB_WAIT_S = 20
 
@@ -40,21 +41,47 @@ class Tracker:
         """Write one event; a dict among the values goes to the file only."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"event": event, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"event": event, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._unwritable(error) from None
         if self._wandb is not None:
             flat = {f"{event}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
             if _guarded(lambda: self._wandb.log(flat) or True) is None:
                 self._wandb = None
 
-    def rewind(self, epochs: int) -> None:
-        """Drop what an interrupted run wrote after its first `epochs` epochs, which is done again."""
+    def position(self) -> int:
+        """Length of the file in bytes, all of it on the disk; 0 on ranks that write none."""
+        if self._file is None:
+            return 0
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from None
+        return self.path.stat().st_size
+
+    def _unwritable(self, error: OSError) -> InputError:
+        return InputError(
+            f"{self.path} cannot be written: {error.strerror}; put that right and start the run again, it goes on from "
+            "its newest checkpoint"
+        )
+
+    def rewind(self, position: int) -> None:
+        """Drop what an interrupted run wrote after `position`, which is done again.
+
+        The record of the checkpoint made there, the first line after it, stays.
+        """
         if self._file is None:
             return
         self._file.close()
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if _epoch_of(line) <= epochs]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        written = self.path.read_bytes()
+        kept, after = written[:position], written[position:].splitlines(keepends=True)
+        if after and after[0].startswith(b'{"event": "checkpoint"') and after[0].endswith(b"\n"):
+            kept += after[0]
+        # A disk that lost the end of the file can leave half a line.
+        kept = kept[: kept.rfind(b"\n") + 1]
+        self.path.write_bytes(kept)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def close(self) -> None:
@@ -63,13 +90,6 @@ class Tracker:
         if self._wandb is not None:
             _guarded(self._wandb.finish)
         self._file = self._wandb = None
-
-
-def _epoch_of(line: str) -> float:
-    try:
-        return json.loads(line)["epoch"]
-    except ValueError:  # the last line of a run that was killed while writing it
-        return float("inf")
 
 
 def _start_wandb(config: RunConfig) -> Any:

@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _CORES // _RANKS_HERE)))
 
 import argparse  # noqa: E402
 import json  # noqa: E402
+import traceback  # noqa: E402
 from typing import Any  # noqa: E402
 
 from coconut_ds.config import BatchSizes, RunConfig, batch_sizes, load_run_config  # noqa: E402
@@ -30,18 +31,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when the run is complete, 2 when the user has to put something right."""
+    """0 when the run is complete or was asked to stop, 2 when the user has to put something right, 1 for the rest."""
+    from coconut_ds import distributed
+
     options = parse_arguments(arguments)
+    problem, status = "", 0
     try:
-        config = load_run_config(options.run, options.overrides)
-        return run(config, options)
+        run(load_run_config(options.run, options.overrides), options)
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        problem, status = f"error: {error}", 2
+    except Exception:
+        problem, status = traceback.format_exc(), 1
+    if problem and distributed.is_first_to_fail():
+        print(problem, file=sys.stderr, flush=True)
+    distributed.close()
+    return status
 
 
-def run(config: RunConfig, options: argparse.Namespace) -> int:
+def run(config: RunConfig, options: argparse.Namespace) -> None:
     from coconut_ds import distributed
     from coconut_ds.console import quiet_libraries
     from coconut_ds.engine.build import describe_device
@@ -59,17 +66,15 @@ def run(config: RunConfig, options: argparse.Namespace) -> int:
     if options.dry_run:
         if distributed.is_main():
             print(f"# run\n{config.to_yaml()}\n# deepspeed\n{json.dumps(ds_config, indent=2)}")
-        return 0
+        return
     quiet_libraries()
-    try:
-        if config.only_eval:
-            session.evaluate(config, resolve_precision(config, device))
-        else:
-            session.train(config, resolve)
-    finally:
-        distributed.close()
-    return 0
+    if config.only_eval:
+        session.evaluate(config, resolve_precision(config, device))
+    else:
+        session.train(config, resolve)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from coconut_ds.distributed import end_process
+
+    end_process(main())

@@ -108,14 +108,14 @@ def on_ranks(ranks: int, code: str, **values: Any) -> list[Any]:
         folder = Path(name)
         script = folder / "script.py"
         prologue = f"import json, os\nglobals().update(json.loads({json.dumps(json.dumps(values))}))\n"
-        # A rank that ends inside the group is now and then aborted: gloo's threads are still running.
         epilogue = (
             f"\nopen(f'{folder}/result' + os.environ['RANK'], 'w').write(json.dumps(result))\n"
-            "from coconut_ds import distributed\ndistributed.close()\n"
+            "from coconut_ds import distributed\ndistributed.close()\ndistributed.end_process(0)\n"
         )
         script.write_text(prologue + code + epilogue, encoding="utf-8")
         port = str(free_port())
         command = [str(_LAUNCHER), "--num_gpus", str(ranks), "--master_port", port, "--no_local_rank", str(script)]
-        done = finish(start(command))
+        # Ranks that share the cores wait for each other at every turn when each of them uses all.
+        done = finish(start(command, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // ranks))))
         assert done.returncode == 0, done.stdout[-6000:]
         return [json.loads((folder / f"result{rank}").read_text()) for rank in range(ranks)]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
+import cpuinfo
 import deepspeed
 import tiny
 import torch
 from datasets import Dataset
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import load_file
 
-from coconut_ds import Coconut, LatentContext, distributed
+from coconut_ds import LatentContext, distributed
 from coconut_ds.config import BatchSizes, RunConfig
 from coconut_ds.curriculum.collator import Batch, Tokens, collate_training, training_sequence
 from coconut_ds.curriculum.loaders import TrainingWindows
@@ -19,10 +23,15 @@ from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.engine.build import build_engine, describe_device, start_process_group
 from coconut_ds.engine.ds_config import read_ds_json, resolve_ds_config
 from coconut_ds.engine.model_states import model_states
+from coconut_ds.engine.optimizer_states import gather, loss_scale, updates_done
+from coconut_ds.engine.optimizer_states import restore as restore_states
 from coconut_ds.engine.stage_boundary import new_schedule, reset_optimizer_state
 from coconut_ds.model.backbone import Backbone, word_tokenizer
-from coconut_ds.training.checkpoint import Checkpoints, Progress, read_progress
+from coconut_ds.training.checkpoint import Checkpoints, Progress, Stored, restore
 from coconut_ds.training.step import NonFiniteLossError, optimizer_step
+
+# DeepSpeed's CPU Adam asks for the processor's name each time it is made, which takes a second.
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
 CONTEXT = LatentContext((0.6, 0.3, 0.1))
@@ -50,6 +59,12 @@ def undivided(rows: Dataset, epoch: int) -> Batch:
     return collate_training(sequences, list(range(len(rows))), tiny.PAD)
 
 
+def windows_of(name: str, rows: Dataset, sizes: BatchSizes, epoch: int) -> TrainingWindows:
+    """This rank's windows of an epoch, as the ZeRO file wants them."""
+    in_step = name.startswith("zero3")
+    return TrainingWindows(rows, curriculum(), TOKENS, sizes, distributed.rank(), epoch, in_step=in_step)
+
+
 def gradient_errors(names: list[str], splits: list[list[int]], checkpointed: bool) -> dict[str, float]:
     """Largest difference between a gradient through the engine and that of one undivided batch of 8 in plain torch.
 
@@ -75,7 +90,7 @@ def gradient_errors(names: list[str], splits: list[list[int]], checkpointed: boo
                 model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), config=settings
             )
             # Accumulation is long enough for all eight, so the epoch is one window.
-            window = TrainingWindows(rows, curriculum(), TOKENS, sizes, distributed.rank(), epoch=2)[0]
+            window = windows_of(name, rows, sizes, epoch=2)[0]
             step = optimizer_step(engine, window, "token")
             assert step.n_targets == undivided(rows, epoch=2).n_targets
             assert abs(step.loss - reference(**undivided(rows, epoch=2).inputs).loss.item()) < 1e-5
@@ -109,85 +124,185 @@ def reset_against_fresh(name: str, precision: str) -> dict[str, Any]:
 
     def steps(engine, epoch: int) -> list[float]:
         schedule = new_schedule(engine, config, 10)
-        windows = TrainingWindows(rows, curriculum(), TOKENS, sizes, distributed.rank(), epoch)
+        windows = windows_of(name, rows, sizes, epoch)
         losses = []
         for number in range(3):
             losses.append(optimizer_step(engine, windows[number], "token").loss)
             schedule.step()
         return losses
 
-    def weights(model: Coconut) -> dict[str, torch.Tensor]:
-        found = {key: safe_get_full_fp32_param(value) for key, value in model.named_parameters()}
-        return {k: (v if v is not None else model.get_parameter(k)).detach().clone() for k, v in found.items()}
+    def weights(engine) -> dict[str, torch.Tensor]:
+        """fp32 weights, the same on every rank."""
+        found = distributed.from_main(gather(engine))
+        return {key: value.clone() for key, value in found.items()}
 
     model = tiny.coconut(context=CONTEXT)
     engine = build_engine(model, config, ds_config(name, config, sizes))
     steps(engine, epoch=1)
-    at_reset = weights(model)
+    at_reset = weights(engine)
     reset_optimizer_state(engine)
-    assert all(torch.equal(value, at_reset[key]) for key, value in weights(model).items()), "a reset keeps the weights"
-    continued, after_reset = steps(engine, epoch=2), weights(model)
+    assert all(torch.equal(value, at_reset[key]) for key, value in weights(engine).items()), "a reset keeps the weights"
+    continued, after_reset = steps(engine, epoch=2), weights(engine)
 
     fresh_model = tiny.coconut(context=CONTEXT)
     with torch.no_grad():
         for key, parameter in fresh_model.named_parameters():
             parameter.copy_(at_reset[key])
     fresh = build_engine(fresh_model, config, ds_config(name, config, sizes))
-    if precision != "fp32":
-        # A 16-bit engine starts its fp32 weights from rounded ones; the comparison wants those of the reset.
-        for key, parameter in fresh_model.named_parameters():
-            safe_set_full_fp32_param(parameter, at_reset[key])
-    from_fresh, after_fresh = steps(fresh, epoch=2), weights(fresh_model)
+    # A 16-bit engine starts its fp32 weights from rounded ones; the comparison wants those of the reset.
+    restore_states(fresh, 0, at_reset, {})
+    from_fresh, after_fresh = steps(fresh, epoch=2), weights(fresh)
 
-    kept_model = tiny.coconut(context=CONTEXT)
-    kept = build_engine(kept_model, config, ds_config(name, config, sizes))
+    kept = build_engine(tiny.coconut(context=CONTEXT), config, ds_config(name, config, sizes))
     steps(kept, epoch=1)
     steps(kept, epoch=2)
+    after_kept = weights(kept)
     return {
         "same_losses": continued == from_fresh,
         "largest_difference": max((after_reset[k] - after_fresh[k]).abs().max().item() for k in after_reset),
-        "reset_matters": max((after_reset[k] - weights(kept_model)[k]).abs().max().item() for k in after_reset),
+        "reset_matters": max((after_reset[k] - after_kept[k]).abs().max().item() for k in after_reset),
     }
 
 
-def saved_and_restored(name: str, precision: str, folder: str) -> dict[str, Any]:
-    """Two steps, a checkpoint, two more; then a new engine from the checkpoint does the two again."""
+_EPOCHS = (1, 2)
+"""Two stages; eleven examples in windows of eight leave an uneven last one."""
+_EXAMPLES, _TOTAL = 11, 8
+_RATE = 3e-3
+
+
+def _alone() -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Plain torch: losses of each step, final weights, and which of their elements had a gradient to speak of.
+
+    Undivided windows, AdamW, a new one for each stage. Where a gradient is rounding alone, as for the biases of the
+    keys, Adam makes whole steps of it in any direction.
+    """
+    model = tiny.coconut(context=CONTEXT)
+    rows, losses = examples(_EXAMPLES), []
+    moved = {key: torch.ones_like(value, dtype=torch.bool) for key, value in model.named_parameters()}
+    for epoch in _EPOCHS:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01)
+        windows = TrainingWindows(rows, curriculum(), TOKENS, BatchSizes(_TOTAL, 1, 1), 0, epoch)
+        for number in range(len(windows)):
+            loss = model(**windows[number][0].inputs).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        for key, parameter in model.named_parameters():
+            moved[key] &= optimizer.state[parameter]["exp_avg_sq"].sqrt() > 1e-5
+    return losses, {key: value.detach() for key, value in model.named_parameters()}, moved
+
+
+def matrix(cases: list[list[Any]]) -> list[dict[str, Any]]:
+    """For each (ZeRO file, precision, recomputed): largest difference of a loss and of a weight from plain torch.
+
+    In fp16 the loss scale starts so high that the first steps overflow; a step that was not applied is taken again.
+    """
     start_process_group()
-    sizes = BatchSizes(2, 1, distributed.world_size())
-    config = RunConfig(lr=1e-2, precision=precision, lr_schedule="linear")
-    rows = examples(16)
-    windows = TrainingWindows(rows, curriculum(), TOKENS, sizes, distributed.rank(), 1)
-    tokenizer = word_tokenizer(["a b"], 96)
-
-    def build(seed: int):
-        torch.manual_seed(seed)
+    # DeepSpeed refuses fp16 on this CPU, whose torch computes it all the same.
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+    world = distributed.world_size()
+    sizes = BatchSizes(2, _TOTAL // (2 * world), world)
+    expected, weights, moved = _alone()
+    outcomes = []
+    for name, precision, recomputed in cases:
+        config = RunConfig(lr=_RATE, precision=precision)
         model = tiny.coconut(context=CONTEXT)
-        with torch.no_grad():
-            model.lm_head.weight.add_(0.1 * seed)
-        engine = build_engine(model, config, ds_config(name, config, sizes))
-        return engine, new_schedule(engine, config, 10), Backbone(model.base_causallm, tokenizer)
+        if recomputed:
+            model.enable_activation_checkpointing()
+        settings = ds_config(name, config, sizes)
+        settings["fp16"]["initial_scale_power"] = 26
+        engine = build_engine(model, config, settings)
+        losses, overflows = [], 0
+        for epoch in _EPOCHS:
+            reset_optimizer_state(engine)
+            new_schedule(engine, config, 10)
+            windows = windows_of(name, examples(_EXAMPLES), sizes, epoch)
+            for number in range(len(windows)):
+                losses.append(optimizer_step(engine, windows[number], "token").loss)
+                while not engine.was_step_applied():
+                    overflows += 1
+                    optimizer_step(engine, windows[number], "token")
+        final = distributed.from_main(gather(engine))
+        outcomes.append(
+            {
+                "loss": max(abs(mine - other) for mine, other in zip(losses, expected, strict=True)),
+                "weight": max((final[key] - weights[key])[moved[key]].abs().max().item() for key in weights),
+                "overflows": overflows,
+            }
+        )
+    return outcomes
 
-    def steps(engine, schedule, first: int) -> list[float]:
+
+def reset_growth(name: str) -> list[int]:
+    """Bytes the engine holds after a step, before and after ten resets with a step each."""
+    start_process_group()
+    sizes = BatchSizes(4, 1, distributed.world_size())
+    config = RunConfig()
+    engine = build_engine(tiny.coconut(context=CONTEXT), config, ds_config(name, config, sizes))
+    window = windows_of(name, examples(8), sizes, epoch=1)[0]
+    held = []
+    for _ in range(11):
+        optimizer_step(engine, window, "token")
+        held.append(sum(held_bytes(engine)))
+        reset_optimizer_state(engine)
+    return [held[0], held[-1]]
+
+
+def _four_a_step(name: str, precision: str, weights: Path | None = None):
+    """Engine, schedule, backbone, and a function that takes optimizer steps of four examples and returns their losses.
+
+    `weights` is a checkpoint to take them from.
+    """
+    world = distributed.world_size()
+    sizes = BatchSizes(4 // world, 1, world)
+    config = RunConfig(lr=1e-2, precision=precision, lr_schedule="linear")
+    windows = windows_of(name, examples(16), sizes, epoch=1)
+    model = tiny.coconut(context=CONTEXT)
+    if weights is not None:
+        model.base_causallm.load_state_dict(load_file(weights / "model" / "model.safetensors"), strict=False)
+    backbone = Backbone(model.base_causallm, word_tokenizer(["a b"], 96))
+    engine = build_engine(model, config, ds_config(name, config, sizes))
+    schedule = new_schedule(engine, config, 10)
+
+    def steps(*numbers: int) -> list[float]:
         losses = []
-        for number in (first, first + 1):
+        for number in numbers:
             losses.append(optimizer_step(engine, windows[number], "token").loss)
             schedule.step()
         return [*losses, *schedule.get_last_lr()]
 
-    checkpoints = Checkpoints(Path(folder), keep=None)
-    engine, schedule, backbone = build(seed=0)
-    steps(engine, schedule, 0)
-    path = checkpoints.save(engine, backbone, {}, schedule, Progress(epochs=1, step=2))
-    drawn = torch.rand(3).tolist()
-    going_on = steps(engine, schedule, 2)
-    restored, restored_schedule, _ = build(seed=1)
-    checkpoints.restore(path, restored, restored_schedule)
-    return {
-        "same_draws": drawn == torch.rand(3).tolist(),
-        "going_on": going_on,
-        "restored": steps(restored, restored_schedule, 2),
-        "step": read_progress(path).step,
-    }
+    return engine, schedule, backbone, steps
+
+
+def saved(cases: list[list[str]], folder: str) -> list[dict[str, Any]]:
+    """For each (ZeRO file, precision): two steps, a checkpoint in `folder`, and what the two steps after it give."""
+    start_process_group()
+    outcomes = []
+    for name, precision in cases:
+        engine, schedule, backbone, steps = _four_a_step(name, precision)
+        steps(0, 1)
+        checkpoints = Checkpoints(Path(folder, f"{name}_{precision}"), keep=None)
+        stored = Stored(
+            Progress(epochs=1, step=2), 4, 0, updates_done(engine), schedule.state_dict(), loss_scale(engine)
+        )
+        path = checkpoints.save(engine, backbone, {}, stored)
+        assert checkpoints.newest_intact() == path
+        outcomes.append({"path": str(path), "drawn": torch.rand(3).tolist(), "losses": steps(2, 3)})
+    return outcomes
+
+
+def gone_on(cases: list[list[str]], paths: list[str]) -> list[list[dict[str, Any]]]:
+    """For each (ZeRO file, precision) and each checkpoint: a new engine from it, and what the next two steps give."""
+    start_process_group()
+    outcomes: list[list[dict[str, Any]]] = []
+    for name, precision in cases:
+        outcomes.append([])
+        for path in map(Path, paths):
+            engine, schedule, _, steps = _four_a_step(name, precision, weights=path)
+            restore(path, engine, schedule)
+            outcomes[-1].append({"drawn": torch.rand(3).tolist(), "losses": steps(2, 3)})
+    return outcomes
 
 
 def non_finite_stops() -> dict[str, Any]:

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "coconut_ds"
 
 LAYERS = (
-    ("errors",),
+    ("errors", "watchdog"),
     ("config", "distributed"),
-    ("console", "curriculum.stages"),
+    ("console", "curriculum.stages", "interruption"),
     (
         "curriculum.examples",
         "curriculum.collator",
@@ -31,13 +31,19 @@ LAYERS = (
     ("model.thought_attention",),
     ("model.generation", "model.checkpointing", "model.loss", "model.masks"),
     ("model.coconut", "model.backbone", "curriculum.loaders"),
-    ("engine.build",),
+    (
+        "engine.build",
+        "engine.optimizer_states",
+        "engine.whole_weights",
+        "training.weights",
+        "training.sealed_folder",
+    ),
     ("engine.stage_boundary", "training.checkpoint", "training.evaluator"),
     ("training.step", "training.activations"),
     ("training.batch_size",),
     ("training.trainer",),
     ("training.session",),
-    ("train", "plan"),
+    ("train", "plan", "export"),
 )
 LEVEL = {f"coconut_ds.{name}": level for level, names in enumerate(LAYERS) for name in names}
 MODULES = {

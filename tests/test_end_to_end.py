@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def test_killed_after_the_first_stage_and_started_again_it_is_the_same_run(folde
     complete = sorted(path.name for path in (run_folder / "checkpoints").glob("epoch_????"))
     assert complete == ["epoch_0001", "epoch_0002"]
     output = launching.train(run, folder / "broken", ranks=2)
-    assert "2 of 4 epochs are done" in output
+    assert f"going on from {run_folder / 'checkpoints' / 'epoch_0002'}" in output
     assert losses(run_folder) == losses(folder / "runs" / "unbroken")
     for kind in ("stage", "eval"):
         mine, other = (launching.events(folder / "runs" / name, kind) for name in ("broken", "unbroken"))
@@ -161,15 +160,6 @@ def test_evaluating_the_checkpoint_gives_the_run_s_own_figures(folder):
     assert "c_thought: trained with 1, the run says 2" in refused
 
 
-def test_another_number_of_ranks_is_refused_with_a_way_out(folder):
-    copy = folder / "runs" / "other_ranks"
-    shutil.copytree(folder / "runs" / "unbroken", copy)
-    shutil.rmtree(copy / "checkpoints" / "epoch_0004")
-    output = launching.train(run_of(folder, "other_ranks"), folder / "other", 1, expect=2)
-    assert "written by 2 ranks, this run has 1" in output
-    assert "load_model_path=" in output
-
-
 def test_save_only_improve_and_keep_checkpoints_in_bf16(folder):
     changes = {"save_only_improve": True, "keep_checkpoints": 1, "precision": "bf16", "wandb": "disabled"}
     launching.train(run_of(folder, "best", **changes), folder / "best", 1)
@@ -180,7 +170,7 @@ def test_save_only_improve_and_keep_checkpoints_in_bf16(folder):
             best = event["accuracy"]
             saved.append(event["epoch"])
     assert [event["epoch"] for event in launching.events(run_folder, "checkpoint")] == saved
-    kept = [path.name for path in (run_folder / "checkpoints").iterdir()]
+    kept = [path.name for path in (run_folder / "checkpoints").glob("epoch_*")]
     assert kept == [f"epoch_{saved[-1]:04d}"]
     weights = load_file(run_folder / "checkpoints" / kept[0] / "model" / "model.safetensors")
     assert all(value.dtype == torch.float32 for value in weights.values())

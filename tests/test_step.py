@@ -1,4 +1,4 @@
-"""Figures that waited on the device: fetched together, and the first that is not a number named."""
+"""Figures of a step, and losses that are not numbers."""
 
 from __future__ import annotations
 
@@ -8,26 +8,18 @@ import torch
 from coconut_ds.training.step import NonFiniteLossError, Pending, fetch
 
 
-def steps(*losses: float) -> list[Pending]:
-    return [
-        Pending(torch.tensor(loss), torch.tensor([7, 1, 30, 40]), [10 * place]) for place, loss in enumerate(losses)
-    ]
+def step(loss: float) -> Pending:
+    return Pending(torch.tensor(loss), torch.tensor([7, 1, 30, 40]), [10, 12])
 
 
-def test_figures_come_in_order():
-    found = fetch(steps(1.5, 2.5), newest=8)
-    assert [figures.loss for figures in found] == [1.5, 2.5]
-    assert found[0].n_targets == 7
-    assert found[0].padding_share == 0.25
+def test_figures():
+    figures = fetch(step(2.5), 8)
+    assert (figures.loss, figures.n_targets, figures.padding_share) == (2.5, 7, 0.25)
 
 
-def test_a_loss_that_is_not_finite_is_found_late_and_named():
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_step_and_examples(loss):
     with pytest.raises(NonFiniteLossError) as error:
-        fetch(steps(1.0, float("nan"), float("inf")), newest=9)
-    assert "loss nan at optimizer step 8, found 1 steps later (log_every_steps)" in str(error.value)
-    assert "had training examples [10]" in str(error.value)
-
-
-def test_the_newest_is_found_before_the_update():
-    with pytest.raises(NonFiniteLossError, match="loss inf at optimizer step 9, nothing was updated"):
-        fetch(steps(1.0, float("inf")), newest=9)
+        fetch(step(loss), 9)
+    assert f"loss {loss} at optimizer step 9, nothing was updated" in str(error.value)
+    assert "rank 0 had training examples [10, 12]" in str(error.value)

@@ -32,18 +32,34 @@ def test_events_are_lines_and_only_rank_zero_writes(tmp_path):
 
 def test_what_a_crashed_run_wrote_after_its_checkpoint_is_dropped(tmp_path):
     tracker = Tracker(config(tmp_path), is_main=True)
-    for epoch in range(1, 6):
-        tracker.log("stage", epoch=epoch)
-        tracker.log("train_step", epoch=epoch)
+    tracker.log("train_step", step=1)
+    position = tracker.position()
+    tracker.log("checkpoint", step=1, path="one")
+    tracker.log("train_step", step=2)
+    tracker.log("checkpoint", step=2, path="two")
     tracker.close()
     with tracker.path.open("a") as file:
-        file.write('{"event": "train_step", "epo')
+        file.write('{"event": "train_step", "ste')
     again = Tracker(config(tmp_path), is_main=True)
-    again.rewind(3)
-    again.log("train_step", epoch=4)
+    again.rewind(position)
+    again.log("train_step", step=2)
     again.close()
-    assert [event["epoch"] for event in read_events(again.path, "train_step")] == [1, 2, 3, 4]
-    assert [event["epoch"] for event in read_events(again.path, "stage")] == [1, 2, 3]
+    assert [event["step"] for event in read_events(again.path, "train_step")] == [1, 2]
+    assert [event["path"] for event in read_events(again.path, "checkpoint")] == ["one"]
+
+
+@pytest.mark.parametrize("cut", [1, 20], ids=["its newline", "half a line"])
+def test_a_file_that_lost_its_end_keeps_whole_lines(tmp_path, cut):
+    tracker = Tracker(config(tmp_path), is_main=True)
+    tracker.log("train_step", step=1)
+    tracker.log("train_step", step=2)
+    position = tracker.position()
+    tracker.close()
+    tracker.path.write_bytes(tracker.path.read_bytes()[:-cut])
+    again = Tracker(config(tmp_path), is_main=True)
+    again.rewind(position)
+    again.close()
+    assert [event["step"] for event in read_events(again.path, "train_step")] == [1]
 
 
 def test_environment_names_versions_commit_and_hardware():

@@ -5,11 +5,14 @@ from __future__ import annotations
 import prosqa
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from coconut_ds import export
 from coconut_ds.config import RunConfig
 from coconut_ds.errors import InputError
 from coconut_ds.model.backbone import MARKERS, Backbone, add_markers, scratch_backbone, word_tokenizer
-from coconut_ds.training.checkpoint import export_model, load_initial, stored_settings
+from coconut_ds.training import sealed_folder
+from coconut_ds.training.weights import export_model, load_initial, stored_settings
 
 SHAPE = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 64, "dropout": 0.0}
 
@@ -110,3 +113,33 @@ def test_scratch_and_a_state_dict_without_a_folder(tmp_path):
 
 def test_the_word_level_vocabulary_is_the_same_every_time():
     assert make("gpt2", True).tokenizer.get_vocab() == make("gpt2", True).tokenizer.get_vocab()
+
+
+def test_export_makes_a_folder_of_a_published_state_dict(tmp_path, capsys):
+    trained = make("gpt2", markers=True, seed=1)
+    state = {f"module.base_causallm.{key}": value for key, value in trained.model.state_dict().items()}
+    torch.save(state, tmp_path / "checkpoint_7")
+    base = save_plain(make("gpt2", markers=False), tmp_path / "base")
+    command = [str(tmp_path / "checkpoint_7"), str(tmp_path / "out"), "--model-id", base]
+    assert export.main(command) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert equal(Backbone(loaded, tokenizer), trained)
+    assert set(MARKERS) <= set(tokenizer.get_vocab())
+    assert not (tmp_path / "out" / "coconut.json").exists()
+    assert export.main(command) == 2
+    assert "exists already; name a new folder" in capsys.readouterr().err
+
+
+def test_export_of_our_checkpoint_looks_at_its_manifest_first(tmp_path, capsys):
+    trained = make("llama", markers=True, seed=1)
+    settings = {"method": "coconut", "stage": 2}
+    unfinished = sealed_folder.begin(tmp_path / "epoch_0001")
+    export_model(unfinished / "model", trained, settings)
+    path = sealed_folder.publish(unfinished)
+    assert export.main([str(path), str(tmp_path / "out")]) == 0
+    assert equal(load_initial(run(load_model_path=str(tmp_path / "out"))), trained)
+    assert stored_settings(str(tmp_path / "out")) == settings
+    (path / "model" / "config.json").write_text("{}")
+    assert export.main([str(path), str(tmp_path / "other")]) == 2
+    assert "model/config.json has 2 bytes" in capsys.readouterr().err

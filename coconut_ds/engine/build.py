@@ -53,15 +53,18 @@ def describe_device() -> Device:
 
 
 def build_engine(model: nn.Module, config: RunConfig, ds_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """Wrap `model` in the engine it keeps for the life of the process."""
+    """Wrap `model` in the engine it keeps for the life of the process; it learns nothing until a schedule starts."""
     optimizer = _optimizer(model, config, on_host=offloads_optimizer(ds_config))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    # At stage 0 with bf16 DeepSpeed 0.19.8 takes an update without gradients here: it would decay the weights, which a
+    # rate of 0 prevents, and Adam would begin to count at 1.
+    engine.basic_optimizer.state.clear()
     return engine
 
 
 def _optimizer(model: nn.Module, config: RunConfig, on_host: bool) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {
-        "lr": config.lr,
+        "lr": 0.0,
         "betas": config.adam_betas,
         "eps": 1e-8,
         "weight_decay": config.weight_decay,

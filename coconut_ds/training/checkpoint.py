@@ -1,228 +1,277 @@
-"""Checkpoints: DeepSpeed's shards for an exact restart, and a `model/` folder that plain transformers loads.
+"""Checkpoints of a run: whole or not there, and the same whatever ZeRO, precision and number of ranks made them.
 
-    checkpoints/epoch_0003/
-        deepspeed/       shards of every rank
-        rank0.pt ...     random number states
-        model/           safetensors, config, tokenizer, coconut.json
-        progress.json    where the run stands
+    checkpoints/epoch_0003/                     at the end of an epoch
+    checkpoints/epoch_0003_step_00000420/       within the fourth epoch, after optimizer step 420
+        model/                     fp32 weights, config, tokenizer, coconut.json: plain transformers loads it
+        exp_avg.safetensors        Adam's moments by parameter name, fp32
+        exp_avg_sq.safetensors
+        random_states.safetensors  of every rank
+        progress.json              where the run stands, learning-rate schedule, loss scale
+        manifest.json              size and SHA-256 of every file
 
-A checkpoint is written under a temporary name and renamed when every rank is done with it, so a folder with its real
-name is complete.
+Rank 0 writes all of it; nothing in it is pickled.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LRScheduler
 
-from coconut_ds import distributed
-from coconut_ds.config import RunConfig
+from coconut_ds import distributed, watchdog
+from coconut_ds.console import say
+from coconut_ds.engine import optimizer_states
 from coconut_ds.errors import InputError
-from coconut_ds.model.backbone import MARKERS, Backbone, add_markers, load_backbone
+from coconut_ds.memory import GIB
+from coconut_ds.model.backbone import Backbone
+from coconut_ds.training import sealed_folder
+from coconut_ds.training.weights import MODEL_FOLDER, WEIGHTS_FILE, export_model
 
-_SHARDS, _MODEL, _PROGRESS, _SETTINGS = "deepspeed", "model", "progress.json", "coconut.json"
-_WRAPPER_PREFIXES = ("module.", "_fsdp_wrapped_module.")
+_PROGRESS, _RANDOM, _LATEST = "progress.json", "random_states.safetensors", "latest"
+_PREFIX = "base_causallm."
+_BESIDE_TENSORS = 64 * 2**20
+"""Bytes for tokenizer, configuration and the like."""
+_KEPT_WITHIN_EPOCHS = 2
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be written or gone on from."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: epochs finished, optimizer steps done, and the best accuracy so far."""
+    """Where a run stands. `windows` are the optimizer steps done in the epoch under way."""
 
     epochs: int = 0
+    windows: int = 0
     step: int = 0
     best_accuracy: float = -1.0
     best_checkpoint: str | None = None
-    schedule: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What `progress.json` holds."""
+
+    progress: Progress
+    train_batch_size: int
+    metrics_bytes: int
+    """Length of `metrics.jsonl` when the checkpoint was made."""
+    updates: int
+    """Of the optimizer since its last reset."""
+    schedule: dict[str, Any]
+    loss_scale: dict[str, float]
+
+
+def read_stored(path: Path) -> Stored:
+    values = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
+    return Stored(**values | {"progress": Progress(**values["progress"])})
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder. `keep` is how many stay, None for all at ends of epochs."""
 
     def __init__(self, run_folder: Path, keep: int | None):
         self.folder = run_folder / "checkpoints"
         self._keep = keep
 
     def found(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+        """Published checkpoints, oldest first, not checked."""
         return sorted(self.folder.glob("epoch_*[0-9]")) if self.folder.is_dir() else []
 
-    def newest(self) -> Path | None:
-        """The newest complete checkpoint, as rank 0 sees it."""
-        found = self.found()
-        return distributed.from_main(found[-1] if found else None)
+    def newest_intact(self) -> Path | None:
+        """The newest checkpoint without a fault, the same on every rank; the damaged ones after it are reported.
 
-    def path_for(self, epochs: int) -> Path:
-        return self.folder / f"epoch_{epochs:04d}"
+        Raises CheckpointError where there are checkpoints and all of them are damaged.
+        """
+        return _on_main("the checkpoints cannot be read", self._search)
+
+    def _search(self) -> Path | None:
+        found = self.found()
+        for path in reversed(found):
+            faults = sealed_folder.faults(path)
+            if not faults:
+                return path
+            say(f"{path} is damaged and not used: {'; '.join(faults)}")
+        if found:
+            raise CheckpointError(
+                f"{self.folder}: all {len(found)} checkpoints are damaged; remove the folder to start the run afresh"
+            )
+        return None
+
+    def path_for(self, progress: Progress) -> Path:
+        within = f"_step_{progress.step:08d}" if progress.windows else ""
+        return self.folder / f"epoch_{progress.epochs:04d}{within}"
 
     def save(
         self,
         engine: deepspeed.DeepSpeedEngine,
         backbone: Backbone,
         settings: dict[str, Any],
-        schedule: LRScheduler,
-        progress: Progress,
+        stored: Stored,
     ) -> Path:
-        """Write a checkpoint; called on every rank. `settings` go to `model/coconut.json`."""
-        path = self.path_for(progress.epochs)
-        unfinished = path.with_name(path.name + ".tmp")
-        if distributed.is_main():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-        distributed.barrier()
-        engine.save_checkpoint(str(unfinished), tag=_SHARDS, save_latest=False)
-        torch.save(_random_states(), unfinished / f"rank{distributed.rank()}.pt")
-        weights = _full_precision_weights(engine)
-        if distributed.is_main():
-            export_model(unfinished / _MODEL, backbone, settings, weights)
-            progress = replace(progress, schedule=schedule.state_dict())
-            (unfinished / _PROGRESS).write_text(json.dumps(asdict(progress), indent=2) + "\n", encoding="utf-8")
-        distributed.barrier()
-        if distributed.is_main():
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(unfinished, path)
-            self._prune(progress)
-        distributed.barrier()
+        """Write a checkpoint; called on every rank. `settings` go to `model/coconut.json`.
+
+        Raises CheckpointError on every rank when it cannot be written; those before it stay as they are.
+        """
+        path = self.path_for(stored.progress)
+        failed = f"checkpoint {path.name} cannot be written ({self._last()})"
+        _on_main(failed, self._demand_space, engine)
+        unfinished = _on_main(failed, sealed_folder.begin, path)
+        try:
+            _write_tensors(unfinished, engine, backbone, settings, stored, failed)
+            _on_main(failed, _write_progress, unfinished, stored)
+            _on_main(failed, self._publish, unfinished, stored.progress)
+        except CheckpointError:
+            if distributed.is_main():
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
         return path
 
-    def restore(self, path: Path, engine: deepspeed.DeepSpeedEngine, schedule: LRScheduler) -> None:
-        """Bring engine, schedule and random numbers back to where they were; called on every rank.
+    def _last(self) -> str:
+        found = self.found()
+        return f"{found[-1]} is the newest there is" if found else "there is none before it"
 
-        Raises InputError when the checkpoint was made by another number of ranks or another ZeRO stage.
-        """
-        states = path / f"rank{distributed.rank()}.pt"
-        n_ranks = len(list(path.glob("rank*.pt")))
-        if n_ranks != distributed.world_size():
-            raise InputError(
-                f"{path}: written by {n_ranks} ranks, this run has {distributed.world_size()}; start it with as many, "
-                f"or start another run from its weights: load_model_path={path}"
-            )
-        try:
-            loaded, _ = engine.load_checkpoint(str(path), tag=_SHARDS)
-        except (AssertionError, AttributeError, FileNotFoundError) as error:
-            # What DeepSpeed raises on shards of another ZeRO stage or precision.
-            raise InputError(
-                f"{path}: its optimizer states do not fit this ZeRO stage or precision ({error}); use the ds JSON it "
-                f"was made with, or start another run from its weights: load_model_path={path}"
-            ) from error
-        if loaded is None:
-            raise InputError(f"{path}: DeepSpeed found no shards in it")
-        _set_random_states(torch.load(states, weights_only=True))
-        schedule.load_state_dict(read_progress(path).schedule)
+    def _demand_space(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        elements = sum(map(optimizer_states.n_elements, engine.module.parameters()))
+        needed = (1 + len(optimizer_states.MOMENTS)) * 4 * elements + _BESIDE_TENSORS
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(f"{free / GIB:.2f} GiB are free and it takes {needed / GIB:.2f} GiB; make room")
 
-    def _prune(self, progress: Progress) -> None:
+    def _publish(self, unfinished: Path, progress: Progress) -> None:
+        path = sealed_folder.publish(unfinished)
+        pointer = self.folder / f"{_LATEST}.new"
+        pointer.write_text(path.name + "\n", encoding="utf-8")
+        sealed_folder.flush(pointer)
+        pointer.replace(self.folder / _LATEST)
+        sealed_folder.flush(self.folder)
+        for old in self._superseded(progress):
+            sealed_folder.remove(old)
+
+    def _superseded(self, progress: Progress) -> list[Path]:
+        found = self.found()
         if self._keep is None:
-            return
-        for path in self.found()[: -self._keep]:
-            if path.name != progress.best_checkpoint:
-                shutil.rmtree(path)
+            return [path for path in found if "_step_" in path.name][:-_KEPT_WITHIN_EPOCHS]
+        return [path for path in found[: -self._keep] if path.name != progress.best_checkpoint]
 
 
-def read_progress(path: Path) -> Progress:
-    return Progress(**json.loads((path / _PROGRESS).read_text(encoding="utf-8")))
+def restore(path: Path, engine: deepspeed.DeepSpeedEngine, schedule: LRScheduler) -> None:
+    """Bring optimizer, schedule, loss scale and random numbers back to where they were; called on every rank.
 
-
-def export_model(folder: Path, backbone: Backbone, settings: dict[str, Any], weights: dict | None = None) -> None:
-    """Write safetensors, config, tokenizer and latent settings: a folder that plain transformers loads."""
-    backbone.model.save_pretrained(folder, state_dict=weights)
-    backbone.tokenizer.save_pretrained(folder)
-    (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def latent_settings(config: RunConfig) -> dict[str, Any]:
-    """How a run makes thoughts: stored in `model/coconut.json`, with the epochs and the stage the weights have seen."""
-    values = config.model_dump(mode="json", include={"pad_latent_to_max", "max_latent_stage", "latent_context"})
-    return {"method": config.method, "c_thought": config.thoughts_per_step, **values}
-
-
-def stored_settings(load_model_path: str) -> dict[str, Any] | None:
-    """The `coconut.json` of a checkpoint or of its `model/` folder; None for other weights."""
-    file = _model_folder(load_model_path) / _SETTINGS
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def load_initial(config: RunConfig, from_scratch: Callable[[], Backbone] | None = None) -> Backbone:
-    """The backbone a run starts from, with marker tokens where its method uses them.
-
-    `load_model_path` may be a checkpoint of ours, an HF folder or hub id, or a `.pt` state dict as the published code
-    saves it. `from_scratch` makes the model of `model_id: scratch`.
+    The engine was built on the checkpoint's weights. Another ZeRO file, precision or number of ranks is fine; with
+    another number of ranks dropout draws other numbers than it would have.
     """
-    source = config.load_model_path
-    is_state_dict = source is not None and Path(source).is_file()
-    if source is not None and not is_state_dict:
-        backbone = load_backbone(str(_model_folder(source)))
-    elif config.model_id == "scratch":
-        if from_scratch is None:
-            raise InputError(
-                "load_model_path: a state dict has no shape and model_id is scratch; name the model's folder"
-            )
-        backbone = from_scratch()
-    else:
-        backbone = load_backbone(config.model_id)
-    if is_state_dict:
-        _load_state_dict(backbone, str(source))
-    if config.uses_markers:
-        add_markers(backbone)
-    return backbone
+    stored = read_stored(path)
+    with ExitStack() as files:
+        weights = files.enter_context(_Tensors(path / MODEL_FOLDER / WEIGHTS_FILE, drop=_PREFIX))
+        moments = {
+            moment: files.enter_context(_Tensors(_file_of(path, moment)))
+            for moment in optimizer_states.MOMENTS
+            if stored.updates
+        }
+        optimizer_states.restore(engine, stored.updates, weights, moments)
+    optimizer_states.restore_loss_scale(engine, stored.loss_scale)
+    engine.global_steps = stored.progress.step
+    schedule.load_state_dict(stored.schedule)
+    # A schedule sets the rate when it moves, and this one stands where it stood.
+    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+    _set_random_state(load_file(path / _RANDOM))
 
 
-def _model_folder(path: str) -> Path:
-    folder = Path(path)
-    return folder / _MODEL if (folder / _MODEL).is_dir() else folder
+class _Tensors(Mapping[str, torch.Tensor]):
+    """A safetensors file by name, read tensor by tensor; names may come with a prefix the file does not have."""
+
+    def __init__(self, path: Path, drop: str = ""):
+        self._file, self._drop = safe_open(path, framework="pt"), drop
+
+    def __enter__(self) -> _Tensors:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._file.__exit__(*raised)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name.removeprefix(self._drop))
+
+    def __iter__(self) -> Any:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
 
 
-def _load_state_dict(backbone: Backbone, path: str) -> None:
-    """Load a published `.pt`: keys with or without `base_causallm.` and a wrapper's prefix, with or without markers."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"load_model_path: {path} is not a state dict of tensors ({type(error).__name__})") from None
-    for prefix in (*_WRAPPER_PREFIXES, "base_causallm."):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    # Published Coconut also stores its embedding table under a second name.
-    state.pop("embedding.weight", None)
-    model: Any = backbone.model
-    name = next(name for name, value in model.named_parameters() if value is model.get_input_embeddings().weight)
-    n_rows = state[name].shape[0] if name in state else None
-    n_own = model.get_input_embeddings().num_embeddings
-    if n_rows == n_own + len(MARKERS):
-        add_markers(backbone)
-    missing, unexpected = model.load_state_dict(state, strict=False) if n_rows else (["every weight"], [])
-    tied = set(model.state_dict()) - {key for key, _ in model.named_parameters()}
-    missing = [key for key in missing if key not in tied]
-    if missing or unexpected:
-        raise InputError(
-            f"load_model_path: {path} does not fit {model.config.model_type}: missing {missing[:3]}, "
-            f"unexpected {unexpected[:3]}; set model_id to the model it was trained from"
-        )
+def _write_tensors(
+    folder: Path,
+    engine: deepspeed.DeepSpeedEngine,
+    backbone: Backbone,
+    settings: dict[str, Any],
+    stored: Stored,
+    failed: str,
+) -> None:
+    """One set of tensors after the other, so that rank 0 holds no more than one."""
+    tensors = {name.removeprefix(_PREFIX): value for name, value in optimizer_states.gather(engine).items()}
+    _on_main(failed, export_model, folder / MODEL_FOLDER, backbone, settings, tensors)
+    for moment in optimizer_states.MOMENTS if stored.updates else ():
+        watchdog.alive()
+        tensors = optimizer_states.gather(engine, moment)
+        _on_main(failed, save_file, tensors, _file_of(folder, moment))
+    watchdog.alive()
+    states = distributed.gather_to_main(_random_state())
+    _on_main(failed, save_file, _by_rank(states), folder / _RANDOM)
 
 
-def _full_precision_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
-    """fp32 master weights of a bf16 or fp16 run, gathered on every rank; None where the module holds fp32 itself."""
-    model = engine.module.base_causallm
-    if next(model.parameters()).dtype == torch.float32:
-        return None
-    weights = {name: safe_get_full_fp32_param(parameter) for name, parameter in model.named_parameters()}
-    return {name: value.cpu() for name, value in weights.items()}
+def _write_progress(folder: Path, stored: Stored) -> None:
+    (folder / _PROGRESS).write_text(json.dumps(asdict(stored), indent=2) + "\n", encoding="utf-8")
 
 
-def _random_states() -> dict[str, Any]:
+def _on_main(failed: str, action: Callable[..., Any], *arguments: Any) -> Any:
+    """What `action` returns on rank 0; where it fails there, CheckpointError everywhere, so that no rank waits."""
+    value, problem = None, None
+    if distributed.is_main():
+        try:
+            value = action(*arguments)
+        except CheckpointError as error:
+            problem = str(error)
+        except (OSError, SafetensorError) as error:
+            problem = f"{failed}: {error}"
+    value, problem = distributed.from_main((value, problem))
+    if problem is not None:
+        raise CheckpointError(problem)
+    return value
+
+
+def _file_of(folder: Path, moment: str) -> Path:
+    return folder / f"{moment}.safetensors"
+
+
+def _random_state() -> dict[str, torch.Tensor]:
     """Dropout is all that draws numbers while training; the order of the examples depends on seed and epoch alone."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda}
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+def _by_rank(states: list[dict[str, torch.Tensor]] | None) -> dict[str, torch.Tensor]:
+    return {f"rank{rank}.{key}": value for rank, state in enumerate(states or ()) for key, value in state.items()}
+
+
+def _set_random_state(states: dict[str, torch.Tensor]) -> None:
+    if f"rank{distributed.world_size()}.cpu" in states or f"rank{distributed.world_size() - 1}.cpu" not in states:
+        return
+    own = f"rank{distributed.rank()}"
+    torch.set_rng_state(states[f"{own}.cpu"])
+    if torch.cuda.is_available() and f"{own}.cuda" in states:
+        torch.cuda.set_rng_state(states[f"{own}.cuda"])

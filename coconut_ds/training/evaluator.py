@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from coconut_ds import distributed
+from coconut_ds import distributed, watchdog
 from coconut_ds.curriculum.collator import Batch, Tokens
 from coconut_ds.curriculum.loaders import loss_loader, prompt_loader
 from coconut_ds.curriculum.stages import Curriculum
@@ -71,6 +71,7 @@ class Evaluator:
         totals = torch.zeros(2, dtype=torch.float64)
         world, rank = distributed.world_size(), distributed.rank()
         for batch in loss_loader(self.examples, self.curriculum, self.tokens, stage, self.batch_size, rank, world):
+            watchdog.alive()
             output = self.model(**to_device(batch.inputs))
             totals += torch.tensor([output.loss_sum.item(), batch.n_targets], dtype=torch.float64)
         loss_sum, n_targets = distributed.sum_over_ranks(totals.to(distributed.device())).tolist()
@@ -81,6 +82,7 @@ class Evaluator:
         return prompt_loader(self.examples, self.curriculum, self.tokens, stage, self.batch_size, rank, world)
 
     def _predict(self, batch: Batch) -> list[dict[str, Any]]:
+        watchdog.alive()
         inputs = to_device(batch.inputs)
         new_tokens = self.model.generate(
             inputs["input_ids"], inputs["attention_mask"], self.max_new_tokens, inputs["thought_span"]

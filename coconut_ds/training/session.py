@@ -25,9 +25,10 @@ from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.latents import LatentContext
 from coconut_ds.tracking import Tracker, describe_environment, read_events
 from coconut_ds.training.batch_size import choose_eval_batch, choose_micro_batch
-from coconut_ds.training.checkpoint import latent_settings, load_initial, stored_settings
+from coconut_ds.training.checkpoint import Checkpoints
 from coconut_ds.training.evaluator import Evaluation, Evaluator
 from coconut_ds.training.trainer import Parts, Trainer, write_predictions
+from coconut_ds.training.weights import latent_settings, load_initial, stored_settings
 
 _DEBUG_TRAIN, _DEBUG_VALID = 5000, 32
 
@@ -60,10 +61,11 @@ def load_materials(config: RunConfig) -> Materials:
 def train(config: RunConfig, resolve: Callable[[RunConfig, BatchSizes], dict[str, Any]]) -> None:
     """Train a run to its end and print accuracy by stage; `resolve` makes the DeepSpeed configuration."""
     torch.manual_seed(config.seed)
-    materials = load_materials(config)
-    curriculum, backbone, model, tokens = materials.curriculum, materials.backbone, materials.model, materials.tokens
-    # Only now: whatever is wrong with the input has been said by here, and no rank waits for another.
     start_process_group()
+    checkpoints = Checkpoints(config.run_folder, config.keep_checkpoints)
+    newest = None if config.debug else checkpoints.newest_intact()
+    materials = load_materials(_going_on_from(newest, config))
+    curriculum, backbone, model, tokens = materials.curriculum, materials.backbone, materials.model, materials.tokens
     world = distributed.world_size()
     if config.batch_size_training == "auto":
         provisional = resolve(config, batch_sizes(config, world))
@@ -79,14 +81,30 @@ def train(config: RunConfig, resolve: Callable[[RunConfig, BatchSizes], dict[str
     tracker = Tracker(config, distributed.is_main())
     evaluator = _evaluator(config, model, materials.valid_set, curriculum, tokens, backbone)
     say(_opening(config, sizes, ds_config, backbone, len(materials.train_set)))
+    train_set = materials.train_set
+    parts = Parts(
+        config, sizes, curriculum, tokens, backbone, engine, train_set, evaluator, tracker, checkpoints, newest
+    )
     try:
-        Trainer(
-            Parts(config, sizes, curriculum, tokens, backbone, engine, materials.train_set, evaluator, tracker)
-        ).fit()
+        is_complete = Trainer(parts).fit()
     finally:
         tracker.close()
+    if not is_complete:
+        place = "the start (debug saves nothing)" if config.debug else checkpoints.found()[-1]
+        say(f"stopped as asked; the same command goes on from {place}")
+        return
     say(summary_table(read_events(tracker.path, "eval")) if distributed.is_main() else "")
     say(f"run folder: {config.run_folder}")
+
+
+def _going_on_from(newest: Path | None, config: RunConfig) -> RunConfig:
+    """The configuration to load the model with: an interrupted run has its own weights."""
+    if newest is None:
+        return config
+    say(f"going on from {newest}")
+    if config.load_model_path:
+        say(f"load_model_path {config.load_model_path} is not used: the run goes on from its own weights")
+    return config.model_copy(update={"load_model_path": str(newest)})
 
 
 def evaluate(config: RunConfig, precision: Precision) -> None:
@@ -181,7 +199,10 @@ def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:
 
 def _write_description(config: RunConfig, ds_config: dict[str, Any]) -> None:
     folder = config.run_folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"save_path: {folder} cannot be made: {error.strerror}; name a folder to write in") from None
     (folder / "run_config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
     (folder / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -11,14 +10,15 @@ import torch
 
 from coconut_ds import distributed
 from coconut_ds.curriculum.collator import Batch
+from coconut_ds.errors import InputError
 from coconut_ds.training.evaluator import to_device
 
 if TYPE_CHECKING:
     import deepspeed
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss of an optimizer step was not a finite number; raised on every rank."""
+class NonFiniteLossError(InputError):
+    """The loss of an optimizer step was not a finite number; raised on every rank, before anything is updated."""
 
 
 @dataclass(frozen=True)
@@ -56,33 +56,28 @@ def accumulate_gradients(
     loss = torch.zeros((), device=device)
     for batch in window:
         output = engine(**to_device(batch.inputs))
-        part = (output.loss_sum if normalization == "token" else output.loss) * share
+        part = output.loss_sum * (share if normalization == "token" else share / max(batch.n_targets, 1))
         # DeepSpeed averages gradients over ranks, the shares are meant to be summed.
         engine.backward(part * world, scale_wrt_gas=False)
         loss += part.detach()
     return Pending(loss, totals, [index for batch in window for index in batch.indices])
 
 
-def fetch(steps: Sequence[Pending], newest: int) -> list[Figures]:
-    """The figures of consecutive steps, the last of them the optimizer step `newest` (from 1), in one transfer.
+def fetch(step: Pending, number: int) -> Figures:
+    """The figures of optimizer step `number` (from 1), in one transfer.
 
-    Raises NonFiniteLossError on every rank when a loss is not finite.
+    Raises NonFiniteLossError on every rank when the loss is not finite.
     """
-    losses = distributed.sum_over_ranks(torch.stack([step.loss for step in steps])).tolist()
-    totals = torch.stack([step.totals for step in steps]).tolist()
-    bad = next((place for place, loss in enumerate(losses) if not math.isfinite(loss)), None)
-    if bad is not None:
-        late = len(losses) - 1 - bad
+    loss = float(distributed.sum_over_ranks(step.loss.clone()))
+    if not math.isfinite(loss):
+        shares = distributed.from_main(distributed.gather_to_main(step.indices))
+        examples = [f"rank {rank} had training examples {indices}" for rank, indices in enumerate(shares)]
         raise NonFiniteLossError(
-            f"loss {losses[bad]} at optimizer step {newest - late}, "
-            f"{f'found {late} steps later (log_every_steps)' if late else 'nothing was updated'}; rank "
-            f"{distributed.rank()} had training examples {steps[bad].indices}; lower lr, set max_grad_norm, or use "
-            "bf16 or fp32 in place of fp16"
+            f"loss {loss} at optimizer step {number}, nothing was updated; {'; '.join(examples)}; "
+            "lower lr, set max_grad_norm, or use bf16 or fp32 in place of fp16"
         )
-    return [
-        Figures(loss, n_targets, 1 - n_tokens / cells)
-        for loss, (n_targets, _, n_tokens, cells) in zip(losses, totals, strict=True)
-    ]
+    n_targets, _, n_tokens, cells = step.totals.tolist()
+    return Figures(loss, n_targets, 1 - n_tokens / cells)
 
 
 def optimizer_step(
@@ -90,7 +85,7 @@ def optimizer_step(
 ) -> Figures:
     """Gradients of `window`, their check and the update. Raises NonFiniteLossError before anything is updated."""
     pending = accumulate_gradients(engine, window, normalization)
-    (figures,) = fetch([pending], engine.global_steps + 1)
+    figures = fetch(pending, engine.global_steps + 1)
     engine.step()
     return figures
 

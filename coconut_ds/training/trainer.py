@@ -1,28 +1,34 @@
-"""The stage-aware training loop: fit -> _enter_stage -> _train_epoch -> _finish_epoch."""
+"""The stage-aware training loop: fit -> _enter_stage -> _train_epoch -> _step, _finish_epoch."""
 
 from __future__ import annotations
 
 import json
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from coconut_ds import distributed
+from coconut_ds import distributed, watchdog
 from coconut_ds.config import BatchSizes, RunConfig
 from coconut_ds.console import progress as progress_bar
 from coconut_ds.console import say
-from coconut_ds.curriculum.collator import Tokens
+from coconut_ds.curriculum.collator import Batch, Tokens
 from coconut_ds.curriculum.loaders import TrainingWindows, training_loader, windows_per_epoch
 from coconut_ds.curriculum.stages import Curriculum
+from coconut_ds.engine.optimizer_states import loss_scale, updates_done
 from coconut_ds.engine.stage_boundary import epochs_until_reset, new_schedule, reset_optimizer_state, resets_before
+from coconut_ds.engine.whole_weights import whole_weights
+from coconut_ds.errors import InputError
+from coconut_ds.interruption import Interruption
 from coconut_ds.memory import peak_memory_gib
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.tracking import Tracker
-from coconut_ds.training.checkpoint import Checkpoints, Progress, latent_settings, read_progress
+from coconut_ds.training.checkpoint import Checkpoints, Progress, Stored, read_stored, restore
 from coconut_ds.training.evaluator import Evaluation, Evaluator
-from coconut_ds.training.step import Pending, accumulate_gradients, fetch
+from coconut_ds.training.step import accumulate_gradients, fetch
+from coconut_ds.training.weights import latent_settings
 
 if TYPE_CHECKING:
     import deepspeed
@@ -41,6 +47,9 @@ class Parts:
     train_set: Dataset
     evaluator: Evaluator
     tracker: Tracker
+    checkpoints: Checkpoints
+    newest: Path | None
+    """The checkpoint whose weights the engine was built on, to go on from."""
 
 
 class Trainer:
@@ -52,32 +61,51 @@ class Trainer:
         self.engine = parts.engine
         self.curriculum = parts.curriculum
         self.tracker = parts.tracker
-        self.checkpoints = Checkpoints(parts.config.run_folder, parts.config.keep_checkpoints)
         self.progress = Progress(epochs=parts.config.resume)
         self.steps_per_epoch = windows_per_epoch(len(parts.train_set), parts.sizes)
         self.most_steps = max(map(len, parts.train_set["steps"]))
 
-    def fit(self) -> None:
-        """Train every epoch that is left; continues from the newest checkpoint of the run folder."""
-        newest = None if self.config.debug else self.checkpoints.newest()
-        if newest is not None:
-            self.progress = read_progress(newest)
-        first = self.progress.epochs
-        self._start_schedule(self._first_epoch_of_schedule(first))
-        if newest is not None:
-            self.checkpoints.restore(newest, self.engine, self.schedule)
-            say(f"continuing from {newest}: {first} of {self.config.num_epochs} epochs are done")
-            if self.config.load_model_path:
-                say(f"load_model_path {self.config.load_model_path} is not used: the run goes on from its own weights")
-        self.tracker.rewind(first)
-        for epoch in range(first, self.config.num_epochs):
-            self._enter_stage(epoch, is_first=epoch == first)
-            self._train_epoch(epoch)
-            self._finish_epoch(epoch)
+    def fit(self) -> bool:
+        """Train what is left of the run; False when it was asked to stop before the end, and has saved."""
+        stored = None
+        if self.parts.newest is not None:
+            stored = read_stored(self.parts.newest)
+            self.progress = self._checked(stored)
+        self._start_schedule(self._first_epoch_of_schedule())
+        if self.parts.newest is not None:
+            restore(self.parts.newest, self.engine, self.schedule)
+        self.tracker.rewind(stored.metrics_bytes if stored else 0)
+        watchdog.start(self.config.hang_limit_s)
+        try:
+            with Interruption() as self.interruption:
+                return self._run_epochs()
+        finally:
+            watchdog.stop()
 
-    def _first_epoch_of_schedule(self, epoch: int) -> int:
-        """The epoch in which the schedule in force when `epoch` starts (before a reset there) began."""
-        start = max(epoch - 1, self.config.resume)
+    def _run_epochs(self) -> bool:
+        for epoch in range(self.progress.epochs, self.config.num_epochs):
+            self._enter_stage(epoch)
+            if not self._train_epoch(epoch):
+                return False
+            saved = self._finish_epoch(epoch)
+            if epoch + 1 < self.config.num_epochs and self._stops(epoch, saved):
+                return False
+        return True
+
+    def _checked(self, stored: Stored) -> Progress:
+        """The progress to go on from; raises InputError where its place within an epoch means something else now."""
+        total = self.parts.sizes.total
+        if stored.progress.windows and stored.train_batch_size != total:
+            raise InputError(
+                f"{self.parts.newest}: made within an epoch, after {stored.progress.windows} steps of "
+                f"{stored.train_batch_size} examples; this run takes {total} a step, so that place does not exist; set "
+                f"train_batch_size: {stored.train_batch_size} without gradient_accumulation_steps"
+            )
+        return stored.progress
+
+    def _first_epoch_of_schedule(self) -> int:
+        """The epoch in which the schedule in force now, before a reset at the start of an epoch, began."""
+        start = max(self.progress.epochs - (self.progress.windows == 0), self.config.resume)
         while start > self.config.resume and not resets_before(start, self.config, self.curriculum):
             start -= 1
         return start
@@ -86,10 +114,11 @@ class Trainer:
         n_epochs = epochs_until_reset(epoch, self.config, self.curriculum)
         self.schedule = new_schedule(self.engine, self.config, n_epochs * self.steps_per_epoch)
 
-    def _enter_stage(self, epoch: int, is_first: bool) -> None:
+    def _enter_stage(self, epoch: int) -> None:
         started = time.monotonic()
         stage = self.curriculum.stage(epoch)
-        resets = resets_before(epoch, self.config, self.curriculum) and epoch > self.config.resume
+        is_first, is_begun = epoch == self.config.resume, self.progress.windows > 0
+        resets = resets_before(epoch, self.config, self.curriculum) and not is_first and not is_begun
         if resets:
             reset_optimizer_state(self.engine)
             self._start_schedule(epoch)
@@ -102,8 +131,9 @@ class Trainer:
             distributed.rank(),
             epoch,
             self.config.group_by_length,
+            in_step=self.engine.zero_optimization_stage() == 3,
         )
-        if is_first or resets or stage != self.curriculum.stage(epoch - 1):
+        if not is_begun and (is_first or resets or stage != self.curriculum.stage(epoch - 1)):
             self.tracker.log(
                 "stage",
                 epoch=epoch + 1,
@@ -114,58 +144,77 @@ class Trainer:
                 optimizer_reset=resets,
             )
 
-    def _train_epoch(self, epoch: int) -> None:
+    def _train_epoch(self, epoch: int) -> bool:
+        """The rest of an epoch's steps; False when it was asked to stop."""
         self.engine.train()
-        stage = self.curriculum.stage(epoch)
-        label = f"epoch {epoch + 1}/{self.config.num_epochs}, stage {stage}"
+        label = f"epoch {epoch + 1}/{self.config.num_epochs}, stage {self.curriculum.stage(epoch)}"
+        first = self.progress.windows
+        loader = training_loader(self.windows, first)
+        for window in progress_bar(loader, len(self.windows) - first, label):
+            self._step(epoch, window)
+            every = self.config.save_every_steps
+            saves = every is not None and self.progress.step % every == 0
+            if saves:
+                self._save(epoch)
+            if self._stops(epoch, saves):
+                return False
+        return True
+
+    def _step(self, epoch: int, window: list[Batch]) -> None:
+        watchdog.alive()
         started = time.monotonic()
-        pending: list[Pending] = []
-        for window in progress_bar(training_loader(self.windows), len(self.windows), label):
-            learning_rate = self.schedule.get_last_lr()[0]
-            pending.append(accumulate_gradients(self.engine, window, self.config.loss_normalization))
-            number = self.progress.step + 1
-            logs = number % self.config.log_every_steps == 0
-            # Before the update, so that weights that went wrong are not saved.
-            figures = fetch(pending, number) if logs or number % self.steps_per_epoch == 0 else []
-            if figures:
-                pending.clear()
-            self.engine.step()
-            if self.engine.was_step_applied():
-                self.schedule.step()
-            self.progress = replace(self.progress, step=number)
-            finished = time.monotonic()
-            if logs:
-                self.tracker.log(
-                    "train_step",
-                    epoch=epoch + 1,
-                    stage=stage,
-                    step=number,
-                    lr=learning_rate,
-                    grad_norm=self._gradient_norm(),
-                    step_time_s=finished - started,
-                    peak_memory_gib=peak_memory_gib(),
-                    **asdict(figures[-1]),
-                )
-            started = finished
+        learning_rate = self.schedule.get_last_lr()[0]
+        number = self.progress.step + 1
+        pending = accumulate_gradients(self.engine, window, self.config.loss_normalization)
+        # Before the update: a loss that is no number must not reach the weights.
+        figures = fetch(pending, number)
+        self.engine.step()
+        if self.engine.was_step_applied():
+            self.schedule.step()
+        self.progress = replace(self.progress, step=number, windows=self.progress.windows + 1)
+        if number % self.config.log_every_steps == 0:
+            self.tracker.log(
+                "train_step",
+                epoch=epoch + 1,
+                stage=self.curriculum.stage(epoch),
+                step=number,
+                lr=learning_rate,
+                grad_norm=self._gradient_norm(),
+                step_time_s=time.monotonic() - started,
+                peak_memory_gib=peak_memory_gib(),
+                **asdict(figures),
+            )
+
+    def _stops(self, epoch: int, saved: bool) -> bool:
+        """Whether a rank was asked to stop; then the run is saved, unless that has just been done."""
+        if not self.interruption.agreed():
+            return False
+        if not saved:
+            self._save(epoch)
+        return True
 
     def _gradient_norm(self) -> float | None:
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def _finish_epoch(self, epoch: int) -> None:
+    def _finish_epoch(self, epoch: int) -> bool:
+        """Evaluate, and save where the run asks for it; whether it did."""
         stage = self.curriculum.stage(epoch)
-        self.progress = replace(self.progress, epochs=epoch + 1)
-        outcome = self.parts.evaluator.run(stage)
+        with whole_weights(self.engine):
+            outcome = self.parts.evaluator.run(stage)
+        self.progress = replace(self.progress, epochs=epoch + 1, windows=0)
         evaluation = outcome[0] if outcome else None
         if outcome:
             self._record(epoch, stage, *outcome)
         accuracy = distributed.from_main(evaluation.accuracy if evaluation else None)
         improved = accuracy > self.progress.best_accuracy
         if improved:
-            name = self.checkpoints.path_for(epoch + 1).name
+            name = self.parts.checkpoints.path_for(self.progress).name
             self.progress = replace(self.progress, best_accuracy=accuracy, best_checkpoint=name)
-        if not self.config.debug and (improved or not self.config.save_only_improve):
-            self._save(epoch, stage)
+        saves = improved or not self.config.save_only_improve
+        if saves:
+            self._save(epoch)
+        return saves
 
     def _record(self, epoch: int, stage: int, evaluation: Evaluation, predictions: list[dict[str, Any]]) -> None:
         self.tracker.log("eval", epoch=epoch + 1, stage=stage, step=self.progress.step, **evaluation.as_dict())
@@ -176,10 +225,26 @@ class Trainer:
             f"{evaluation.mean_new_tokens:.1f} tokens an answer"
         )
 
-    def _save(self, epoch: int, stage: int) -> None:
+    def _save(self, epoch: int) -> None:
+        """Save where the run stands, with weights that have seen (a part of) `epoch`; not in debug mode."""
+        if self.config.debug:
+            return
+        watchdog.alive()
         started = time.monotonic()
-        settings = {**latent_settings(self.config), "epochs": epoch + 1, "stage": stage}
-        path = self.checkpoints.save(self.engine, self.parts.backbone, settings, self.schedule, self.progress)
+        settings = {
+            **latent_settings(self.config),
+            "epochs": self.progress.epochs,
+            "stage": self.curriculum.stage(epoch),
+        }
+        stored = Stored(
+            self.progress,
+            self.parts.sizes.total,
+            self.tracker.position(),
+            updates_done(self.engine),
+            self.schedule.state_dict(),
+            loss_scale(self.engine),
+        )
+        path = self.parts.checkpoints.save(self.engine, self.parts.backbone, settings, stored)
         seconds = time.monotonic() - started
         self.tracker.log("checkpoint", epoch=epoch + 1, step=self.progress.step, path=str(path), seconds=seconds)
 

@@ -1,0 +1,56 @@
+"""Turn a checkpoint into a folder that plain transformers loads.
+
+    python -m coconut_ds.export CHECKPOINT OUT [--model-id MODEL] [--no-markers]
+
+CHECKPOINT is one of ours, an HF folder, or a published `.pt` state dict, whose shape comes from MODEL. OUT gets
+safetensors in fp32, configuration, tokenizer with the marker tokens, and `coconut.json`, the latent settings, where the
+checkpoint has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from coconut_ds.config import RunConfig
+from coconut_ds.console import quiet_libraries
+from coconut_ds.errors import InputError, problem_list
+from coconut_ds.training import sealed_folder
+from coconut_ds.training.weights import export_model, load_initial, stored_settings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when OUT is written, 2 when the user has to put something right."""
+    parser = argparse.ArgumentParser(
+        prog="python -m coconut_ds.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model-id", default="openai-community/gpt2", help="model a `.pt` was trained from")
+    parser.add_argument("--no-markers", action="store_true", help="weights of a method without thoughts")
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    try:
+        export(options.checkpoint, options.out, options.model_id, not options.no_markers)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"written: {options.out}")
+    return 0
+
+
+def export(checkpoint: str, out: Path, model_id: str, with_markers: bool = True) -> None:
+    """Write `out`; raises InputError for a damaged checkpoint, weights that do not fit, and an `out` that exists."""
+    if out.exists():
+        raise InputError(f"{out} exists already; name a new folder")
+    if (Path(checkpoint) / sealed_folder.MANIFEST).is_file() and (faults := sealed_folder.faults(Path(checkpoint))):
+        raise InputError(problem_list(checkpoint, faults))
+    settings = stored_settings(checkpoint)
+    uses_markers = with_markers if settings is None else settings["method"] == "coconut"
+    config = RunConfig(coconut=uses_markers, cot=not uses_markers, model_id=model_id, load_model_path=checkpoint)
+    export_model(out, load_initial(config), settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Folders that are whole or not there: written under another name, sealed with a manifest, renamed, checked when read.
+
+The manifest holds size and SHA-256 of every file. Everything is on the disk (fsync) before the name appears.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+_UNFINISHED, _DOOMED = ".tmp", ".removed"
+_BLOCK = 1 << 20
+
+
+def begin(path: Path) -> Path:
+    """An empty folder to write what is to become `path`; what an interrupted attempt left is removed."""
+    sweep(path.parent)
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    unfinished.mkdir(parents=True)
+    return unfinished
+
+
+def publish(unfinished: Path) -> Path:
+    """Seal a folder made by `begin` and give it its name; a folder that has the name already makes room."""
+    files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+    entries = {path.relative_to(unfinished).as_posix(): _fingerprint(path) for path in files}
+    (unfinished / MANIFEST).write_text(json.dumps({"files": entries}, indent=2) + "\n", encoding="utf-8")
+    for path in (*files, unfinished / MANIFEST, *(each for each in unfinished.rglob("*") if each.is_dir()), unfinished):
+        flush(path)
+    path = unfinished.with_name(unfinished.name.removesuffix(_UNFINISHED))
+    if path.exists():
+        remove(path)
+    os.replace(unfinished, path)
+    flush(path.parent)
+    return path
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong with a published folder; nothing when every file is as it was written. Raises OSError."""
+    if not (path / MANIFEST).is_file():
+        return [f"{MANIFEST} is missing"]
+    try:
+        entries = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{MANIFEST} is damaged"]
+    found = []
+    for name, expected in entries.items():
+        file = path / name
+        if not file.is_file():
+            found.append(f"{name} is missing")
+        elif file.stat().st_size != expected["bytes"]:
+            found.append(f"{name} has {file.stat().st_size} bytes and should have {expected['bytes']}")
+        elif _fingerprint(file) != expected:
+            found.append(f"{name} is not what was written (SHA-256)")
+    return found
+
+
+def remove(path: Path) -> None:
+    """Remove a published folder; interrupted, it leaves nothing under its name."""
+    doomed = path.with_name(path.name + _DOOMED)
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def sweep(parent: Path) -> None:
+    """Remove what interrupted attempts left in `parent`."""
+    for ending in (_UNFINISHED, _DOOMED):
+        for left in parent.glob(f"*{ending}"):
+            shutil.rmtree(left)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fingerprint(path: Path) -> dict[str, int | str]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

@@ -1,0 +1,100 @@
+"""Weights in and out: the `model/` folder of a checkpoint, HF folders, `.pt` state dicts of the published code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coconut_ds.config import RunConfig
+from coconut_ds.errors import InputError
+from coconut_ds.model.backbone import MARKERS, Backbone, add_markers, load_backbone
+
+MODEL_FOLDER, WEIGHTS_FILE = "model", "model.safetensors"
+_SETTINGS = "coconut.json"
+_WRAPPER_PREFIXES = ("module.", "_fsdp_wrapped_module.")
+_ONE_FILE = "1TB"
+
+
+def export_model(
+    folder: Path, backbone: Backbone, settings: dict[str, Any] | None, weights: dict | None = None
+) -> None:
+    """Write safetensors, config, tokenizer and latent settings: a folder that plain transformers loads.
+
+    `weights` take the place of those the model holds.
+    """
+    backbone.model.save_pretrained(folder, state_dict=weights, max_shard_size=_ONE_FILE)
+    backbone.tokenizer.save_pretrained(folder)
+    if settings is not None:
+        (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def latent_settings(config: RunConfig) -> dict[str, Any]:
+    """How a run makes thoughts: stored in `model/coconut.json`, with the epochs and the stage the weights have seen."""
+    values = config.model_dump(mode="json", include={"pad_latent_to_max", "max_latent_stage", "latent_context"})
+    return {"method": config.method, "c_thought": config.thoughts_per_step, **values}
+
+
+def stored_settings(load_model_path: str) -> dict[str, Any] | None:
+    """The `coconut.json` of a checkpoint or of its `model/` folder; None for other weights."""
+    file = _model_folder(load_model_path) / _SETTINGS
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def load_initial(config: RunConfig, from_scratch: Callable[[], Backbone] | None = None) -> Backbone:
+    """The backbone a run starts from, with marker tokens where its method uses them.
+
+    `load_model_path` may be a checkpoint of ours, an HF folder or hub id, or a `.pt` state dict as the published code
+    saves it. `from_scratch` makes the model of `model_id: scratch`.
+    """
+    source = config.load_model_path
+    is_state_dict = source is not None and Path(source).is_file()
+    if source is not None and not is_state_dict:
+        backbone = load_backbone(str(_model_folder(source)))
+    elif config.model_id == "scratch":
+        if from_scratch is None:
+            raise InputError(
+                "load_model_path: a state dict has no shape and model_id is scratch; name the model's folder"
+            )
+        backbone = from_scratch()
+    else:
+        backbone = load_backbone(config.model_id)
+    if is_state_dict:
+        _load_state_dict(backbone, str(source))
+    if config.uses_markers:
+        add_markers(backbone)
+    return backbone
+
+
+def _model_folder(path: str) -> Path:
+    folder = Path(path)
+    return folder / MODEL_FOLDER if (folder / MODEL_FOLDER).is_dir() else folder
+
+
+def _load_state_dict(backbone: Backbone, path: str) -> None:
+    """Load a published `.pt`: keys with or without `base_causallm.` and a wrapper's prefix, with or without markers."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"load_model_path: {path} is not a state dict of tensors ({type(error).__name__})") from None
+    for prefix in (*_WRAPPER_PREFIXES, "base_causallm."):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    # Published Coconut also stores its embedding table under a second name.
+    state.pop("embedding.weight", None)
+    model: Any = backbone.model
+    name = next(name for name, value in model.named_parameters() if value is model.get_input_embeddings().weight)
+    n_rows = state[name].shape[0] if name in state else None
+    n_own = model.get_input_embeddings().num_embeddings
+    if n_rows == n_own + len(MARKERS):
+        add_markers(backbone)
+    missing, unexpected = model.load_state_dict(state, strict=False) if n_rows else (["every weight"], [])
+    tied = set(model.state_dict()) - {key for key, _ in model.named_parameters()}
+    missing = [key for key in missing if key not in tied]
+    if missing or unexpected:
+        raise InputError(
+            f"load_model_path: {path} does not fit {model.config.model_type}: missing {missing[:3]}, "
+            f"unexpected {unexpected[:3]}; set model_id to the model it was trained from"
+        )
