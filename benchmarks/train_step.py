@@ -9,7 +9,9 @@ Forward and backward on a micro-batch of median length, without the optimizer, w
   window of 3    contextual thoughts
   recomputed     the same with activation checkpointing
   straightforward  cache on, logits of every column in every pass, inputs put together again for every pass
-Prints a table and one JSON line; ratios are medians over rounds of the ratio within a round.
+Prints a table and one JSON line; ratios are medians over rounds of the ratio within a round. `window_extra` compares
+whole steps, whose times differ by more than a window costs; `window_extra_alone` times what makes the thoughts, without
+the model, forward and backward: the difference between windows of 3 and 1 in medians, over the median step.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.training.evaluator import to_device
 
+_WINDOW_ROUNDS = 200
 _ROWS = ("floor", "coconut", "window of 3", "recomputed", "straightforward")
 _RATIOS = {
     "step_over_floor": ("coconut", "floor"),
@@ -62,13 +65,19 @@ def main() -> None:
             each = 1000 * statistics.median(values) / batch.n_targets
             over_floor = f"{workload.ratio(seconds, name, 'floor'):.3f}" if "floor" in seconds else ""
             print(f"{micro:>11}  {name:15}  {workload.spread(values):>27}  {each:>11.1f}  {over_floor}")
+        alone = {}
+        if "coconut" in seconds:
+            extra = _window_seconds(backbone, batch)
+            alone["window_extra_alone"] = extra / statistics.median(seconds["coconut"])
+            print(f"{micro:>11}  a window of 3 takes {1000 * extra:.2f} ms more than one of 1 to make the thoughts")
         results[str(micro)] = {
             **_ratios(seconds),
+            **alone,
             "columns": batch.inputs["input_ids"].shape[1],
             "n_targets": batch.n_targets,
             "seconds": seconds,
         }
-    workload.finish(options, **_ratios(seconds), by_micro_batch=results)
+    workload.finish(options, **_ratios(seconds), **alone, by_micro_batch=results)
 
 
 def _ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
@@ -116,6 +125,25 @@ def _variants(backbone: Backbone, batch: Batch) -> dict[str, Callable[[], Any]]:
         "recomputed": recomputed,
         "straightforward": straightforward,
     }
+
+
+def _window_seconds(backbone: Backbone, batch: Batch) -> float:
+    """Seconds that thoughts made from three states take longer than from one, with a backbone that does nothing."""
+    inputs = to_device(batch.inputs)
+    shape = (*inputs["input_ids"].shape, backbone.model.config.hidden_size)
+    embeds = torch.randn(shape, device=inputs["input_ids"].device, requires_grad=True)
+    first_real = inputs["attention_mask"].argmax(dim=1)
+
+    def passes(model: Coconut) -> None:
+        made = model._passes(inputs["thought_span"], inputs["input_ids"], embeds, first_real, lambda fed, _: fed * 2)
+        torch.cat([hidden for _, hidden in made], dim=1).sum().backward()
+        embeds.grad = None
+
+    work = {"one": workload.coconut(backbone, LatentContext()), "three": workload.coconut(backbone)}
+    seconds = workload.seconds_by_round(
+        {name: functools.partial(passes, model) for name, model in work.items()}, _WINDOW_ROUNDS
+    )
+    return statistics.median(seconds["three"]) - statistics.median(seconds["one"])
 
 
 def _straightforward_loss(model: Coconut, inputs: dict[str, Any]) -> torch.Tensor:

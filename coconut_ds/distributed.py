@@ -13,14 +13,19 @@ import torch.distributed as dist
 _FAILED = "coconut_ds/failed"
 
 
+def has_group() -> bool:
+    """Whether this rank has joined the others."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def rank() -> int:
     """Rank of this process; read from the launcher's environment until the process group exists."""
-    return dist.get_rank() if _initialized() else int(os.environ.get("RANK", 0))
+    return dist.get_rank() if has_group() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
     """Number of ranks; read from the launcher's environment until the process group exists."""
-    return dist.get_world_size() if _initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    return dist.get_world_size() if has_group() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_rank() -> int:
@@ -38,20 +43,20 @@ def device() -> torch.device:
 
 
 def barrier() -> None:
-    if _initialized():
+    if has_group():
         dist.barrier()
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """`values` summed over all ranks, in place and returned."""
-    if _initialized():
+    if has_group():
         dist.all_reduce(values, op=dist.ReduceOp.SUM)
     return values
 
 
 def min_over_ranks(value: int) -> int:
     """The smallest of the ranks' values."""
-    if not _initialized():
+    if not has_group():
         return value
     values = torch.tensor(value, device=device())
     dist.all_reduce(values, op=dist.ReduceOp.MIN)
@@ -65,7 +70,7 @@ def any_over_ranks(value: bool) -> bool:
 
 def gather_to_main(value: Any) -> list[Any] | None:
     """The picklable `value` of every rank, on rank 0; None elsewhere."""
-    if not _initialized():
+    if not has_group():
         return [value]
     gathered: list[Any] | None = [None] * world_size() if is_main() else None
     dist.gather_object(value, gathered, dst=0)
@@ -74,20 +79,26 @@ def gather_to_main(value: Any) -> list[Any] | None:
 
 def from_main(value: Any) -> Any:
     """The picklable `value` of rank 0, on every rank."""
-    if not _initialized():
+    if not has_group():
         return value
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
 
 
-def is_first_to_fail() -> bool:
-    """Whether no other rank has failed before: those that fail because another one is gone have nothing to tell.
+def report_failure(problem: str, status: int) -> int:
+    """Print `problem`, unless another rank has failed before: those that miss a rank have nothing to tell. The status.
 
-    Before there is a process group all ranks find the same, and rank 0 tells.
+    Before there is a process group each rank tells, but for mistakes of the user (status 2), which all ranks of a
+    machine find: of those its first one tells. The group is left as it is: to leave it while the other ranks are inside
+    a collective can wait for them.
     """
-    if not _initialized():
-        return is_main()
+    if _is_first_to_fail() if has_group() else status != 2 or local_rank() == 0:
+        print(problem, file=sys.stderr, flush=True)
+    return status
+
+
+def _is_first_to_fail() -> bool:
     try:
         store = dist.distributed_c10d._get_default_store()
         return store.compare_set(_FAILED, "", str(rank())) == str(rank()).encode()
@@ -97,7 +108,7 @@ def is_first_to_fail() -> bool:
 
 def close() -> None:
     """Leave the process group."""
-    if _initialized():
+    if has_group():
         dist.destroy_process_group()
 
 
@@ -111,7 +122,3 @@ def end_process(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _initialized() -> bool:
-    return dist.is_available() and dist.is_initialized()

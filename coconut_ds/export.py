@@ -15,8 +15,7 @@ from pathlib import Path
 
 from coconut_ds.config import RunConfig
 from coconut_ds.console import quiet_libraries
-from coconut_ds.errors import InputError, problem_list
-from coconut_ds.training import sealed_folder
+from coconut_ds.errors import InputError
 from coconut_ds.training.weights import export_model, load_initial, stored_settings
 
 
@@ -44,8 +43,6 @@ def export(checkpoint: str, out: Path, model_id: str, with_markers: bool = True)
     """Write `out`; raises InputError for a damaged checkpoint, weights that do not fit, and an `out` that exists."""
     if out.exists():
         raise InputError(f"{out} exists already; name a new folder")
-    if (Path(checkpoint) / sealed_folder.MANIFEST).is_file() and (faults := sealed_folder.faults(Path(checkpoint))):
-        raise InputError(problem_list(checkpoint, faults))
     settings = stored_settings(checkpoint)
     uses_markers = with_markers if settings is None else settings["method"] == "coconut"
     config = RunConfig(coconut=uses_markers, cot=not uses_markers, model_id=model_id, load_model_path=checkpoint)

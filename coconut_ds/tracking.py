@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from coconut_ds.config import RunConfig
+from coconut_ds.console import say
 from coconut_ds.errors import InputError
 
 _WANDB_WAIT_S = 20
@@ -45,7 +47,7 @@ class Tracker:
             self._file.write(json.dumps({"event": event, **values}) + "\n")
             self._file.flush()
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise _unwritable(self.path, error) from None
         if self._wandb is not None:
             flat = {f"{event}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
             if _guarded(lambda: self._wandb.log(flat) or True) is None:
@@ -58,14 +60,8 @@ class Tracker:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise _unwritable(self.path, error) from None
         return self.path.stat().st_size
-
-    def _unwritable(self, error: OSError) -> InputError:
-        return InputError(
-            f"{self.path} cannot be written: {error.strerror}; put that right and start the run again, it goes on from "
-            "its newest checkpoint"
-        )
 
     def rewind(self, position: int) -> None:
         """Drop what an interrupted run wrote after `position`, which is done again.
@@ -76,17 +72,22 @@ class Tracker:
             return
         self._file.close()
         written = self.path.read_bytes()
+        if len(written) < position:
+            say(f"{self.path} has lost its last {position - len(written)} bytes; the steps in them are missing from it")
         kept, after = written[:position], written[position:].splitlines(keepends=True)
         if after and after[0].startswith(b'{"event": "checkpoint"') and after[0].endswith(b"\n"):
             kept += after[0]
         # A disk that lost the end of the file can leave half a line.
         kept = kept[: kept.rfind(b"\n") + 1]
-        self.path.write_bytes(kept)
+        # Cut and not written anew: a process killed in between would leave nothing of it.
+        os.truncate(self.path, len(kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            # What a full disk did not take was reported when it was logged.
+            with contextlib.suppress(OSError):
+                self._file.close()
         if self._wandb is not None:
             _guarded(self._wandb.finish)
         self._file = self._wandb = None
@@ -114,6 +115,22 @@ def _guarded(call: Callable[[], Any]) -> Any:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(f"wandb: {reason}; the run goes on without it, metrics.jsonl has everything", stacklevel=2)
         return None
+
+
+def write_record(path: Path, text: str) -> None:
+    """Write one file of a run's records; raises InputError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{path} cannot be written: {error.strerror}; put that right and start the run again, it goes on from its "
+        "newest checkpoint"
+    )
 
 
 def read_events(path: Path, event: str) -> list[dict[str, Any]]:

@@ -31,21 +31,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when the run is complete or was asked to stop, 2 when the user has to put something right, 1 for the rest."""
+    """The exit status: 0 when the run is complete or was asked to stop, 2 when the user has to put something right, 130
+    after a second SIGINT, 1 for the rest."""
     from coconut_ds import distributed
 
     options = parse_arguments(arguments)
-    problem, status = "", 0
     try:
         run(load_run_config(options.run, options.overrides), options)
+    except KeyboardInterrupt:
+        return 130
     except InputError as error:
-        problem, status = f"error: {error}", 2
+        return distributed.report_failure(f"error: {error}", 2)
     except Exception:
-        problem, status = traceback.format_exc(), 1
-    if problem and distributed.is_first_to_fail():
-        print(problem, file=sys.stderr, flush=True)
+        return distributed.report_failure(traceback.format_exc(), 1)
     distributed.close()
-    return status
+    return 0
 
 
 def run(config: RunConfig, options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "coconut_ds"
 
 LAYERS = (
-    ("errors", "watchdog"),
+    ("errors", "watchdog", "training.sealed_folder"),
     ("config", "distributed"),
     ("console", "curriculum.stages", "interruption"),
     (
@@ -36,7 +36,6 @@ LAYERS = (
         "engine.optimizer_states",
         "engine.whole_weights",
         "training.weights",
-        "training.sealed_folder",
     ),
     ("engine.stage_boundary", "training.checkpoint", "training.evaluator"),
     ("training.step", "training.activations"),

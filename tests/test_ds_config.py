@@ -25,25 +25,7 @@ TURING = Device("cuda", has_bf16=False, has_fp16=True)
 AMPERE = Device("cuda", has_bf16=True, has_fp16=True)
 
 # As people write it for the HF Trainer.
-HF_TRAINER = {
-    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
-    "bf16": {"enabled": "auto"},
-    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
-    "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}},
-    "zero_optimization": {
-        "stage": 2,
-        "offload_optimizer": {"device": "cpu", "pin_memory": True},
-        "allgather_bucket_size": 2e8,
-        "reduce_bucket_size": "auto",
-        "overlap_comm": True,
-    },
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
-    "steps_per_print": 2000,
-    "wall_clock_breakdown": False,
-}
+HF_TRAINER = read_ds_json(str(ROOT / "tests" / "golden" / "hf_trainer.json"))
 
 
 def resolve(raw: dict, device: Device = CPU, **values) -> dict:
@@ -154,6 +136,17 @@ def test_equal_values_are_no_clash():
             "would be wrong; set it to false",
         ),
         ({"zero_optimization": 2}, {}, CPU, "must be an object with a stage"),
+        (
+            {"zero_optimization": {"stage": 0, "cpu_offload": True}},
+            {},
+            CPU,
+            'write offload_optimizer: {"device": "cpu"}',
+        ),
+        ({"zero_optimization": {"stage": 2, "cpu_offload_param": True}}, {}, CPU, "write offload_param"),
+        ({"zero_optimization": {"stage": 2, "strict": True}}, {}, CPU, "zero_optimization.strict: unknown key"),
+        ({"data_types": None}, {}, CPU, "data_types: None must be an object"),
+        ({"amp": {"enabled": True}}, {}, CPU, "amp: refused"),
+        ({"optimizer": {"params": {"beta": "auto"}}}, {}, CPU, "optimizer.params.beta: unknown key (did you mean"),
         ({"zero_optimization": {"stage": 4}}, {}, CPU, "zero_optimization.stage: 4: must be 0, 1, 2 or 3"),
         (
             {"zero_optimization": {"stage": 2, "reduce_bucket_sise": 5}},
@@ -181,14 +174,17 @@ def test_equal_values_are_no_clash():
         ({"flops_profiler": {"enable": True}}, {}, CPU, "flops_profiler.enable: unknown key, which DeepSpeed would"),
         ({"aio": {"thread_count": 2}}, {}, CPU, "aio: refused: it is for NVMe"),
         ({"checkpoint": {"load_universal": True}}, {}, CPU, "checkpoint: refused: checkpoints are written by this"),
-        (
-            {
-                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-                "data_types": {"grad_accum_dtype": "fp32"},
-            },
-            {"precision": "fp16"},
-            TURING,
-            "never recovers from an overflow",
+        *(
+            (
+                {
+                    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+                    "data_types": {"grad_accum_dtype": name},
+                },
+                {"precision": "fp16"},
+                TURING,
+                "never recovers from an overflow",
+            )
+            for name in ("fp32", "float32")
         ),
     ],
 )

@@ -29,6 +29,7 @@ def test_gradients_do_not_depend_on_the_split(ranks, splits, checkpointed):
 def test_two_stages_are_the_same_with_every_file(ranks):
     """Losses step by step and final weights of plain torch, with fewer and more thoughts on each rank."""
     exact = [(name, "fp32", recomputed) for name in CONFIGS for recomputed in (False, True)]
+    exact.append(("hf_trainer", "fp32", False))
     bf16 = [(name, "bf16", name == "zero2") for name in CONFIGS]
     fp16 = [(name, "fp16", name == "zero2") for name in CONFIGS if name != "zero0"]
     code = "import rank_checks\nresult = rank_checks.matrix(cases)"
@@ -65,6 +66,7 @@ def test_published_normalisation_leaves_fillers_out():
 
 def test_a_reset_is_a_fresh_optimizer_bit_for_bit():
     cases = [*((name, "fp32") for name in CONFIGS), ("zero2_offload", "bf16"), ("zero0", "bf16"), ("zero3", "bf16")]
+    cases += [("zero1", "fp16"), ("zero2_offload", "fp16")]
     code = "import rank_checks\nresult = [rank_checks.reset_against_fresh(*case) for case in cases]"
     for outcomes in launching.on_ranks(2, code, cases=cases):
         for case, found in zip(cases, outcomes, strict=True):
@@ -74,6 +76,7 @@ def test_a_reset_is_a_fresh_optimizer_bit_for_bit():
 
 
 SAVED = [*((name, "fp32") for name in CONFIGS), ("zero0", "bf16"), ("zero2_offload", "bf16"), ("zero3", "bf16")]
+SAVED += [("zero1", "fp16"), ("zero2_offload", "fp16")]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,8 @@ def test_a_restored_engine_goes_on_bit_for_bit(checkpoints, ranks):
         for case, mine, other in zip(SAVED, found, expected, strict=True):
             assert mine["losses"] == other["losses"], case
             assert mine["drawn"] == other["drawn"], case
+            assert mine["loss_scale"] == other["loss_scale"], case
+            assert bool(mine["loss_scale"]) is (case[1] == "fp16")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

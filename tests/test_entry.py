@@ -71,9 +71,23 @@ def test_bad_settings_end_with_status_2_and_their_message(run, tmp_path, capsys,
     assert message in error_of(run, tmp_path, capsys, *override.split())
 
 
+def test_debug_leaves_a_run_that_has_checkpoints_alone(run, tmp_path, capsys):
+    (tmp_path / "runs" / "run" / "checkpoints" / "epoch_0001").mkdir(parents=True)
+    assert "holds a run, whose records would be lost; set another name" in error_of(run, tmp_path, capsys, "debug=true")
+
+
 def test_a_missing_run_file(capsys):
     assert train.main(["--run", "none.yaml"]) == 2
     assert "run file none.yaml cannot be read" in capsys.readouterr().err
+
+
+def test_a_second_interrupt_ends_without_a_traceback(run, tmp_path, capsys, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", interrupted)
+    assert train.main(["--run", str(launching.write_run(run, tmp_path))]) == 130
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.ranks

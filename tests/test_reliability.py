@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def checkpoints(folder: Path, name: str) -> list[str]:
-    return sorted(path.name for path in (folder / "runs" / name / "checkpoints").glob("epoch_*"))
+    return sorted(path.name for path in (folder / "runs" / name / "checkpoints").glob("epoch_*[0-9]"))
 
 
 def ranks_of(process) -> list[psutil.Process]:
@@ -173,6 +173,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(folder, dam
     assert said in output
     assert "going on from" in output
     assert "epoch_0003_step_00000024" in output
+    assert (folder / "runs" / name / "checkpoints" / "epoch_0004.damaged").is_dir()
     faults.assert_same(folder, name, "alone")
 
 
@@ -199,6 +200,13 @@ def test_a_run_goes_on_under_another_file_and_number_of_ranks(folder):
     other = faults.run_of(folder, "moved", **{**changes, "train_batch_size": 4})
     output = launching.train(other, folder / "moved", ranks=1, expect=2)
     assert "set train_batch_size: 8 without gradient_accumulation_steps" in output
+    # At the end of an epoch another size is possible; the rate goes on from the same share of the schedule.
+    for path in (folder / "runs" / "moved" / "checkpoints").glob("epoch_0003_step*"):
+        shutil.rmtree(path)
+    output = launching.train(other, folder / "moved", ranks=1)
+    assert "a step takes 4 examples from here on and took 8 before" in output
+    rates = [event["lr"] for event in launching.events(folder / "runs" / "moved", "train_step")][18:]
+    assert rates == pytest.approx([1e-3 * (22 - step) / 22 for step in range(11, 22)])
 
 
 def test_all_checkpoints_damaged_is_an_error_and_not_a_new_start(folder):

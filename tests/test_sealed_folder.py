@@ -36,8 +36,9 @@ def test_a_published_folder_has_its_name_and_no_fault(tmp_path):
         (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda path: (path / "manifest.json").write_text('{"files": {"mod'), "manifest.json is damaged"),
         (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json is damaged"),
+        (lambda path: (path / "manifest.json").write_text('{"files": {"progress": {"bytfs": 1}}}'), "is damaged"),
     ],
-    ids=["truncated", "flipped", "deleted", "no manifest", "half a manifest", "another manifest"],
+    ids=["truncated", "flipped", "deleted", "no manifest", "half a manifest", "another manifest", "flipped manifest"],
 )
 def test_every_damage_is_found(tmp_path, damage, found):
     path = write(tmp_path / "epoch_0001")
@@ -58,6 +59,13 @@ def test_what_an_interrupted_attempt_left_is_removed(tmp_path):
     (tmp_path / "epoch_0000.removed" / "model").mkdir(parents=True)
     write(tmp_path / "epoch_0002")
     assert [each.name for each in tmp_path.iterdir()] == ["epoch_0002"]
+
+
+def test_what_is_set_aside_is_out_of_the_way_more_than_once(tmp_path):
+    for text in ("one", "two"):
+        sealed_folder.set_aside(write(tmp_path / "epoch_0001", text))
+    assert [each.name for each in tmp_path.iterdir()] == ["epoch_0001.damaged"]
+    assert (tmp_path / "epoch_0001.damaged" / "model" / "weights").read_text() == "two"
 
 
 def test_removing_frees_the_name_first(tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ import launching
 import pytest
 
 from coconut_ds.config import RunConfig
-from coconut_ds.tracking import Tracker, describe_environment, read_events
+from coconut_ds.errors import InputError
+from coconut_ds.tracking import Tracker, describe_environment, read_events, write_record
 
 
 def config(tmp_path, **values) -> RunConfig:
@@ -46,6 +47,23 @@ def test_what_a_crashed_run_wrote_after_its_checkpoint_is_dropped(tmp_path):
     again.close()
     assert [event["step"] for event in read_events(again.path, "train_step")] == [1, 2]
     assert [event["path"] for event in read_events(again.path, "checkpoint")] == ["one"]
+
+
+def test_a_full_disk_is_reported_and_closing_adds_nothing(tmp_path):
+    tracker = Tracker(config(tmp_path), is_main=True)
+    tracker.close()
+    tracker.path.unlink()
+    tracker.path.symlink_to("/dev/full")
+    tracker = Tracker(config(tmp_path), is_main=True)
+    with pytest.raises(InputError, match=r"metrics.jsonl cannot be written: No space left on device"):
+        tracker.log("train_step", step=1)
+    tracker.close()
+
+
+def test_a_record_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "predictions").touch()
+    with pytest.raises(InputError, match=r"predictions/epoch_0001.jsonl cannot be written: .*put that right"):
+        write_record(tmp_path / "predictions" / "epoch_0001.jsonl", "{}\n")
 
 
 @pytest.mark.parametrize("cut", [1, 20], ids=["its newline", "half a line"])

@@ -37,6 +37,13 @@ def run(**values) -> RunConfig:
     return RunConfig(coconut=True, train_path="t", val_path="v", **values)
 
 
+def sealed(path, backbone: Backbone, settings: dict):
+    """What a run's checkpoint holds of its model."""
+    unfinished = sealed_folder.begin(path)
+    export_model(unfinished / "model", backbone, settings)
+    return sealed_folder.publish(unfinished)
+
+
 def equal(one: Backbone, other: Backbone) -> bool:
     own, theirs = one.model.state_dict(), other.model.state_dict()
     return own.keys() == theirs.keys() and all(torch.equal(own[key], theirs[key]) for key in own)
@@ -78,9 +85,54 @@ def test_state_dicts_that_do_not_fit_are_refused(tmp_path):
     torch.save(make("llama", markers=False).model.state_dict(), tmp_path / "other.pt")
     with pytest.raises(InputError, match="does not fit gpt2: missing"):
         load_initial(run(model_id=folder, load_model_path=str(tmp_path / "other.pt")))
+    wider = scratch_backbone("gpt2", make("gpt2", markers=False).tokenizer, **(SHAPE | {"n_embd": 64}))
+    torch.save(wider.model.state_dict(), tmp_path / "wider.pt")
+    with pytest.raises(InputError, match=r"of another shape \['transformer.wte.weight'"):
+        load_initial(run(model_id=folder, load_model_path=str(tmp_path / "wider.pt")))
     (tmp_path / "text.pt").write_text("no tensors here")
-    with pytest.raises(InputError, match="is not a state dict of tensors"):
-        load_initial(run(model_id=folder, load_model_path=str(tmp_path / "text.pt")))
+    torch.save([torch.ones(2)], tmp_path / "list.pt")
+    torch.save({"epoch": 3}, tmp_path / "numbers.pt")
+    for name in ("text", "list", "numbers"):
+        with pytest.raises(InputError, match="is not a state dict of tensors"):
+            load_initial(run(model_id=folder, load_model_path=str(tmp_path / f"{name}.pt")))
+
+
+def test_a_state_dict_of_a_model_whose_embedding_had_spare_rows(tmp_path):
+    """The published code cuts the embedding to the tokenizer's length when it adds its markers."""
+    base = make("llama", markers=False)
+    base.model.resize_token_embeddings(len(base.tokenizer) + 10, mean_resizing=False)
+    trained = make("llama", markers=True, seed=1)
+    torch.save(trained.model.state_dict(), tmp_path / "cut.pt")
+    folder = save_plain(base, tmp_path / "base")
+    assert equal(load_initial(run(model_id=folder, load_model_path=str(tmp_path / "cut.pt"))), trained)
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path):
+    code = f"open({str(tmp_path / 'was_here')!r}, 'w')\nfrom transformers import GPT2Config as Config\n"
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "evil.py").write_text(code)
+    (folder / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}')
+    with pytest.raises(InputError, match="is not a model for transformers"):
+        load_initial(run(model_id=str(folder)))
+    assert not (tmp_path / "was_here").exists()
+
+
+def test_a_damaged_checkpoint_is_not_started_from(tmp_path):
+    path = sealed(tmp_path / "epoch_0001", make("llama", markers=True), {"method": "coconut"})
+    weights = path / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    for named in (path, path / "model"):
+        with pytest.raises(InputError, match=r"model/model.safetensors is not what was written"):
+            load_initial(run(load_model_path=str(named)))
+    (path / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"manifest.json is missing"):
+        load_initial(run(load_model_path=str(path)))
+    weights.write_bytes(content[:1000])
+    with pytest.raises(InputError, match="is not a model for transformers"):
+        load_initial(run(load_model_path=str(path / "model")))
 
 
 def test_code_in_a_pickle_is_never_run(tmp_path):
@@ -98,7 +150,7 @@ def test_code_in_a_pickle_is_never_run(tmp_path):
 def test_an_exported_folder_and_the_checkpoint_around_it(tmp_path):
     trained = make("llama", markers=True, seed=1)
     settings = {"method": "coconut", "stage": 3}
-    export_model(tmp_path / "epoch_0001" / "model", trained, settings)
+    sealed(tmp_path / "epoch_0001", trained, settings)
     for path in (tmp_path / "epoch_0001", tmp_path / "epoch_0001" / "model"):
         assert equal(load_initial(run(load_model_path=str(path))), trained)
         assert stored_settings(str(path)) == settings
@@ -134,9 +186,7 @@ def test_export_makes_a_folder_of_a_published_state_dict(tmp_path, capsys):
 def test_export_of_our_checkpoint_looks_at_its_manifest_first(tmp_path, capsys):
     trained = make("llama", markers=True, seed=1)
     settings = {"method": "coconut", "stage": 2}
-    unfinished = sealed_folder.begin(tmp_path / "epoch_0001")
-    export_model(unfinished / "model", trained, settings)
-    path = sealed_folder.publish(unfinished)
+    path = sealed(tmp_path / "epoch_0001", trained, settings)
     assert export.main([str(path), str(tmp_path / "out")]) == 0
     assert equal(load_initial(run(load_model_path=str(tmp_path / "out"))), trained)
     assert stored_settings(str(tmp_path / "out")) == settings

@@ -6,12 +6,14 @@ import atexit
 import logging
 import os
 import socket
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import nn
 
@@ -19,9 +21,14 @@ from coconut_ds import distributed
 from coconut_ds.config import RunConfig
 from coconut_ds.engine.ds_config import Device, offloads_optimizer
 
+_LONGER = timedelta(minutes=1)
 
-def start_process_group() -> None:
-    """Join the ranks the launcher started: NCCL on GPUs, gloo on CPUs. Without a launcher this is the only rank."""
+
+def start_process_group(hang_limit_s: float = 0) -> None:
+    """Join the ranks the launcher started: NCCL on GPUs, gloo on CPUs. Without a launcher this is the only rank.
+
+    Collectives wait longer than `hang_limit_s`: a rank that hangs is ended before those that wait for it give up.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -31,7 +38,8 @@ def start_process_group() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.device())
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    timeout = max(default_pg_timeout, timedelta(seconds=hang_limit_s) + _LONGER)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     atexit.register(_remove_shared_buffer)
 
 

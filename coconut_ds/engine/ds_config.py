@@ -72,6 +72,29 @@ _KEYS_WITHOUT_SCHEMA = {
     ),
 }
 
+_FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
+_REPLACED = {
+    "cpu_offload": 'write offload_optimizer: {"device": "cpu"}',
+    "cpu_offload_param": 'write offload_param: {"device": "cpu"}',
+    "cpu_offload_use_pin_memory": "write pin_memory inside offload_optimizer and offload_param",
+}
+
+_AUTO_KEYS = (
+    "optimizer",
+    "optimizer.params",
+    "optimizer.params.adam_w_mode",
+    "optimizer.params.torch_adam",
+    "scheduler",
+    "scheduler.params",
+    "scheduler.params.warmup_min_lr",
+    "scheduler.params.warmup_max_lr",
+    "scheduler.params.warmup_num_steps",
+    "scheduler.params.warmup_type",
+    "scheduler.params.total_num_steps",
+    "scheduler.params.last_batch_iteration",
+)
+"""Keys of training values that are the run's in any case, so that only "auto" can stand there."""
+
 _AUTO_VALUES = {
     "reduce_bucket_size": 50_000_000,
     "allgather_bucket_size": 50_000_000,
@@ -163,9 +186,8 @@ def resolve_ds_config(
         "bf16": {**resolved.get("bf16", {}), "enabled": precision == "bf16"},
         "fp16": {**resolved.get("fp16", {}), "enabled": precision == "fp16"},
         "zero_allow_untested_optimizer": True,
-        "steps_per_print": raw.get("steps_per_print", 2**31 - 1),
     }
-    return resolved
+    return {"steps_per_print": 2**31 - 1} | resolved
 
 
 def resolve_checkpointing(raw: dict[str, Any], config: RunConfig) -> ActivationCheckpointingConfig:
@@ -213,6 +235,8 @@ def _schema_problems(raw: dict[str, Any]) -> Iterator[str]:
         if section in (*_SCHEMAS, *_KEYS_WITHOUT_SCHEMA) and not isinstance(value, dict):
             if value != "auto" and section != "zero_optimization":
                 yield f"{section}: {value!r} must be an object"
+        elif section in (*_SCHEMAS, *_KEYS_WITHOUT_SCHEMA) and "strict" in value:
+            yield f"{section}.strict: unknown key"
         elif section in _SCHEMAS:
             yield from _against_schema(section, _SCHEMAS[section], _without_auto(value))
         elif section in _KEYS_WITHOUT_SCHEMA:
@@ -236,11 +260,16 @@ def _against_schema(section: str, schema: type[BaseModel], values: dict[str, Any
         yield f"{section}: {error}"
 
 
+def _is_off(section: Any) -> bool:
+    """Whether it is there for completeness only, as in JSONs for the HF Trainer: switched off, or left to the run."""
+    return isinstance(section, dict) and section.get("enabled") in (False, "auto")
+
+
 def _unknown_keys(raw: dict[str, Any]) -> Iterator[str]:
     for key in raw:
-        if key in _REFUSED_KEYS:
+        if key in _REFUSED_KEYS and not _is_off(raw[key]):
             yield f"{key}: refused: {_REFUSED_KEYS[key]}"
-        elif key not in MEMORY_KEYS | _OWNED_KEYS:
+        elif key not in MEMORY_KEYS | _OWNED_KEYS | _REFUSED_KEYS.keys():
             yield f"{key}: unknown key, which DeepSpeed would ignore{did_you_mean(key, MEMORY_KEYS | _OWNED_KEYS)}"
 
 
@@ -271,6 +300,8 @@ def _clashes(
                 yield f'{key}: {value!r} here, but {wanted!r} follows from {run_file}; write "auto" here'
         elif section in ("optimizer", "scheduler") and value != "auto":
             yield f'{key}: {value!r} here, but {run_file} owns training values; write "auto" here and set it there'
+        elif section in ("optimizer", "scheduler") and key not in _AUTO_KEYS:
+            yield f"{key}: unknown key{did_you_mean(key, (*owned, *_AUTO_KEYS))}"
 
 
 def _checkpointing_problems(raw: dict[str, Any], config: RunConfig, run_file: str) -> Iterator[str]:
@@ -324,6 +355,9 @@ def _broken_combinations(zero: Any, raw: dict[str, Any], precision: Precision) -
     for section in ("offload_optimizer", "offload_param"):
         if _offload_device(zero, section) == "nvme":
             yield f"zero_optimization.{section}.device: nvme is not supported; use cpu"
+    for old, new in _REPLACED.items():
+        if old in zero:
+            yield f"zero_optimization.{old}: is deprecated in DeepSpeed; {new}"
     if stage == 1 and zero.get("overlap_comm"):
         yield "zero_optimization.overlap_comm: true is not possible at stage 1 with windows of our own; set it to false"
     if zero.get("round_robin_gradients"):
@@ -331,8 +365,9 @@ def _broken_combinations(zero: Any, raw: dict[str, Any], precision: Precision) -
             "zero_optimization.round_robin_gradients: on several ranks DeepSpeed 0.19.8 then hands out the fp32 "
             "weights of other parameters, so an exported bf16 or fp16 model would be wrong; set it to false"
         )
-    accumulation_dtype = raw.get("data_types", {}).get("grad_accum_dtype")
-    if offload != "none" and precision == "fp16" and accumulation_dtype == "fp32":
+    data_types = raw.get("data_types")
+    accumulation_dtype = data_types.get("grad_accum_dtype") if isinstance(data_types, dict) else None
+    if offload != "none" and precision == "fp16" and accumulation_dtype in _FP32_NAMES:
         yield (
             "data_types.grad_accum_dtype: fp32 with fp16 and an offloaded optimizer never recovers from an overflow in "
             "DeepSpeed 0.19.8; remove it"

@@ -47,10 +47,14 @@ def reset_optimizer_state(engine: deepspeed.DeepSpeedEngine) -> None:
             parameter._hp_mapping.optim_fragment = None
 
 
-def new_schedule(engine: deepspeed.DeepSpeedEngine, config: RunConfig, n_steps: int) -> LRScheduler:
-    """A learning-rate schedule from its beginning, over `n_steps` optimizer steps, warmup included."""
+def new_schedule(engine: deepspeed.DeepSpeedEngine, config: RunConfig, n_steps: int, done: int = 0) -> LRScheduler:
+    """The run's learning-rate schedule over `n_steps` optimizer steps, warmup included, of which `done` are taken."""
     optimizer: torch.optim.Optimizer = engine.basic_optimizer
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = config.lr
     name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
-    return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=n_steps)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=n_steps)
+    if done:
+        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": done - 1, "_step_count": done + 1})
+        schedule.step()
+    return schedule

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -60,7 +61,7 @@ def load_backbone(name: str) -> Backbone:
     """
     try:
         model, tokenizer = _load(name, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if Path(name).is_dir():
             raise ModelError(f"model_id: folder {name} is not a model for transformers: {_first_line(error)}") from None
         model, tokenizer = _download(name)
@@ -74,6 +75,8 @@ def load_backbone(name: str) -> Backbone:
 
 
 def _load(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # Said, because transformers asks on the terminal where it is not.
+    options["trust_remote_code"] = False
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options), tokenizer
 

@@ -6,7 +6,7 @@
         exp_avg.safetensors        Adam's moments by parameter name, fp32
         exp_avg_sq.safetensors
         random_states.safetensors  of every rank
-        progress.json              where the run stands, learning-rate schedule, loss scale
+        progress.json              where the run stands, loss scale
         manifest.json              size and SHA-256 of every file
 
 Rank 0 writes all of it; nothing in it is pickled.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -26,7 +27,6 @@ import deepspeed
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.optim.lr_scheduler import LRScheduler
 
 from coconut_ds import distributed, watchdog
 from coconut_ds.console import say
@@ -69,7 +69,8 @@ class Stored:
     """Length of `metrics.jsonl` when the checkpoint was made."""
     updates: int
     """Of the optimizer since its last reset."""
-    schedule: dict[str, Any]
+    scheduled: int
+    """Steps that the learning-rate schedule in force has taken."""
     loss_scale: dict[str, float]
 
 
@@ -90,22 +91,26 @@ class Checkpoints:
         return sorted(self.folder.glob("epoch_*[0-9]")) if self.folder.is_dir() else []
 
     def newest_intact(self) -> Path | None:
-        """The newest checkpoint without a fault, the same on every rank; the damaged ones after it are reported.
+        """The newest checkpoint without a fault, the same on every rank.
 
+        The damaged ones after it are reported and set aside, so that none of them counts as one of those to keep.
         Raises CheckpointError where there are checkpoints and all of them are damaged.
         """
         return _on_main("the checkpoints cannot be read", self._search)
 
     def _search(self) -> Path | None:
-        found = self.found()
-        for path in reversed(found):
+        damaged: dict[Path, list[str]] = {}
+        for path in reversed(self.found()):
             faults = sealed_folder.faults(path)
             if not faults:
+                for each in damaged:
+                    sealed_folder.set_aside(each)
                 return path
+            damaged[path] = faults
             say(f"{path} is damaged and not used: {'; '.join(faults)}")
-        if found:
+        if damaged:
             raise CheckpointError(
-                f"{self.folder}: all {len(found)} checkpoints are damaged; remove the folder to start the run afresh"
+                f"{self.folder}: all {len(damaged)} checkpoints are damaged; remove the folder to start the run afresh"
             )
         return None
 
@@ -143,6 +148,7 @@ class Checkpoints:
         return f"{found[-1]} is the newest there is" if found else "there is none before it"
 
     def _demand_space(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        sealed_folder.sweep(self.folder)
         elements = sum(map(optimizer_states.n_elements, engine.module.parameters()))
         needed = (1 + len(optimizer_states.MOMENTS)) * 4 * elements + _BESIDE_TENSORS
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -167,8 +173,8 @@ class Checkpoints:
         return [path for path in found[: -self._keep] if path.name != progress.best_checkpoint]
 
 
-def restore(path: Path, engine: deepspeed.DeepSpeedEngine, schedule: LRScheduler) -> None:
-    """Bring optimizer, schedule, loss scale and random numbers back to where they were; called on every rank.
+def restore(path: Path, engine: deepspeed.DeepSpeedEngine) -> None:
+    """Bring optimizer, loss scale and random numbers back to where they were; called on every rank.
 
     The engine was built on the checkpoint's weights. Another ZeRO file, precision or number of ranks is fine; with
     another number of ranks dropout draws other numbers than it would have.
@@ -184,10 +190,6 @@ def restore(path: Path, engine: deepspeed.DeepSpeedEngine, schedule: LRScheduler
         optimizer_states.restore(engine, stored.updates, weights, moments)
     optimizer_states.restore_loss_scale(engine, stored.loss_scale)
     engine.global_steps = stored.progress.step
-    schedule.load_state_dict(stored.schedule)
-    # A schedule sets the rate when it moves, and this one stands where it stood.
-    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
-        group["lr"] = rate
     _set_random_state(load_file(path / _RANDOM))
 
 
@@ -224,14 +226,23 @@ def _write_tensors(
 ) -> None:
     """One set of tensors after the other, so that rank 0 holds no more than one."""
     tensors = {name.removeprefix(_PREFIX): value for name, value in optimizer_states.gather(engine).items()}
+    _on_main(failed, _demand_finite, tensors)
     _on_main(failed, export_model, folder / MODEL_FOLDER, backbone, settings, tensors)
     for moment in optimizer_states.MOMENTS if stored.updates else ():
         watchdog.alive()
         tensors = optimizer_states.gather(engine, moment)
+        _on_main(failed, _demand_finite, tensors)
         _on_main(failed, save_file, tensors, _file_of(folder, moment))
     watchdog.alive()
     states = distributed.gather_to_main(_random_state())
     _on_main(failed, save_file, _by_rank(states), folder / _RANDOM)
+
+
+def _demand_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """A run could not go on from such weights, and older checkpoints would make room for them."""
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise ArithmeticError(f"{name} holds values that are not finite; lower lr, or set max_grad_norm")
 
 
 def _write_progress(folder: Path, stored: Stored) -> None:
@@ -246,7 +257,10 @@ def _on_main(failed: str, action: Callable[..., Any], *arguments: Any) -> Any:
             value = action(*arguments)
         except CheckpointError as error:
             problem = str(error)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
+            # tokenizers raises a bare Exception when the disk is full.
+            if type(error) is not Exception and not isinstance(error, OSError | SafetensorError | ArithmeticError):
+                traceback.print_exc()
             problem = f"{failed}: {error}"
     value, problem = distributed.from_main((value, problem))
     if problem is not None:

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 MANIFEST = "manifest.json"
-_UNFINISHED, _DOOMED = ".tmp", ".removed"
+_UNFINISHED, _DOOMED, _DAMAGED = ".tmp", ".removed", ".damaged"
 _BLOCK = 1 << 20
 
 
@@ -44,17 +44,18 @@ def faults(path: Path) -> list[str]:
     if not (path / MANIFEST).is_file():
         return [f"{MANIFEST} is missing"]
     try:
-        entries = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError):
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {path / name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST} is damaged"]
     found = []
-    for name, expected in entries.items():
-        file = path / name
+    for file, (size, digest) in expected.items():
+        name = file.relative_to(path).as_posix()
         if not file.is_file():
             found.append(f"{name} is missing")
-        elif file.stat().st_size != expected["bytes"]:
-            found.append(f"{name} has {file.stat().st_size} bytes and should have {expected['bytes']}")
-        elif _fingerprint(file) != expected:
+        elif file.stat().st_size != size:
+            found.append(f"{name} has {file.stat().st_size} bytes and should have {size}")
+        elif _fingerprint(file)["sha256"] != digest:
             found.append(f"{name} is not what was written (SHA-256)")
     return found
 
@@ -65,6 +66,13 @@ def remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(path, doomed)
     shutil.rmtree(doomed)
+
+
+def set_aside(path: Path) -> None:
+    """Give a published folder a name under which nobody looks for one."""
+    aside = path.with_name(path.name + _DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
 
 
 def sweep(parent: Path) -> None:

@@ -23,7 +23,7 @@ from coconut_ds.errors import InputError
 from coconut_ds.model.backbone import END_LATENT, LATENT, START_LATENT, Backbone, scratch_backbone, word_tokenizer
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.latents import LatentContext
-from coconut_ds.tracking import Tracker, describe_environment, read_events
+from coconut_ds.tracking import Tracker, describe_environment, read_events, write_record
 from coconut_ds.training.batch_size import choose_eval_batch, choose_micro_batch
 from coconut_ds.training.checkpoint import Checkpoints
 from coconut_ds.training.evaluator import Evaluation, Evaluator
@@ -60,10 +60,12 @@ def load_materials(config: RunConfig) -> Materials:
 
 def train(config: RunConfig, resolve: Callable[[RunConfig, BatchSizes], dict[str, Any]]) -> None:
     """Train a run to its end and print accuracy by stage; `resolve` makes the DeepSpeed configuration."""
-    torch.manual_seed(config.seed)
-    start_process_group()
     checkpoints = Checkpoints(config.run_folder, config.keep_checkpoints)
-    newest = None if config.debug else checkpoints.newest_intact()
+    if config.debug and checkpoints.found():
+        raise InputError(f"debug: {config.run_folder} holds a run, whose records would be lost; set another name")
+    torch.manual_seed(config.seed)
+    start_process_group(config.hang_limit_s)
+    newest = checkpoints.newest_intact()
     materials = load_materials(_going_on_from(newest, config))
     curriculum, backbone, model, tokens = materials.curriculum, materials.backbone, materials.model, materials.tokens
     world = distributed.world_size()
@@ -109,6 +111,7 @@ def _going_on_from(newest: Path | None, config: RunConfig) -> RunConfig:
 
 def evaluate(config: RunConfig, precision: Precision) -> None:
     """Evaluate `load_model_path` on the test set, or on the validation set where no test set is named."""
+    start_process_group(config.hang_limit_s)
     path = str(config.test_path or config.val_path)
     records = read_records(path, _DEBUG_VALID if config.debug else None)
     backbone = load_initial(config)
@@ -116,7 +119,6 @@ def evaluate(config: RunConfig, precision: Precision) -> None:
     stage = _stage_to_evaluate(config, curriculum)
     examples = _examples(path, records, backbone, curriculum, config.max_new_tokens)
     model, tokens = _coconut(config, backbone)
-    start_process_group()
     model.to(distributed.device(), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
     evaluator = _evaluator(config, model, examples, curriculum, tokens, backbone)
     outcome = evaluator.run(stage)
@@ -203,9 +205,9 @@ def _write_description(config: RunConfig, ds_config: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"save_path: {folder} cannot be made: {error.strerror}; name a folder to write in") from None
-    (folder / "run_config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
-    (folder / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8")
+    write_record(folder / "run_config.yaml", config.to_yaml())
+    write_record(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    write_record(folder / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
 
 
 def _opening(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any], backbone: Backbone, n_train: int) -> str:

@@ -24,7 +24,7 @@ from coconut_ds.errors import InputError
 from coconut_ds.interruption import Interruption
 from coconut_ds.memory import peak_memory_gib
 from coconut_ds.model.backbone import Backbone
-from coconut_ds.tracking import Tracker
+from coconut_ds.tracking import Tracker, write_record
 from coconut_ds.training.checkpoint import Checkpoints, Progress, Stored, read_stored, restore
 from coconut_ds.training.evaluator import Evaluation, Evaluator
 from coconut_ds.training.step import accumulate_gradients, fetch
@@ -71,9 +71,10 @@ class Trainer:
         if self.parts.newest is not None:
             stored = read_stored(self.parts.newest)
             self.progress = self._checked(stored)
-        self._start_schedule(self._first_epoch_of_schedule())
+        first = self._first_epoch_of_schedule()
+        self._start_schedule(first, self._scheduled(stored, first))
         if self.parts.newest is not None:
-            restore(self.parts.newest, self.engine, self.schedule)
+            restore(self.parts.newest, self.engine)
         self.tracker.rewind(stored.metrics_bytes if stored else 0)
         watchdog.start(self.config.hang_limit_s)
         try:
@@ -110,9 +111,19 @@ class Trainer:
             start -= 1
         return start
 
-    def _start_schedule(self, epoch: int) -> None:
+    def _scheduled(self, stored: Stored | None, first: int) -> int:
+        """Steps that the schedule which began in epoch `first` has taken."""
+        if stored is None or stored.train_batch_size == self.parts.sizes.total:
+            return stored.scheduled if stored else 0
+        say(
+            f"a step takes {self.parts.sizes.total} examples from here on and took {stored.train_batch_size} before: "
+            "the losses will not be those of the run so far"
+        )
+        return (self.progress.epochs - first) * self.steps_per_epoch
+
+    def _start_schedule(self, epoch: int, done: int = 0) -> None:
         n_epochs = epochs_until_reset(epoch, self.config, self.curriculum)
-        self.schedule = new_schedule(self.engine, self.config, n_epochs * self.steps_per_epoch)
+        self.schedule = new_schedule(self.engine, self.config, n_epochs * self.steps_per_epoch, done)
 
     def _enter_stage(self, epoch: int) -> None:
         started = time.monotonic()
@@ -241,7 +252,7 @@ class Trainer:
             self.parts.sizes.total,
             self.tracker.position(),
             updates_done(self.engine),
-            self.schedule.state_dict(),
+            self.schedule.last_epoch,
             loss_scale(self.engine),
         )
         path = self.parts.checkpoints.save(self.engine, self.parts.backbone, settings, stored)
@@ -251,7 +262,5 @@ class Trainer:
 
 def write_predictions(config: RunConfig, name: str, predictions: list[dict[str, Any]]) -> None:
     """One prediction a line in `predictions/NAME.jsonl` of the run folder."""
-    folder = config.run_folder / "predictions"
-    folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row) + "\n" for row in predictions)
-    (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    write_record(config.run_folder / "predictions" / f"{name}.jsonl", lines)

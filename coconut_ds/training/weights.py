@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from coconut_ds.config import RunConfig
-from coconut_ds.errors import InputError
+from coconut_ds.errors import InputError, problem_list
 from coconut_ds.model.backbone import MARKERS, Backbone, add_markers, load_backbone
+from coconut_ds.training import sealed_folder
 
 MODEL_FOLDER, WEIGHTS_FILE = "model", "model.safetensors"
 _SETTINGS = "coconut.json"
@@ -48,9 +49,11 @@ def load_initial(config: RunConfig, from_scratch: Callable[[], Backbone] | None 
     """The backbone a run starts from, with marker tokens where its method uses them.
 
     `load_model_path` may be a checkpoint of ours, an HF folder or hub id, or a `.pt` state dict as the published code
-    saves it. `from_scratch` makes the model of `model_id: scratch`.
+    saves it. `from_scratch` makes the model of `model_id: scratch`. Raises InputError for a damaged checkpoint.
     """
     source = config.load_model_path
+    if source is not None:
+        _check_intact(Path(source))
     is_state_dict = source is not None and Path(source).is_file()
     if source is not None and not is_state_dict:
         backbone = load_backbone(str(_model_folder(source)))
@@ -69,6 +72,14 @@ def load_initial(config: RunConfig, from_scratch: Callable[[], Backbone] | None 
     return backbone
 
 
+def _check_intact(source: Path) -> None:
+    """Hold a checkpoint of ours, or the one that a `model/` folder lies in, against its manifest."""
+    is_inside = source.name == MODEL_FOLDER and (source.parent / sealed_folder.MANIFEST).is_file()
+    checkpoint = source.parent if is_inside else source
+    if (checkpoint / MODEL_FOLDER).is_dir() and (faults := sealed_folder.faults(checkpoint)):
+        raise InputError(problem_list(f"load_model_path: {checkpoint} is damaged", faults))
+
+
 def _model_folder(path: str) -> Path:
     folder = Path(path)
     return folder / MODEL_FOLDER if (folder / MODEL_FOLDER).is_dir() else folder
@@ -76,25 +87,38 @@ def _model_folder(path: str) -> Path:
 
 def _load_state_dict(backbone: Backbone, path: str) -> None:
     """Load a published `.pt`: keys with or without `base_causallm.` and a wrapper's prefix, with or without markers."""
+    state = _read_state_dict(path)
+    model: Any = backbone.model
+    name = next(name for name, value in model.named_parameters() if value is model.get_input_embeddings().weight)
+    n_rows = len(state[name]) if name in state else 0
+    # Published Coconut has a row for each token and no more, also where the model it starts from has spare ones.
+    n_with_markers = len(backbone.tokenizer) + len(MARKERS)
+    if n_rows == n_with_markers:
+        add_markers(backbone)
+        model.resize_token_embeddings(n_with_markers, mean_resizing=False)
+    own = model.state_dict()
+    tied = set(own) - {key for key, _ in model.named_parameters()}
+    missing = [key for key in own if key not in state and key not in tied]
+    unexpected = [key for key in state if key not in own]
+    misshaped = [key for key in state if key in own and state[key].shape != own[key].shape]
+    if missing or unexpected or misshaped:
+        raise InputError(
+            f"load_model_path: {path} does not fit {model.config.model_type}: missing {missing[:3]}, "
+            f"unexpected {unexpected[:3]}, of another shape {misshaped[:3]}; set model_id to the model it was trained "
+            "from"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def _read_state_dict(path: str) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"load_model_path: {path} is not a state dict of tensors ({type(error).__name__})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"load_model_path: {path} is not a state dict of tensors ({type(state).__name__})")
     for prefix in (*_WRAPPER_PREFIXES, "base_causallm."):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     # Published Coconut also stores its embedding table under a second name.
     state.pop("embedding.weight", None)
-    model: Any = backbone.model
-    name = next(name for name, value in model.named_parameters() if value is model.get_input_embeddings().weight)
-    n_rows = state[name].shape[0] if name in state else None
-    n_own = model.get_input_embeddings().num_embeddings
-    if n_rows == n_own + len(MARKERS):
-        add_markers(backbone)
-    missing, unexpected = model.load_state_dict(state, strict=False) if n_rows else (["every weight"], [])
-    tied = set(model.state_dict()) - {key for key, _ in model.named_parameters()}
-    missing = [key for key in missing if key not in tied]
-    if missing or unexpected:
-        raise InputError(
-            f"load_model_path: {path} does not fit {model.config.model_type}: missing {missing[:3]}, "
-            f"unexpected {unexpected[:3]}; set model_id to the model it was trained from"
-        )
+    return state
