@@ -22,8 +22,10 @@ _LAUNCHER = Path(sys.executable).with_name("deepspeed")
 
 def environment(**more: str) -> dict[str, str]:
     quiet = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # A test that imports the entry sets this in its own process, and ranks would inherit the threads of one alone.
+    inherited = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     return {
-        **os.environ,
+        **inherited,
         **quiet,
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'preprocessing'}",
         **more,
