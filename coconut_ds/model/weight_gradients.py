@@ -1,9 +1,9 @@
-"""Weight gradients of the thoughts in one go, when the backward reaches the prefix.
+"""Weight gradients of thoughts and a short tail in one go, when the backward reaches the prefix.
 
-A pass over one column gives each weight matrix a gradient of rank B that autograd writes out in full and adds to the
-last one: for GPT-2 small, 340 MB written and a gigabyte moved per thought. Here these passes leave their inputs and
-output gradients, B rows each, to the prefix's backward, which follows all of theirs: every thought is made from a state
-of the pass before it. The tail, with more columns, goes the usual way.
+A pass over few columns gives each weight matrix a gradient of low rank that autograd writes out in full and adds to the
+last one: for GPT-2 small, 340 MB written and a gigabyte moved per pass. Here these passes leave their inputs and output
+gradients, B rows a column, to the prefix's backward, which follows all of theirs: every thought is made from a state of
+the pass before it. A longer tail goes the usual way.
 
 ZeRO's buckets hold gradients in the order in which they become ready, and ranks must agree on it. A layer's weight and
 bias become ready when its prefix is done, in the order `_Gathered` returns them, so every forward has to have a prefix,
@@ -30,12 +30,16 @@ from transformers.pytorch_utils import Conv1D
 from coconut_ds.model.deferred import Deferred
 from coconut_ds.model.few_rows import product
 
+SHORT = 16
+"""Columns of a pass that leaves its rows: 0.6 MB a column and row of the batch for GPT-2 small in fp32. By columns and
+not by rows, so that memory grows linearly with the micro-batch, as the planner expects."""
+
 
 @dataclass(frozen=True)
 class Pass:
     """One pass of a forward; `left` is shared by its passes.
 
-    For each linear layer the prefix ran, the rows the thoughts leave it: inputs (N, I) and output gradients (N, O).
+    For each linear layer the prefix ran, the rows short passes leave it: inputs (N, I) and output gradients (N, O).
     """
 
     is_prefix: bool
@@ -84,12 +88,12 @@ def _forward(module: Any, rows: torch.Tensor) -> torch.Tensor:
         if is_transposed:
             return torch.addmm(bias, rows.flatten(0, -2), weight).unflatten(0, rows.shape[:-1])
         return F.linear(rows, weight, bias)
-    if rows.shape[1] > 1 or module not in this.left:
+    if rows.shape[1] > SHORT or module not in this.left:
         return type(module).forward(module, rows)
-    return _Thought.apply(rows, weight, module.bias, is_transposed, this.left[module])
+    return _Short.apply(rows, weight, module.bias, is_transposed, this.left[module])
 
 
-class _Thought(torch.autograd.Function):
+class _Short(torch.autograd.Function):
     """A linear layer that leaves its weight's gradient to the prefix."""
 
     @staticmethod
@@ -114,7 +118,7 @@ class _Thought(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """Weight and bias as they are; the backward adds to their gradients what the thoughts left."""
+    """Weight and bias as they are; the backward adds to their gradients what short passes left."""
 
     @staticmethod
     def forward(
