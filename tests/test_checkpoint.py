@@ -81,6 +81,7 @@ def test_values_that_are_not_finite_are_not_saved():
         checkpoint._on_main("failed", checkpoint._demand_finite, {"wte.weight": torch.tensor([1.0, float("inf")])})
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 def test_a_schedule_goes_on_where_it_stood_at_the_rate_of_the_run_file(kind):
     def schedule(rate: float, done: int = 0):

@@ -40,14 +40,10 @@ def start_process_group(hang_limit_s: float = 0) -> None:
         torch.cuda.set_device(distributed.device())
     timeout = max(default_pg_timeout, timedelta(seconds=hang_limit_s) + _LONGER)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
-    atexit.register(_remove_shared_buffer)
-
-
-def _remove_shared_buffer() -> None:
     # DeepSpeed's all-reduce between CPU ranks leaves 66 MiB a rank in shared memory, under a new name for every port.
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{os.environ['RANK']}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
+    atexit.register(Path("/dev/shm", name).unlink, missing_ok=True)
 
 
 def describe_device() -> Device:
