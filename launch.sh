@@ -10,6 +10,7 @@ usage() {
 ./launch.sh check                                 ruff and mypy
 ./launch.sh RUN.yaml [--dry-run] [key=value ...]  a run, on the GPUs found, else on CPU ranks
 ./launch.sh eval CHECKPOINT [key=value ...]       evaluate a checkpoint of a run folder
+./launch.sh sweep FILE                            a list of runs one after another, without those that are finished
 ./launch.sh setup                                 only make the environment
 
 RANKS=N          number of ranks (default: every GPU; without a GPU 2, or 1 on one core)
@@ -131,11 +132,17 @@ start_run() {
   setsid "${command[@]}" &
   launcher=$! asked=0
   trap end_run INT TERM HUP
+  wait_for "$launcher" || exit $?
+  exit 0
+}
+
+# The status of a background process; a signal that has a trap interrupts `wait` and not this.
+wait_for() {
   local status=0
-  while kill -0 "$launcher" 2>/dev/null; do
-    wait "$launcher" && status=0 || status=$?
+  while kill -0 "$1" 2>/dev/null; do
+    wait "$1" && status=0 || status=$?
   done
-  exit "$status"
+  return "$status"
 }
 
 # The first signal lets the ranks save, or ends everything where there are none yet; the second one ends it at once.
@@ -151,7 +158,7 @@ demo() {
     case "$argument" in
       --control)
         name=demo_control
-        control=(coconut=false no_cot=true latent_context=null)
+        control=(method=no_cot latent_context=null)
         ;;
       *=*) rest+=("$argument") ;;
       *) fail "demo: $argument is neither --control nor key=value" ;;
@@ -164,6 +171,30 @@ demo() {
   # Its 64 examples a step are two micro-batches of 32.
   (($(rank_count) > 2)) && RANKS=2
   start_run run_configs/demo.yaml "name=$name" "${control[@]}" "${rest[@]}"
+}
+
+# Each run is a process of its own, so that a signal reaches the one under way, and no other starts after it.
+sweep() {
+  [[ $# -eq 1 ]] || fail "sweep: name one file with a run a line, such as run_configs/demo_comparison.txt"
+  local pending line failed=0
+  pending=$(python -m coconut_ds.sweep "$1")
+  asked=0 run=
+  trap 'asked=1; [[ -z "$run" ]] || kill -TERM "$run" 2>/dev/null || true' INT TERM HUP
+  while read -r line && ((!asked)); do
+    [[ -n "$line" ]] || continue
+    local words
+    # Quoted by Python's shlex.
+    eval "words=($line)"
+    ./launch.sh "${words[@]}" </dev/null &
+    run=$!
+    wait_for "$run" || {
+      echo "failed: $line" >&2
+      failed=1
+    }
+    run=
+  done <<<"$pending"
+  ((asked)) && echo "stopped as asked; the same command goes on"
+  exit "$failed"
 }
 
 # A checkpoint lies in RUN_FOLDER/checkpoints/, and the run folder says how it was trained.
@@ -198,6 +229,11 @@ case "${1:-help}" in
     shift
     enter_environment
     evaluate "$@"
+    ;;
+  sweep)
+    shift
+    enter_environment
+    sweep "$@"
     ;;
   *.yaml | *.yml)
     [[ -f "$1" ]] || fail "no such run file: $1"

@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from coconut_ds.errors import InputError, did_you_mean, problem_list
+from coconut_ds.methods import METHODS, Method, Traits
 
-Method = Literal["coconut", "cot", "no_cot", "no_thoughts"]
 Scope = Literal["sequence", "last_pass"]
+_PUBLISHED_SWITCHES = ("cot", "no_cot", "no_thoughts", "coconut")
 
 
 def _positive_or_auto(value: Any) -> Any:
@@ -41,17 +50,53 @@ class _Section(BaseModel):
 class LatentContextConfig(_Section):
     """The latent window: a thought is the weighted average of the last `len(weights)` hidden states."""
 
-    weights: tuple[float, ...] = (0.6, 0.3, 0.1)
-    """Newest state first; each at least 0, the first above 0. They are normalised to sum to 1."""
+    weights: tuple[float, ...] | Literal["uniform", "exponential"] = (0.6, 0.3, 0.1)
+    """Newest state first; each at least 0, the first above 0; normalised to sum to 1. `exponential`: `decay ** j`."""
+    window: int | None = Field(None, ge=1)
+    """m, the states in the window; needed where `weights` does not list them."""
+    decay: float = Field(0.5, gt=0, le=1)
+    """What one state weighs beside the next newer one under `exponential`."""
+    learned: bool = False
+    """The weights are trained: a softmax of m logits that starts from `weights`."""
     scope: Scope = "sequence"
     """`sequence` reaches across passes; `last_pass` is what the code of coconut-contextual computes."""
 
     @field_validator("weights")
     @classmethod
-    def _usable(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
-        if not weights or weights[0] <= 0 or min(weights) < 0:
+    def _usable(cls, weights: tuple[float, ...] | str) -> tuple[float, ...] | str:
+        if not isinstance(weights, str) and (not weights or weights[0] <= 0 or min(weights) < 0):
             raise ValueError("needs at least one weight, the first above 0 and none negative")
         return weights
+
+    @model_validator(mode="after")
+    def _agreeing(self) -> LatentContextConfig:
+        if isinstance(self.weights, str) and self.window is None:
+            raise ValueError(f"weights: {self.weights} needs window, the number of states")
+        if not isinstance(self.weights, str):
+            if self.window not in (None, len(self.weights)):
+                raise ValueError(f"window: {self.window}, but {len(self.weights)} weights are listed; drop one of them")
+            if self.learned and min(self.weights) == 0:
+                raise ValueError("learned: starts from weights above 0, since a softmax never gives 0")
+        return self
+
+    @property
+    def newest_first(self) -> tuple[float, ...]:
+        """The weights, or those that learning starts from."""
+        if not isinstance(self.weights, str):
+            return self.weights
+        ratio = 1.0 if self.weights == "uniform" else self.decay
+        return tuple(ratio**back for back in range(self.window or 1))
+
+
+class IcotConfig(_Section):
+    """How iCoT removes the chain of thought (arXiv 2405.14838, section 3)."""
+
+    tokens_per_stage: float = Field(8, gt=0)
+    """Tokens removed over one stage, evenly over its steps; with `epochs_per_stage: 1` the paper's tokens per epoch."""
+    all_beyond: int | None = Field(39, ge=0)
+    """With more tokens removed than this the whole chain goes; null never. The paper's value for GSM8K."""
+    smoothing: float | None = Field(4.0, gt=0)
+    """Lambda: an example loses o tokens more with a probability proportional to exp(-lambda o); null is off."""
 
 
 class ScratchModelConfig(_Section):
@@ -90,6 +135,8 @@ class RunConfig(_Section):
     """At most 5000 training and 32 validation examples, no checkpoints, no wandb, as published."""
 
     # Method
+    method: Method = "coconut"
+    """See docs/METHODS.md. The next four are its published spellings."""
     coconut: bool = False
     cot: bool = False
     no_cot: bool = False
@@ -105,6 +152,10 @@ class RunConfig(_Section):
     """Probability with which a training example draws its stage uniformly."""
     latent_context: LatentContextConfig | None = None
     """Null is plain Coconut."""
+    latent_norm: Literal["none", "rms", "embedding"] = "none"
+    """Every thought is scaled to a root mean square of 1, or to the mean norm of its question's token embeddings."""
+    icot: IcotConfig | None = None
+    """For `method: icot`; null is its defaults."""
 
     # Model
     model_id: str = "openai-community/gpt2"
@@ -117,6 +168,8 @@ class RunConfig(_Section):
     train_path: str | None = None
     val_path: str | None = None
     test_path: str | None = None
+    shuffle_facts: str | None = None
+    """The token that ends a fact of a question; a training question's facts stand in another order every epoch."""
 
     # Optimisation
     seed: int = Field(0, ge=0)
@@ -172,20 +225,22 @@ class RunConfig(_Section):
     def _true_means_stage(cls, value: Any) -> Any:
         return "stage" if value is True else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _method_of_published_switches(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "method" in values:
+            return values
+        # Published runs of no_thoughts may set `coconut` as well, which therefore comes last.
+        chosen = [name for name in _PUBLISHED_SWITCHES if values.get(name) is True]
+        return values | {"method": chosen[0]} if chosen else values
+
     @property
-    def method(self) -> Method:
-        for name in ("cot", "no_cot", "no_thoughts"):
-            if getattr(self, name):
-                return name
-        return "coconut"
+    def traits(self) -> Traits:
+        return METHODS[self.method]
 
     @property
     def thoughts_per_step(self) -> int:
-        return self.c_thought if self.method == "coconut" else 0
-
-    @property
-    def uses_markers(self) -> bool:
-        return self.method == "coconut"
+        return 0 if self.traits.thoughts == "none" else self.c_thought
 
     @property
     def run_folder(self) -> Path:
@@ -233,7 +288,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         message = f"run file {path} cannot be read: {error.strerror}; name a YAML such as run_configs/prosqa.yaml"
         raise InputError(message) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"run file {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"run file {path} must hold `key: value` lines, found {type(values).__name__}")
@@ -281,6 +336,7 @@ def _describe(item: Any) -> Problem:
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "latent_context": LatentContextConfig,
+    "icot": IcotConfig,
     "model": ScratchModelConfig,
     "activation_checkpointing": ActivationCheckpointingConfig,
 }
@@ -297,18 +353,47 @@ _Found = list[tuple[tuple[str, ...], str]]
 
 def _method_rules(config: RunConfig) -> _Found:
     found: _Found = []
-    controls = [name for name in ("cot", "no_cot", "no_thoughts") if getattr(config, name)]
-    exclusive = controls + ["coconut"] * (config.coconut and controls not in ([], ["no_thoughts"]))
-    if len(exclusive) > 1:
-        found.append((tuple(exclusive), f"{', '.join(exclusive)}: only one of them can be true"))
-    if not controls and not config.coconut:
-        keys = ("coconut", "cot", "no_cot", "no_thoughts")
-        found.append((keys, f"{', '.join(keys)}: all false; set the one to train to true"))
-    if config.method == "coconut" and config.coconut and config.c_thought == 0:
-        found.append((("c_thought", "coconut"), "c_thought: 0 with coconut: use no_thoughts: true, or at least 1"))
-    if config.latent_context and config.method != "coconut":
-        message = f"latent_context: {config.method} has no thoughts; set latent_context to null"
-        found.append((("latent_context", config.method), message))
+    method = config.method
+    switches = [name for name in _PUBLISHED_SWITCHES if getattr(config, name)]
+    if "method" not in config.model_fields_set:
+        keys = ("method", *_PUBLISHED_SWITCHES)
+        found.append((keys, f"method: missing, and {', '.join(_PUBLISHED_SWITCHES)} are all false; name the method"))
+    allowed = {method, "coconut"} if method == "no_thoughts" else {method}
+    if set(switches) - allowed:
+        what = f"{', '.join(switches)}: only one of them can be true"
+        if method not in switches:
+            what = f"{', '.join(switches)}: true, but method is {method}; drop one of them"
+        found.append((("method", *switches), what))
+    if config.traits.thoughts != "none":
+        found += _thought_rules(config)
+    if config.traits.thoughts != "continuous":
+        without = f"{method} has no continuous thoughts"
+        if config.latent_context:
+            found.append((("latent_context", method), f"latent_context: {without}; set latent_context to null"))
+        if config.latent_norm != "none":
+            found.append((("latent_norm", method), f"latent_norm: {without}; set latent_norm to none"))
+    if config.uniform_prob and config.traits.steps != "replaced by stage":
+        message = (
+            f"uniform_prob: {config.uniform_prob} draws stages, and {method} does not replace steps by stage; set 0"
+        )
+        found.append((("uniform_prob", method), message))
+    if config.icot is not None and method != "icot":
+        found.append(
+            (("icot", "method"), f"icot: a section for method: icot, but method is {method}; drop one of them")
+        )
+    return found
+
+
+def _thought_rules(config: RunConfig) -> _Found:
+    found: _Found = []
+    method = config.method
+    if config.c_thought == 0:
+        instead = "no_thoughts" if config.traits.steps == "replaced by stage" else "no_cot"
+        message = f"c_thought: 0 with {method}: use method: {instead}, or at least 1"
+        found.append((("c_thought", method), message))
+    if config.max_latent_stage == 0 and config.traits.steps == "dropped":
+        message = f"max_latent_stage: 0 with {method}: it stands for max_latent_stage steps; set at least 1"
+        found.append((("max_latent_stage", method), message))
     return found
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from coconut_ds.config import RunConfig
 from coconut_ds.console import quiet_libraries
 from coconut_ds.errors import InputError
-from coconut_ds.training.weights import export_model, load_initial, stored_settings
+from coconut_ds.methods import METHODS
+from coconut_ds.training.weights import export_model, load_initial, stored_settings, stored_window
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,9 +45,9 @@ def export(checkpoint: str, out: Path, model_id: str, with_markers: bool = True)
     if out.exists():
         raise InputError(f"{out} exists already; name a new folder")
     settings = stored_settings(checkpoint)
-    uses_markers = with_markers if settings is None else settings["method"] == "coconut"
-    config = RunConfig(coconut=uses_markers, cot=not uses_markers, model_id=model_id, load_model_path=checkpoint)
-    export_model(out, load_initial(config), settings)
+    has_thoughts = with_markers if settings is None else METHODS[settings["method"]].thoughts != "none"
+    config = RunConfig(method="coconut" if has_thoughts else "cot", model_id=model_id, load_model_path=checkpoint)
+    export_model(out, load_initial(config), settings, window=stored_window(checkpoint))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
-"""ProsQA: generate it from its published construction, and describe a file of it.
+"""ProsQA: generate it from its published construction, download the published files, check and describe a file.
 
     python preprocessing/prosqa.py generate --out data/prosqa --train 17886 --valid 300 --test 500
+    python preprocessing/prosqa.py ood --out data/prosqa
+    python preprocessing/prosqa.py download --out data/prosqa_published
+    python preprocessing/prosqa.py check data/prosqa/prosqa_train.json
     python preprocessing/prosqa.py stats data/prosqa/prosqa_train.json
 
-The graphs follow Algorithm 1 of the Coconut paper (arXiv 2412.06769, appendix A.2). The paper leaves three
-things open; they are set here so that the statistics of the published validation set come out (`tests/test_prosqa.py`):
-
-* 28 nodes are drawn, and those left with neither parent nor child are dropped (17 to 28 remain);
-* the entity asked about is the one of the two roots whose deepest exclusive leaf lies farther away, and that leaf
-  is the answer; graphs whose answer is nearer than 3 or farther than 6 steps are drawn again;
-* a node drawn without parents can be chosen as a parent only by the rule that admits every node.
+The graphs, and how they differ from the paper's where it is silent, are in `prosqa_graphs.py`.
 """
 
 from __future__ import annotations
@@ -17,14 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import accumulate
-from math import exp, factorial
 from pathlib import Path
 from statistics import mean
+from typing import Any
+
+from prosqa_graphs import MEAN_PARENTS, Graph, check_graph, draw_graph, shortest_paths
 
 PERSONS = "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split()
 CONCEPTS = (
@@ -34,127 +32,6 @@ CONCEPTS = (
 ).split()
 
 FORMS = ("text", "symbolic", "edges")
-
-MEAN_PARENTS = 1.5
-_MOST_PARENTS = 12  # the Poisson tail beyond it has probability 1e-8
-_POISSON_CDF = list(accumulate(exp(-MEAN_PARENTS) * MEAN_PARENTS**k / factorial(k) for k in range(_MOST_PARENTS + 1)))
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A directed acyclic graph with the question asked about it; nodes are numbered in topological order.
-
-    `root` is the entity of the question, `target` a leaf reachable from it, `neg_target` a leaf that is not,
-    `path` one shortest path from `root` to `target`, both ends included.
-    """
-
-    n_nodes: int
-    edges: tuple[tuple[int, int], ...]
-    root: int
-    target: int
-    neg_target: int
-    path: tuple[int, ...]
-
-    @property
-    def n_steps(self) -> int:
-        return len(self.path) - 1
-
-
-def draw_edges(rng: random.Random, n_nodes: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """Algorithm 1: edges (parent, child), and labels telling whether a node descends from node 0 (1) and 1 (2)."""
-    labels = [1, 2]
-    depth = [0, 0]
-    by_label: list[list[int]] = [[], [0], [1], []]
-    edges = []
-    for node in range(2, n_nodes):
-        n_parents = rng.choices(range(_MOST_PARENTS + 1), cum_weights=_POISSON_CDF)[0]
-        side = rng.random()
-        if side <= 0.35:
-            candidates = by_label[0] + by_label[1]
-        elif side <= 0.70:
-            candidates = by_label[0] + by_label[2]
-        else:
-            candidates = list(range(node))
-        parents = _choose_without_replacement(rng, candidates, n_parents, depth)
-        label = 0
-        for parent in parents:
-            label |= labels[parent]
-            edges.append((parent, node))
-        labels.append(label)
-        depth.append(1 + max((depth[parent] for parent in parents), default=-1))
-        if parents:
-            by_label[label].append(node)
-    return edges, labels
-
-
-def _choose_without_replacement(rng: random.Random, candidates: list[int], count: int, depth: list[int]) -> list[int]:
-    pool = list(candidates)
-    weights = [1.5 * depth[node] + 1 for node in pool]
-    chosen = []
-    for _ in range(min(count, len(pool))):
-        index = rng.choices(range(len(pool)), weights)[0]
-        chosen.append(pool.pop(index))
-        weights.pop(index)
-    return chosen
-
-
-def shortest_paths(edges: list[tuple[int, int]], root: int) -> dict[int, tuple[int, ...]]:
-    """One shortest path from `root` to every node it reaches, by breadth-first search."""
-    children: dict[int, list[int]] = {}
-    for parent, child in edges:
-        children.setdefault(parent, []).append(child)
-    paths: dict[int, tuple[int, ...]] = {root: (root,)}
-    frontier = [root]
-    for node in frontier:
-        for child in children.get(node, ()):
-            if child not in paths:
-                paths[child] = (*paths[node], child)
-                frontier.append(child)
-    return paths
-
-
-def draw_graph(rng: random.Random, n_nodes: int, min_steps: int, max_steps: int) -> Graph:
-    """Draw graphs until one has a question whose answer is `min_steps` to `max_steps` edges away."""
-    while True:
-        edges, labels = draw_edges(rng, n_nodes)
-        parents_of_some = {parent for parent, _ in edges}
-        leaves = [node for node in range(2, n_nodes) if node not in parents_of_some]
-        exclusive = [[leaf for leaf in leaves if labels[leaf] == 1 << side] for side in (0, 1)]
-        if not exclusive[0] or not exclusive[1]:
-            continue
-        paths = [shortest_paths(edges, side) for side in (0, 1)]
-        reach = [max(len(paths[side][leaf]) - 1 for leaf in exclusive[side]) for side in (0, 1)]
-        root = 0 if reach[0] > reach[1] else 1
-        if not min_steps <= reach[root] <= max_steps:
-            continue
-        target = rng.choice([leaf for leaf in exclusive[root] if len(paths[root][leaf]) - 1 == reach[root]])
-        neg_target = rng.choice(exclusive[1 - root])
-        return _drop_isolated(n_nodes, edges, root, target, neg_target, paths[root][target])
-
-
-def _drop_isolated(n_nodes, edges, root, target, neg_target, path) -> Graph:
-    linked = {node for edge in edges for node in edge}
-    number = {old: new for new, old in enumerate(node for node in range(n_nodes) if node in linked)}
-    return Graph(
-        n_nodes=len(number),
-        edges=tuple((number[parent], number[child]) for parent, child in edges),
-        root=number[root],
-        target=number[target],
-        neg_target=number[neg_target],
-        path=tuple(number[node] for node in path),
-    )
-
-
-def check_graph(graph: Graph) -> None:
-    """Raise ValueError unless the answer is reachable, the other option is not, and the path is a shortest one."""
-    paths = shortest_paths(list(graph.edges), graph.root)
-    if graph.target not in paths:
-        raise ValueError(f"the answer {graph.target} cannot be reached from {graph.root}: {graph}")
-    if graph.neg_target in paths:
-        raise ValueError(f"the wrong option {graph.neg_target} can be reached from {graph.root}: {graph}")
-    hops = list(zip(graph.path, graph.path[1:]))
-    if not set(hops) <= set(graph.edges) or len(graph.path) != len(paths[graph.target]):
-        raise ValueError(f"{graph.path} is not a shortest path of {graph}")
 
 
 def text_example(rng: random.Random, graph: Graph) -> dict:
@@ -226,6 +103,7 @@ def generate(
     n_nodes: int = 28,
     min_steps: int = 3,
     max_steps: int = 6,
+    mean_parents: float = MEAN_PARENTS,
     form: str = "text",
     n_symbols: int | None = None,
     exclude: frozenset | set = frozenset(),
@@ -234,7 +112,7 @@ def generate(
     rng = random.Random(seed)
     made = 0
     while made < count:
-        graph = draw_graph(rng, n_nodes, min_steps, max_steps)
+        graph = draw_graph(rng, n_nodes, min_steps, max_steps, mean_parents)
         check_graph(graph)
         if form == "text" and not _enough_names(graph):
             continue
@@ -251,6 +129,52 @@ _WORD_FORMS = {"symbolic": symbolic_example, "edges": edge_example}
 def _enough_names(graph: Graph) -> bool:
     n_concepts = len({child for _, child in graph.edges})
     return graph.n_nodes - n_concepts <= len(PERSONS) and n_concepts <= len(CONCEPTS)
+
+
+_FACTS = {
+    "text": re.compile(r"(?:Every )?(\w+) is a (\w+)\."),
+    "symbolic": re.compile(r"(\w+) (\w+) \|"),
+    "edges": re.compile(r"(\w+)>(\w+)"),
+}
+_STEPS = _FACTS | {"symbolic": re.compile(r"(\w+) (\w+)")}
+
+
+def form_of(record: dict[str, Any]) -> str:
+    """The form a question is written in, one of `FORMS`."""
+    if record["question"].endswith("?"):
+        return "text"
+    return "edges" if ">" in record["question"] else "symbolic"
+
+
+def problem_with(record: Any) -> str | None:
+    """Why the answer of a record does not follow from its steps, or its steps from its graph; None where they do.
+
+    The steps are walked in `edges` from `root` to `target`; the text has to say the same as the graph.
+    """
+    try:
+        form, symbols = form_of(record), record["idx_to_symbol"]
+        edges = {(symbols[parent], symbols[child]) for parent, child in record["edges"]}
+        root, target, other = (symbols[record[key]] for key in ("root", "target", "neg_target"))
+        answer = f"{root} is a {target}." if form == "text" else target
+        written = set(_FACTS[form].findall(record["question"]))
+        hops = [_STEPS[form].fullmatch(step) for step in record["steps"]]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        return f"is no ProsQA record: {type(error).__name__}: {error}"
+    if written != edges:
+        return f"question and edges differ in {sorted(written ^ edges)[:3]}"
+    if not hops or None in hops:
+        return f"steps {record['steps']!r} are not edges"
+    walk = [hop.groups() for hop in hops if hop]
+    if not set(walk) <= edges:
+        return f"steps {sorted(set(walk) - edges)} are not in the graph"
+    ends = [root, *(child for _, child in walk)]
+    if [parent for parent, _ in walk] != ends[:-1] or ends[-1] != target:
+        return f"the steps do not lead from {root} to {target}: {' -> '.join(ends)}"
+    if record["answer"] != answer:
+        return f"the answer is {record['answer']!r}, the graph's {answer!r}"
+    if record["neg_target"] in shortest_paths(record["edges"], record["root"]):
+        return f"the wrong option {other} can be reached from {root} as well"
+    return None
 
 
 def statistics(records: list[dict]) -> dict[str, float | dict[int, float]]:
@@ -278,30 +202,49 @@ def _answer_named_first(record: dict) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except _UnusableError as error:
+        print(f"prosqa.py {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+class _UnusableError(ValueError):
+    """What the user asked for cannot be done; the message says why."""
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("generate", help="write prosqa_{train,valid,test}.json")
-    make.add_argument("--out", type=Path, required=True, help="folder to write to")
+    make.set_defaults(run=_generate)
     make.add_argument("--train", type=int, default=17886, help="number of examples (published: 17886)")
     make.add_argument("--valid", type=int, default=300, help="number of examples (published: 300)")
     make.add_argument("--test", type=int, default=500, help="number of examples (published: 500)")
-    make.add_argument("--seed", type=int, default=0)
     make.add_argument("--nodes", type=int, default=28, help="nodes drawn per graph, isolated ones are dropped")
     make.add_argument("--min-steps", type=int, default=3, help="edges between entity and answer, at least")
     make.add_argument("--max-steps", type=int, default=6, help="edges between entity and answer, at most")
-    make.add_argument("--form", choices=FORMS, default="text", help="sentences, one word a node, or an edge")
-    make.add_argument("--symbols", type=int, help="how many node names the word forms have (default: --nodes)")
-    describe = commands.add_parser("stats", help="print the statistics of a file")
-    describe.add_argument("file", type=Path)
-    options = parser.parse_args(arguments)
-    if options.command == "stats":
-        return _print_statistics(options.file)
-    problem = _problem_with(options)
-    if problem:
-        print(f"prosqa.py generate: {problem}", file=sys.stderr)
-        return 2
-    write_splits(options)
-    return 0
+    make.add_argument("--mean-parents", type=float, default=MEAN_PARENTS, help="edges into a node (published: 1.5)")
+    other = commands.add_parser("ood", help=f"write out-of-distribution test sets: {', '.join(OUT_OF_DISTRIBUTION)}")
+    other.set_defaults(run=_generate_out_of_distribution)
+    other.add_argument("--count", type=int, default=500, help="examples of each set")
+    for command in (make, other):
+        command.add_argument("--out", type=Path, required=True, help="folder to write to")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--form", choices=FORMS, default="text", help="sentences, one word a node, or an edge")
+        command.add_argument("--symbols", type=int, help="how many node names the word forms have (default: the nodes)")
+    get = commands.add_parser("download", help="fetch the published files")
+    get.set_defaults(run=_download)
+    get.add_argument("--out", type=Path, default=Path("data/prosqa_published"), help="folder to write to")
+    for name, run, text in (
+        ("check", _check, "walk the steps of every example in its graph"),
+        ("stats", _print_statistics, "print the statistics of a file"),
+    ):
+        reader = commands.add_parser(name, help=text)
+        reader.set_defaults(run=run)
+        reader.add_argument("file", type=Path)
+    return parser
 
 
 def _problem_with(options: argparse.Namespace) -> str | None:
@@ -312,41 +255,121 @@ def _problem_with(options: argparse.Namespace) -> str | None:
             f"--nodes {options.nodes} is too few for paths of {options.max_steps} steps: two roots, the path and "
             f"another leaf need at least {options.max_steps + 3}"
         )
-    if options.form != "text" and options.symbols is not None and options.symbols < options.nodes:
-        return f"--symbols {options.symbols} is fewer than --nodes {options.nodes}: every node needs its own"
+    if not 0 < options.mean_parents <= 6:
+        return f"--mean-parents {options.mean_parents}: needs a number above 0 and up to 6"
+    return _problem_with_symbols(options, options.nodes)
+
+
+def _problem_with_symbols(options: argparse.Namespace, n_nodes: int) -> str | None:
+    if options.form != "text" and options.symbols is not None and options.symbols < n_nodes:
+        return f"--symbols {options.symbols} is fewer than the {n_nodes} nodes: every node needs its own"
     return None
 
 
-def write_splits(options: argparse.Namespace) -> None:
+def _generate(options: argparse.Namespace) -> int:
     """Write the three files. Test and validation questions come first; training never repeats one of them."""
-    options.out.mkdir(parents=True, exist_ok=True)
+    if problem := _problem_with(options):
+        raise _UnusableError(problem)
+    shape = {
+        "n_nodes": options.nodes,
+        "min_steps": options.min_steps,
+        "max_steps": options.max_steps,
+        "mean_parents": options.mean_parents,
+        "form": options.form,
+        "n_symbols": options.symbols,
+    }
     seen: set = set()
     for split, count in (("test", options.test), ("valid", options.valid), ("train", options.train)):
-        records = list(
-            generate(
-                count,
-                f"{options.seed}/{split}",
-                n_nodes=options.nodes,
-                min_steps=options.min_steps,
-                max_steps=options.max_steps,
-                form=options.form,
-                n_symbols=options.symbols,
-                exclude=seen,
-            )
-        )
+        records = list(generate(count, f"{options.seed}/{split}", **shape, exclude=seen))
         seen |= {question_key(record) for record in records}
+        _write(options.out / f"prosqa_{split}.json", records)
+    return 0
+
+
+OUT_OF_DISTRIBUTION: dict[str, dict[str, Any]] = {
+    "longer": {"n_nodes": 40, "min_steps": 7, "max_steps": 9},
+    "denser": {"n_nodes": 28, "mean_parents": 2.5},
+}
+"""What sets each set apart from the training distribution: paths of more steps, or more edges a node."""
+
+
+def _generate_out_of_distribution(options: argparse.Namespace) -> int:
+    """Write prosqa_ood_{longer,denser}.json; no question of the sets that lie in the folder is in them."""
+    seen: set = set()
+    for split in ("train", "valid", "test"):
         path = options.out / f"prosqa_{split}.json"
-        path.write_text(json.dumps(records, separators=(",", ":")) + "\n", encoding="utf-8")
-        print(f"{path}: {count} examples")
+        if path.is_file():
+            seen |= {question_key(record) for record in _read(path)}
+    for name, shape in OUT_OF_DISTRIBUTION.items():
+        if problem := _problem_with_symbols(options, shape["n_nodes"]):
+            raise _UnusableError(problem)
+        forms = {"form": options.form, "n_symbols": options.symbols}
+        records = generate(options.count, f"{options.seed}/ood/{name}", **shape, **forms, exclude=seen)
+        _write(options.out / f"prosqa_ood_{name}.json", list(records))
+    return 0
 
 
-def _print_statistics(path: Path) -> int:
+def _write(path: Path, records: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(records, separators=(",", ":")) + "\n", encoding="utf-8")
+    print(f"{path}: {len(records)} examples")
+
+
+PUBLISHED = "https://raw.githubusercontent.com/facebookresearch/coconut/main/data"
+_VALID_SHA256 = "c74e0de24f1e90ec48b1a993e6458a7be4caeef3928f5104e3c2e45d689a5249"
+PUBLISHED_COUNTS = {"train": 17886, "valid": 300, "test": 500}
+
+
+def _download(options: argparse.Namespace) -> int:
+    """Fetch the published files; of those whose checksum is not known, every example is checked and counted."""
+    # Here, so that generating needs nothing but Python.
+    from download import DownloadError, File, fetch
+
+    names = {split: f"prosqa_{split}.json" for split in PUBLISHED_COUNTS}
+    known: dict[str, Any] = {"valid": {"size": 518208, "sha256": _VALID_SHA256}}
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-        found = statistics(records)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"prosqa.py stats: {path} is not a ProsQA file: {error!r}", file=sys.stderr)
-        return 2
+        fetch([File(f"{PUBLISHED}/{name}", name, **known.get(split, {})) for split, name in names.items()], options.out)
+    except DownloadError as error:
+        raise _UnusableError(str(error)) from None
+    for split, name in names.items():
+        records = _read(options.out / name)
+        if len(records) != PUBLISHED_COUNTS[split]:
+            raise _UnusableError(f"{options.out / name} has {len(records)} examples, not {PUBLISHED_COUNTS[split]}")
+        if _report(options.out / name, records):
+            raise _UnusableError(f"{options.out / name} is not what was published, see above")
+    return 0
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise _UnusableError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise _UnusableError(f"{path} is not a ProsQA file: {error}") from None
+    if not isinstance(records, list) or not records:
+        raise _UnusableError(f"{path} is not a ProsQA file: it must hold a list of records")
+    return records
+
+
+def _check(options: argparse.Namespace) -> int:
+    return _report(options.file, _read(options.file))
+
+
+def _report(path: Path, records: list[dict[str, Any]]) -> int:
+    """Print every problem and their number; 1 where there are any."""
+    problems = {index: problem for index, record in enumerate(records) if (problem := problem_with(record))}
+    for index, problem in problems.items():
+        print(f"{path}: record {index}: {problem}", file=sys.stderr)
+    print(f"{path}: {len(records)} examples, {len(problems)} with a problem")
+    return 1 if problems else 0
+
+
+def _print_statistics(options: argparse.Namespace) -> int:
+    try:
+        found = statistics(_read(options.file))
+    except (KeyError, TypeError, IndexError) as error:
+        raise _UnusableError(f"{options.file} is not a ProsQA file: {error!r}") from None
     for name, value in found.items():
         if isinstance(value, dict):
             text = "  ".join(f"{key}: {share:.1%}" for key, share in value.items())

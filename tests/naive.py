@@ -21,6 +21,9 @@ def row_states(model: Coconut, ids: list[int], n_prompt: int | None = None) -> t
     embeds = list(base.get_input_embeddings()(torch.tensor(ids)))  # T tensors (D,)
     positions = torch.arange(len(ids))[None]
     previous_thought = None
+    window = context.weights
+    if context.learned:
+        window = torch.softmax(model.latent_window.logits, dim=0)
     for column, token in enumerate(ids):
         if token != model.latent_token_id or (n_prompt is not None and column >= n_prompt):
             continue
@@ -28,12 +31,20 @@ def row_states(model: Coconut, ids: list[int], n_prompt: int | None = None) -> t
         reach = column
         if context.scope == "last_pass" and previous_thought is not None:
             reach = column - previous_thought
-        weights = context.weights[: min(len(context.weights), reach)]
+        weights = window[: min(len(window), reach)]
         weighted = [weight * hidden[column - 1 - back] for back, weight in enumerate(weights)]
-        embeds[column] = sum(weighted) / sum(weights)
+        embeds[column] = _with_norm(sum(weighted) / sum(weights), context.norm, embeds[: ids.index(token)])
         previous_thought = column
     stacked = torch.stack(embeds)
     return _run(base, stacked, positions), stacked
+
+
+def _with_norm(thought: torch.Tensor, norm: str, before_thoughts: list[torch.Tensor]) -> torch.Tensor:
+    if norm == "rms":
+        return thought / thought.square().mean().sqrt()
+    if norm == "embedding":
+        return thought / thought.norm() * torch.stack(before_thoughts).detach().norm(dim=1).mean()
+    return thought
 
 
 def _run(base, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from coconut_ds import Coconut, LatentContext
 from coconut_ds.config import RunConfig
 from coconut_ds.curriculum.collator import Tokens, TokenSequence
-from coconut_ds.model.latents import _window
+from coconut_ds.model.latents import _constant
 from coconut_ds.training import batch_size
 from coconut_ds.training.activations import ActivationCost, batch_of, measure, measured_peak, widest_sequence
 from coconut_ds.training.batch_size import choose_eval_batch, distinct_stages, largest_divisor, tried
@@ -62,7 +62,7 @@ def test_other_operations_give_an_upper_bound():
 
 def test_both_measurements_take_the_same_operations():
     # The window's weights are on the device from the first forward on.
-    _window.cache_clear()
+    _constant.cache_clear()
     cost = measure(
         tiny.coconut("gpt2", LatentContext((0.7, 0.3))), TokenSequence([5] * 6 + [tiny.LATENT] + [5] * 3, 6, 1, 8)
     )

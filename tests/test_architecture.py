@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "coconut_ds"
 
 LAYERS = (
-    ("errors", "watchdog", "training.sealed_folder"),
+    ("errors", "watchdog", "methods", "intervals", "figures", "training.sealed_folder"),
     ("config", "distributed"),
     ("console", "curriculum.stages", "interruption"),
     (
@@ -42,7 +42,7 @@ LAYERS = (
     ("training.batch_size",),
     ("training.trainer",),
     ("training.session",),
-    ("train", "plan", "export"),
+    ("train", "plan", "export", "compare", "sweep"),
 )
 LEVEL = {f"coconut_ds.{name}": level for level, names in enumerate(LAYERS) for name in names}
 MODULES = {

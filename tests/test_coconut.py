@@ -17,6 +17,9 @@ CONTEXTS = {
     "sequence": LatentContext((0.6, 0.3, 0.1)),
     "wide": LatentContext((0.3, 0.2, 0.0, 0.1, 0.1, 0.1, 0.1, 0.1)),
     "last_pass": LatentContext((0.1, 0.3, 0.6), "last_pass"),
+    "learned": LatentContext((0.5, 0.3, 0.2), learned=True),
+    "rms": LatentContext((0.6, 0.3, 0.1), norm="rms"),
+    "embedding": LatentContext((0.6, 0.3, 0.1), "last_pass", learned=True, norm="embedding"),
 }
 # (question tokens, skipped steps, thoughts) of each row; one question is shorter than the widest window.
 ALIGNED = [(9, 2, 3), (14, 1, 3), (2, 1, 3)]
@@ -48,6 +51,57 @@ def test_loss_and_gradients_equal_the_naive_twin(family, context, shapes):
     for name, parameter in model.named_parameters():
         error = (fast[name] - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-12)
         assert error < 1e-4, f"{name}: relative error {error:.2e}"
+
+
+def test_a_learned_window_starts_from_its_weights_and_moves():
+    model = tiny.coconut(context=LatentContext((2.0, 1.0, 1.0), learned=True))
+    assert model.latent_window.current() == pytest.approx([0.5, 0.25, 0.25])
+    given = tiny.coconut(context=LatentContext((2.0, 1.0, 1.0)))
+    inputs = batch_of(RAGGED).inputs
+    loss = model(**inputs).loss
+    assert loss.item() == pytest.approx(given(**inputs).loss.item(), rel=1e-6)
+    loss.backward()
+    assert model.latent_window.logits.grad.norm() > 1e-4
+    assert not list(given.latent_window.parameters())
+
+
+@pytest.mark.parametrize("shapes", [[(5, 0, 0), (3, 0, 0)], []], ids=["stage 0", "filler"])
+def test_a_learned_window_has_a_gradient_without_thoughts(shapes):
+    model = tiny.coconut(context=CONTEXTS["learned"])
+    model(**batch_of(shapes).inputs).loss_sum.backward()
+    assert model.latent_window.logits.grad.tolist() == [0, 0, 0]
+
+
+def test_the_windows_gradient_is_ready_before_the_prefix_and_after_the_thoughts():
+    """ZeRO fills its buckets in this order, which must be the same on every rank."""
+    orders = []
+    for shapes in (RAGGED, [(5, 0, 0)], [(9, 2, 1)], []):
+        model, order = tiny.coconut("llama", CONTEXTS["learned"]), []
+        for name, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
+        model(**batch_of(shapes).inputs).loss_sum.backward()
+        orders.append(order)
+    assert "latent_window.logits" in orders[0]
+    assert orders[1:] == orders[:1] * 3
+
+
+def thoughts_of(context: LatentContext) -> tuple[torch.Tensor, dict]:
+    """Thoughts (N, D) of a batch of two rows with three each, and the batch."""
+    inputs = batch_of([(9, 2, 3), (4, 1, 3)]).inputs
+    fed = tiny.coconut(context=context).encode(*(inputs[key] for key in ("input_ids", "attention_mask")))
+    return fed.inputs_embeds[inputs["input_ids"] == tiny.LATENT], inputs
+
+
+def test_norms_of_thoughts():
+    free, _ = thoughts_of(LatentContext((0.6, 0.3, 0.1)))
+    assert free.norm(dim=1).std() > 0.01
+    scaled, _ = thoughts_of(LatentContext(norm="rms"))
+    assert scaled.square().mean(dim=1).tolist() == pytest.approx([1.0] * 6, rel=1e-5)
+    scaled, inputs = thoughts_of(LatentContext(norm="embedding"))
+    norms = tiny.coconut().base_causallm.get_input_embeddings()(inputs["input_ids"]).norm(dim=2)
+    # The question and the start marker, without padding: columns 0 to 9 of the first row, 5 to 9 of the second.
+    expected = [norms[0, :10].mean().item()] * 3 + [norms[1, 5:10].mean().item()] * 3
+    assert scaled.norm(dim=1).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_the_collator_did_not_say_is_found():

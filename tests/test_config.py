@@ -121,7 +121,7 @@ val_path: b.json
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("coconut=false", "all false; set the one to train to true"),
+        ("coconut=false", "method: missing, and cot, no_cot, no_thoughts, coconut are all false"),
         ("no_cot=true", "no_cot, coconut: only one of them can be true"),
         ("c_thought=0", "c_thought: 0 with coconut"),
         ("model.n_layer=2", "model: describes a model from scratch"),
@@ -132,7 +132,7 @@ val_path: b.json
         ("only_eval=true", "only_eval: needs load_model_path"),
         ("bf16=true precision=fp16", "bf16: true, but precision is fp16"),
         ("load_model_path=x resume=4", "resume: 4 leaves nothing to train, num_epochs is 4"),
-        ("coconut=false cot=true latent_context.scope=sequence", "latent_context: cot has no thoughts"),
+        ("coconut=false cot=true latent_context.scope=sequence", "latent_context: cot has no continuous thoughts"),
         ("model_id=scratch model.n_embd=30 model.n_head=4", "model.n_embd: 30 must be a multiple of model.n_head (4)"),
     ],
 )

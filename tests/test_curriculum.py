@@ -70,10 +70,10 @@ def test_prompt_thoughts(curriculum, changes, stage, n_steps, expected):
 
 
 def test_uniform_draws_depend_on_seed_epoch_and_index_alone(curriculum):
-    mixed = curriculum(uniform_prob=0.5, max_latent_stage=3)
-    draws = [mixed.training_layout(3, 4, epoch=7, index=index) for index in range(4000)]
-    assert draws == [mixed.training_layout(3, 4, epoch=7, index=index) for index in range(4000)]
-    assert draws != [mixed.training_layout(3, 4, epoch=8, index=index) for index in range(4000)]
+    mixed = curriculum(uniform_prob=0.5, max_latent_stage=3, epochs_per_stage=2)
+    draws = [mixed.training_layout(4, epoch=7, index=index) for index in range(4000)]
+    assert draws == [mixed.training_layout(4, epoch=7, index=index) for index in range(4000)]
+    assert draws != [mixed.training_layout(4, epoch=6, index=index) for index in range(4000)]
     shares = Counter(draws)
     # Half keep stage 3; the other half is spread evenly over the stages 0 to 4.
     assert shares[Layout(3, 3)] / 4000 == pytest.approx(0.6, abs=0.03)

@@ -135,7 +135,7 @@ def test_the_exported_model_is_plain_transformers(folder):
     settings = json.loads((exported / "coconut.json").read_text())
     assert settings["method"] == "coconut"
     assert settings["stage"] == 1
-    assert settings["latent_context"] == {"weights": [0.6, 0.3, 0.1], "scope": "sequence"}
+    assert settings["latent_context"] == {"weights": [0.6, 0.3, 0.1], "scope": "sequence", "learned": False}
     assert all(value.dtype == torch.float32 for value in load_file(exported / "model.safetensors").values())
 
 
@@ -185,7 +185,7 @@ def test_no_cot_from_published_weights_in_debug_mode(folder):
     state = AutoModelForCausalLM.from_pretrained(exported).state_dict()
     torch.save({f"base_causallm.{key}": value for key, value in state.items()}, folder / "published.pt")
     run = run_of(folder, "from_pt", model_id=str(exported), model=None, load_model_path=str(folder / "published.pt"))
-    run |= {"coconut": False, "no_cot": True, "latent_context": None, "debug": True, "num_epochs": 1}
+    run |= {"coconut": False, "method": "no_cot", "latent_context": None, "debug": True, "num_epochs": 1}
     launching.train(run, folder / "from_pt", 1)
     assert not (folder / "runs" / "from_pt" / "checkpoints").exists()
     assert [e["stage"] for e in launching.events(folder / "runs" / "from_pt", "eval")] == [0]

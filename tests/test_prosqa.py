@@ -99,6 +99,126 @@ def test_nothing_but_the_edges_gives_the_answer_away(generated):
     assert most < 2 * len(answers) / len(prosqa.CONCEPTS)
 
 
+SHAPES = {"text": {}, "symbolic": {"n_nodes": 8, "min_steps": 2, "max_steps": 3}, "edges": {"n_symbols": 40}}
+
+
+@pytest.mark.parametrize("form", prosqa.FORMS)
+def test_the_command_checks_what_it_generates(form, tmp_path, capsys):
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps(list(prosqa.generate(300, "check", form=form, **SHAPES[form]))))
+    assert prosqa.main(["check", str(path)]) == 0
+    assert "300 examples, 0 with a problem" in capsys.readouterr().out
+
+
+def test_the_command_accepts_the_published_file(shared, capsys):
+    assert prosqa.main(["check", str(shared / "datasets" / "prosqa_valid.json")]) == 0
+    assert "300 examples, 0 with a problem" in capsys.readouterr().out
+
+
+def edited(record: dict, **changes) -> dict:
+    return {**json.loads(json.dumps(record)), **changes}
+
+
+def spoiled(record: dict) -> dict[str, dict]:
+    """What the checker has to say, and the record it has to say it about."""
+    steps, symbols = record["steps"], record["idx_to_symbol"]
+    root, target, other = (symbols[record[key]] for key in ("root", "target", "neg_target"))
+    sentence = next(m.group() for m in SENTENCE.finditer(record["question"]) if m[2] not in (root, target))
+    return {
+        "do not lead from": edited(record, steps=steps[1:]),
+        "the steps do not lead": edited(record, steps=[*steps, sentence]),
+        "are not in the graph": edited(record, steps=[f"{root} is a {target}."]),
+        "are not edges": edited(record, steps=[*steps[:-1], steps[-1].rstrip(".")]),
+        "steps [] are not": edited(record, steps=[]),
+        "the answer is": edited(record, answer=f"{root} is a {other}."),
+        "question and edges differ": edited(record, question=record["question"].replace(sentence, "", 1)),
+        "can be reached from": edited(record, edges=[*record["edges"], [record["root"], record["neg_target"]]]),
+        "is no ProsQA record": edited(record, target=99),
+    }
+
+
+def test_the_checker_rejects_what_was_spoiled(generated):
+    for record in generated[:20]:
+        assert prosqa.problem_with(record) is None
+        for problem, wrong in spoiled(record).items():
+            if problem == "can be reached from":
+                symbols = record["idx_to_symbol"]
+                added = f"{symbols[record['root']]} is a {symbols[record['neg_target']]}. "
+                wrong["question"] = added + wrong["question"]
+            assert problem in str(prosqa.problem_with(wrong))
+
+
+@pytest.mark.parametrize("record", [None, 3, [], {}, {"question": 5}, {"question": "a b | ? a b c"}], ids=str)
+def test_the_checker_names_what_is_no_record(record):
+    assert "is no ProsQA record" in str(prosqa.problem_with(record))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not a ProsQA file"),
+        (b"[{", "is not a ProsQA file"),
+        (b'["\xff"]', "is not a ProsQA file"),
+        (b"{}", "must hold a list"),
+        (b"[]", "must hold a list"),
+        (None, "cannot be read"),
+    ],
+    ids=["empty", "cut", "no UTF-8", "no list", "empty list", "missing"],
+)
+@pytest.mark.parametrize("command", ["check", "stats"])
+def test_files_that_cannot_be_used_are_named(command, content, message, tmp_path, capsys):
+    path = tmp_path / "some.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert prosqa.main([command, str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_with_wrong_examples_gives_status_1(generated, tmp_path, capsys):
+    path = tmp_path / "some.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([generated[0], edited(generated[1], answer="?")]).encode())
+    assert prosqa.main(["check", str(path)]) == 1
+    captured = capsys.readouterr()
+    assert "record 1: the answer is '?'" in captured.err
+    assert "2 examples, 1 with a problem" in captured.out
+
+
+def test_out_of_distribution_sets_are_longer_and_denser(generated, tmp_path):
+    (tmp_path / "prosqa_train.json").write_text(json.dumps(generated))
+    assert prosqa.main(["ood", "--out", str(tmp_path), "--count", "60"]) == 0
+    usual = prosqa.statistics(generated)
+    sets = {name: json.loads((tmp_path / f"prosqa_ood_{name}.json").read_text()) for name in ("longer", "denser")}
+    for records in sets.values():
+        assert len(records) == 60
+        for record in records:
+            check_text_record(record)
+            assert prosqa.problem_with(record) is None
+    assert {len(record["steps"]) for record in sets["longer"]} <= {7, 8, 9}
+    dense = prosqa.statistics(sets["denser"])
+    assert dense["edges"] / dense["nodes"] > 1.2 * usual["edges"] / usual["nodes"]
+    assert prosqa.main(["ood", "--out", str(tmp_path / "again"), "--count", "60"]) == 0
+    for name in sets:
+        first, second = (folder / f"prosqa_ood_{name}.json" for folder in (tmp_path, tmp_path / "again"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_out_of_distribution_sets_leave_out_what_was_trained_on(tmp_path):
+    arguments = ["ood", "--out", str(tmp_path), "--count", "20"]
+    assert prosqa.main(arguments) == 0
+    known = json.loads((tmp_path / "prosqa_ood_denser.json").read_text())
+    (tmp_path / "prosqa_train.json").write_text(json.dumps(known))
+    assert prosqa.main(arguments) == 0
+    keys = {prosqa.question_key(record) for record in known}
+    assert not keys & {prosqa.question_key(r) for r in json.loads((tmp_path / "prosqa_ood_denser.json").read_text())}
+
+
+def test_mean_parents_sets_the_density():
+    few, many = (
+        prosqa.statistics(list(prosqa.generate(200, "d", mean_parents=mean, min_steps=2))) for mean in (1.2, 2.5)
+    )
+    assert many["edges"] > 1.4 * few["edges"]
+
+
 def test_same_seed_same_examples():
     first = list(prosqa.generate(20, "a"))
     assert first == list(prosqa.generate(20, "a"))
@@ -146,7 +266,8 @@ def test_no_question_of_one_split_stands_in_another(tmp_path):
     [
         (["--min-steps", "4", "--max-steps", "3"], "needs 1 <= min <= max"),
         (["--nodes", "6"], "--nodes 6 is too few for paths of 6 steps"),
-        (["--form", "symbolic", "--symbols", "20"], "--symbols 20 is fewer than --nodes 28"),
+        (["--mean-parents", "0"], "--mean-parents 0.0: needs a number above 0"),
+        (["--form", "symbolic", "--symbols", "20"], "--symbols 20 is fewer than the 28 nodes"),
     ],
 )
 def test_impossible_requests_say_why(arguments, message, tmp_path, capsys):

@@ -76,7 +76,7 @@ def test_a_chain_of_thought_state_dict_without_markers_starts_coconut(tmp_path):
     for marker in MARKERS:
         torch.testing.assert_close(new[loaded.marker_ids()[marker]], new[:n_before].mean(dim=0))
     plain = run(model_id=folder, load_model_path=str(tmp_path / "cot.pt"))
-    plain = plain.model_copy(update={"coconut": False, "cot": True})
+    plain = plain.model_copy(update={"method": "cot"})
     assert equal(load_initial(plain), trained)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +23,15 @@ class Tokens:
     end_latent: int | None = None
     latent: int | None = None
     """The three markers are None for methods that use none."""
+    is_pause: bool = False
+    """`latent` is a token like any other, with an embedding of its own: a pause."""
+    fact_end: int | None = None
+    """Ends a fact of a question, where facts are shuffled."""
 
     @property
-    def has_markers(self) -> bool:
-        return self.latent is not None
+    def thought(self) -> int | None:
+        """The token that stands for a continuous thought."""
+        return None if self.is_pause else self.latent
 
 
 @dataclass(frozen=True)
@@ -93,26 +99,27 @@ def grown(batch: Batch, size: Size, pad: int) -> Batch:
 
 def training_sequence(row: dict[str, Any], layout: Layout, tokens: Tokens) -> TokenSequence:
     """question [start] thoughts [end] remaining steps, answer; everything before the steps is unsupervised."""
-    ids, first_thought = _opening(row, layout.n_thoughts, tokens)
-    first_target = len(ids)
-    for step in row["steps_ids"][layout.n_skip :]:
-        ids += step
-    return TokenSequence(ids + row["answer_ids"], first_thought, layout.n_thoughts, first_target)
+    opening = prompt_sequence(row, layout.n_thoughts, tokens)
+    steps = [token for step in row["steps_ids"][layout.n_skip :] for token in step]
+    return replace(opening, ids=opening.ids + steps[layout.n_drop :] + row["answer_ids"])
 
 
 def prompt_sequence(row: dict[str, Any], n_thoughts: int, tokens: Tokens) -> TokenSequence:
-    """question [start] thoughts [end]."""
-    ids, first_thought = _opening(row, n_thoughts, tokens)
-    return TokenSequence(ids, first_thought, n_thoughts, len(ids))
+    """question [start] thoughts [end]; pauses stand like thoughts and count as ordinary tokens."""
+    start = [] if tokens.start_latent is None else [tokens.start_latent]
+    end = [] if tokens.end_latent is None else [tokens.end_latent]
+    middle = [] if tokens.latent is None else [tokens.latent] * n_thoughts
+    question = row["question_ids"] + start
+    ids = question + middle + end
+    return TokenSequence(ids, len(question), 0 if tokens.is_pause else len(middle), len(ids))
 
 
-def _opening(row: dict[str, Any], n_thoughts: int, tokens: Tokens) -> tuple[list[int], int]:
-    ids = list(row["question_ids"])
-    if not tokens.has_markers:
-        return ids, len(ids)
-    ids.append(tokens.start_latent)
-    first_thought = len(ids)
-    return ids + [tokens.latent] * n_thoughts + [tokens.end_latent], first_thought
+def shuffle_facts(ids: list[int], fact_end: int, draw: random.Random) -> list[int]:
+    """A question with its facts in another order: each ends with `fact_end`, and what follows the last one stays."""
+    ends = [place + 1 for place, token in enumerate(ids) if token == fact_end]
+    facts = [ids[start:end] for start, end in zip([0, *ends], ends)]
+    draw.shuffle(facts)
+    return [token for fact in facts for token in fact] + ids[ends[-1] if ends else 0 :]
 
 
 def collate_training(sequences: Sequence[TokenSequence], indices: list[int], pad: int) -> Batch:

@@ -116,12 +116,10 @@ def _tokenize_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) 
 
 def longest_prompt(examples: Dataset, curriculum: Curriculum) -> int:
     """Columns of the longest evaluation prompt of any stage."""
-    markers = 2 if curriculum.uses_markers else 0
     rows = examples.select_columns(["question_ids", "steps_ids"])
     last = curriculum.max_latent_stage + 1
-    return max(
-        len(row["question_ids"]) + markers + curriculum.prompt_thoughts(last, len(row["steps_ids"])) for row in rows
-    )
+    thoughts = (curriculum.prompt_thoughts(last, len(row["steps_ids"])) for row in rows)
+    return curriculum.n_markers + max(len(row["question_ids"]) + count for row, count in zip(rows, thoughts))
 
 
 def check_lengths(
@@ -131,11 +129,10 @@ def check_lengths(
 
     The training bound is the longest layout of any stage; the decoding bound the longest prompt plus `new_tokens`.
     """
-    markers = 2 if curriculum.uses_markers else 0
     for index, row in enumerate(examples.select_columns(["question_ids", "steps_ids", "answer_ids"])):
         steps = [len(step) for step in row["steps_ids"]]
-        prompt = len(row["question_ids"]) + markers
-        layouts = [curriculum.layout(stage, len(steps)) for stage in range(curriculum.max_latent_stage + 2)]
+        prompt = len(row["question_ids"]) + curriculum.n_markers
+        layouts = curriculum.layouts(len(steps))
         middle = max(each.n_thoughts + sum(steps[each.n_skip :]) for each in layouts)
         training = prompt + middle + len(row["answer_ids"])
         if training > n_positions:

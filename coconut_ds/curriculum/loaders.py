@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from coconut_ds.curriculum.collator import (
     collate_training,
     grown,
     prompt_sequence,
+    shuffle_facts,
     training_sequence,
 )
 from coconut_ds.curriculum.stages import Curriculum
@@ -63,7 +65,6 @@ class TrainingWindows(torch.utils.data.Dataset):
         self._sizes = sizes
         self._rank = rank
         self._epoch = epoch
-        self._stage = curriculum.stage(epoch)
         generator = torch.Generator().manual_seed(_mix(curriculum.seed, epoch))
         order = torch.randperm(len(examples), generator=generator)
         if group_by_length:
@@ -78,24 +79,28 @@ class TrainingWindows(torch.utils.data.Dataset):
             raise IndexError(f"window {window} of an epoch of {len(self)}")
         sizes = self._sizes
         chosen = self._order[window * sizes.total : (window + 1) * sizes.total]
-        starts = range(0, len(chosen), sizes.micro * sizes.world)
-        return [self._of_rank(chosen[start : start + sizes.micro * sizes.world]) for start in starts]
+        at_once = sizes.micro * sizes.world
+        progress = window / len(self)
+        return [self._of_rank(chosen[start : start + at_once], progress) for start in range(0, len(chosen), at_once)]
 
-    def _of_rank(self, indices: list[int]) -> Batch:
+    def _of_rank(self, indices: list[int], progress: float) -> Batch:
         """This rank's micro-batch of those that all ranks feed at once."""
         micro = self._sizes.micro
         mine = slice(self._rank * micro, (self._rank + 1) * micro)
         if not self._in_step:
-            return self._micro_batch(indices[mine])
+            return self._micro_batch(indices[mine], progress)
         ranks = range(self._sizes.world)
-        all_of_them = [self._micro_batch(indices[rank * micro : (rank + 1) * micro]) for rank in ranks]
+        all_of_them = [self._micro_batch(indices[rank * micro : (rank + 1) * micro], progress) for rank in ranks]
         size = functools.reduce(operator.or_, map(Size.of, all_of_them))
         return grown(all_of_them[self._rank], size, self._tokens.pad)
 
-    def _micro_batch(self, indices: list[int]) -> Batch:
+    def _micro_batch(self, indices: list[int], progress: float) -> Batch:
         sequences = []
         for index, row in zip(indices, _rows(self._examples, indices)):
-            layout = self._curriculum.training_layout(self._stage, len(row["steps_ids"]), self._epoch, index)
+            layout = self._curriculum.training_layout(len(row["steps_ids"]), self._epoch, index, progress)
+            if self._tokens.fact_end is not None:
+                draw = random.Random(f"{self._curriculum.seed}/{self._epoch}/{index}/facts")
+                row["question_ids"] = shuffle_facts(row["question_ids"], self._tokens.fact_end, draw)
             sequences.append(training_sequence(row, layout, self._tokens))
         return collate_training(sequences, indices, self._tokens.pad)
 

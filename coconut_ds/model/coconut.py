@@ -17,7 +17,14 @@ from coconut_ds.model.checkpointing import checkpoint_layers, restore_layers
 from coconut_ds.model.deferred import Deferred
 from coconut_ds.model.generation import greedy_decode
 from coconut_ds.model.kv_cache import TrainingCache
-from coconut_ds.model.latents import LatentContext, next_thought, states_in_reach
+from coconut_ds.model.latents import (
+    LatentContext,
+    LatentWindow,
+    next_thought,
+    scaled,
+    states_in_reach,
+    wanted_norm,
+)
 from coconut_ds.model.loss import summed_cross_entropy
 from coconut_ds.model.masks import causal_mask, columns_of
 from coconut_ds.model.thought_attention import gather_attention_gradients
@@ -78,6 +85,7 @@ class Coconut(nn.Module):
         self.end_latent_id = end_latent_id
         self.eos_token_id = eos_token_id
         self.latent_context = latent_context or LatentContext()
+        self.latent_window = LatentWindow(self.latent_context)
         self._checkpoints_layers = False
         gather_weight_gradients(self.base_causallm.base_model)
         gather_attention_gradients(self.base_causallm)
@@ -177,19 +185,19 @@ class Coconut(nn.Module):
                 ).last_hidden_state
 
         if span:
-            first_real = attention_mask.argmax(dim=1)  # (B,)
-            passes = list(self._passes(span, input_ids, embeds, first_real, run))
+            passes = list(self._passes(span, input_ids, embeds, attention_mask, run))
         else:
-            passes = [(embeds, run(embeds, 0))]
-        fed, hidden = zip(*passes)
-        return Encoded(torch.cat(hidden, dim=1), fed)
+            _, hidden = self.latent_window(run(embeds, 0))
+            passes = [(embeds, hidden)]
+        fed, states = zip(*passes)
+        return Encoded(torch.cat(states, dim=1), fed)
 
     def _passes(
         self,
         span: tuple[int, ...],
         input_ids: torch.Tensor,
         embeds: torch.Tensor,
-        first_real: torch.Tensor,
+        attention_mask: torch.Tensor,
         run: Callable[[torch.Tensor, int], torch.Tensor],
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (embeddings fed, hidden states), each (B, columns, D), of the prefix, each thought, and the tail."""
@@ -200,13 +208,16 @@ class Coconut(nn.Module):
             raise ValueError("a thought stands in column 0, where no hidden state precedes it; put a token before it")
         context = self.latent_context
         is_thought = torch.eq(input_ids, self.latent_token_id)  # (B, T)
+        first_real = attention_mask.argmax(dim=1)  # (B,)
+        precedes = attention_mask.bool() & (is_thought.cumsum(dim=1) == 0)  # (B, T)
+        norm = wanted_norm(context, embeds, precedes)
         fed = embeds[:, :first]
-        hidden = run(fed, 0)
+        weights, hidden = self.latent_window(run(fed, 0))
         yield fed, hidden
         recent = hidden[:, -context.reach :].flip(1)  # (B, J, D), newest first
         for column in range(first, end):
             available = states_in_reach(context.scope, column, first_real, is_thought[:, column - 1])
-            thought = next_thought(recent, available, context.weights)  # (B, D)
+            thought = scaled(next_thought(recent, available, weights), norm)  # (B, D)
             # In another row this column can be an ordinary token.
             fed = torch.where(is_thought[:, column, None], thought, embeds[:, column])[:, None]
             if column == end - 1:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,18 @@ class LatentContext:
     `scope="last_pass"` lets it reach only over the columns since the row's previous thought, so that every thought
     but the first is one hidden state: the computation of coconut-contextual, whose window is (0.1, 0.3, 0.6).
 
-    Raises ValueError for an empty window, a negative weight, or a newest weight of 0.
+    With `learned` the w_j are a softmax of m trained logits, which starts from `weights`.
+
+    `norm` scales every thought: `rms` to a root mean square of 1, `embedding` to the mean L2 norm of the token
+    embeddings that precede the first thought of its row; `none` leaves it, as published.
+
+    Raises ValueError for an empty window, a negative weight, a newest weight of 0, and any weight of 0 to learn from.
     """
 
     weights: tuple[float, ...] = (1.0,)
     scope: Literal["sequence", "last_pass"] = "sequence"
+    learned: bool = False
+    norm: Literal["none", "rms", "embedding"] = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
@@ -37,6 +45,10 @@ class LatentContext:
             )
         if self.scope not in ("sequence", "last_pass"):
             raise ValueError(f"latent scope {self.scope!r}: must be 'sequence' or 'last_pass'")
+        if self.norm not in ("none", "rms", "embedding"):
+            raise ValueError(f"latent norm {self.norm!r}: must be 'none', 'rms' or 'embedding'")
+        if self.learned and min(self.weights) == 0:
+            raise ValueError(f"latent weights {self.weights}: learning starts from weights above 0")
 
     @property
     def reach(self) -> int:
@@ -56,21 +68,87 @@ def states_in_reach(scope: str, column: int, first_real: torch.Tensor, follows_t
     return available
 
 
-def next_thought(states: torch.Tensor, available: torch.Tensor, weights: tuple[float, ...]) -> torch.Tensor:
+def next_thought(states: torch.Tensor, available: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted average of the newest states.
 
-    states (B, J, D) newest first, J <= len(weights); available (B,) states that count per row; returns (B, D).
+    states (B, J, D) newest first; available (B,) states that count per row; weights (m,), m >= J; returns (B, D).
     A row without any state to average gets zeros.
     """
     n_states = states.shape[1]
-    window = _window(weights, states.device)[:n_states]  # (J,)
     counted = torch.arange(n_states, device=states.device) < available[:, None]  # (B, J)
-    shares = torch.where(counted, window, 0.0)  # (B, J)
+    shares = torch.where(counted, weights[:n_states], 0.0)  # (B, J)
     shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
     return torch.einsum("bj,bjd->bd", shares.to(states.dtype), states)
 
 
+class LatentWindow(nn.Module):
+    """The weights of the window: constants, or a softmax of trained `logits` (m,)."""
+
+    def __init__(self, context: LatentContext):
+        super().__init__()
+        self._weights = context.weights
+        self.logits = nn.Parameter(torch.tensor(context.weights).log()) if context.learned else None
+
+    def forward(self, prefix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights (m,), newest first, and the hidden states of the prefix (B, T, D), unchanged.
+
+        What follows uses the states returned. Through them the logits get a gradient in every backward, of zeros where
+        there is no thought, and always at the same place among the other gradients: ZeRO adds up buckets that are
+        filled in the order in which gradients become ready, and that order must be the same on all ranks.
+        """
+        if self.logits is None:
+            return _constant(self._weights, prefix.device), prefix
+        logits, prefix = _Joined.apply(self.logits, prefix)
+        return logits.float().softmax(dim=0), prefix
+
+    @torch.no_grad()
+    def current(self) -> list[float]:
+        """The weights, normalised to sum to 1."""
+        weights = torch.tensor(self._weights) if self.logits is None else self.logits.float().softmax(dim=0)
+        return (weights / weights.sum()).tolist()
+
+
+class _Joined(torch.autograd.Function):
+    """Two tensors as they are, whose gradients become ready together."""
+
+    @staticmethod
+    def forward(ctx: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return first.view_as(first), second.view_as(second)
+
+    @staticmethod
+    def backward(ctx: Any, to_first: torch.Tensor, to_second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return to_first, to_second
+
+
 @functools.cache
-def _window(weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
+def _constant(weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
     # Copied to the device once: a copy per thought would make the host wait for it each time.
     return torch.tensor(weights, device=device)
+
+
+_EPSILON = 1e-12
+"""Below any mean square there is; keeps the gradient of a row without states finite."""
+
+
+def scaled(thought: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+    """`thought` (B, D) with the L2 norm `norm` (B, 1); as it is where that is None."""
+    if norm is None:
+        return thought
+    wide = thought.float()
+    return (wide * (norm * (wide.square().sum(dim=1, keepdim=True) + _EPSILON).rsqrt())).to(thought.dtype)
+
+
+@torch.no_grad()
+def wanted_norm(context: LatentContext, embeds: torch.Tensor, precedes: torch.Tensor) -> torch.Tensor | None:
+    """The L2 norm of each row's thoughts (B, 1), or None where they keep theirs.
+
+    embeds (B, T, D) of the tokens; precedes (B, T) is true for the real columns before the row's first thought, so that
+    neither padding nor what follows a thought can change it.
+    """
+    if context.norm == "none":
+        return None
+    rows, _, size = embeds.shape
+    if context.norm == "rms":
+        return torch.full((rows, 1), size**0.5, device=embeds.device)
+    norms = torch.linalg.vector_norm(embeds.float(), dim=2)  # (B, T)
+    return ((norms * precedes).sum(dim=1) / precedes.sum(dim=1).clamp_min(1))[:, None]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 import traceback
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -35,7 +36,7 @@ from coconut_ds.errors import InputError
 from coconut_ds.memory import GIB
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.training import sealed_folder
-from coconut_ds.training.weights import MODEL_FOLDER, WEIGHTS_FILE, export_model
+from coconut_ds.training.weights import MODEL_FOLDER, WEIGHTS_FILE, export_model, stored_window
 
 _PROGRESS, _RANDOM, _LATEST = "progress.json", "random_states.safetensors", "latest"
 _PREFIX = "base_causallm."
@@ -187,7 +188,9 @@ def restore(path: Path, engine: deepspeed.DeepSpeedEngine) -> None:
             for moment in optimizer_states.MOMENTS
             if stored.updates
         }
-        optimizer_states.restore(engine, stored.updates, weights, moments)
+        # A learned window has a file of its own.
+        whole = ChainMap(stored_window(str(path)), weights)  # type: ignore[arg-type]
+        optimizer_states.restore(engine, stored.updates, whole, moments)
     optimizer_states.restore_loss_scale(engine, stored.loss_scale)
     engine.global_steps = stored.progress.step
     _set_random_state(load_file(path / _RANDOM))
@@ -225,9 +228,11 @@ def _write_tensors(
     failed: str,
 ) -> None:
     """One set of tensors after the other, so that rank 0 holds no more than one."""
-    tensors = {name.removeprefix(_PREFIX): value for name, value in optimizer_states.gather(engine).items()}
+    tensors = optimizer_states.gather(engine)
     _on_main(failed, _demand_finite, tensors)
-    _on_main(failed, export_model, folder / MODEL_FOLDER, backbone, settings, tensors)
+    own = {name.removeprefix(_PREFIX): value for name, value in tensors.items() if name.startswith(_PREFIX)}
+    window = {name: value for name, value in tensors.items() if not name.startswith(_PREFIX)}
+    _on_main(failed, export_model, folder / MODEL_FOLDER, backbone, settings, own, window)
     for moment in optimizer_states.MOMENTS if stored.updates else ():
         watchdog.alive()
         tensors = optimizer_states.gather(engine, moment)

@@ -87,8 +87,8 @@ class Evaluator:
         new_tokens = self.model.generate(
             inputs["input_ids"], inputs["attention_mask"], self.max_new_tokens, inputs["thought_span"]
         )
-        latent = -1 if self.tokens.latent is None else self.tokens.latent
-        n_thoughts = (batch.inputs["input_ids"] == latent).sum(dim=1)
+        thought = -1 if self.tokens.thought is None else self.tokens.thought
+        n_thoughts = (batch.inputs["input_ids"] == thought).sum(dim=1)
         rows = zip(batch.indices, new_tokens.tolist(), n_thoughts.tolist())
         return [self._prediction(index, ids, thoughts) for index, ids, thoughts in rows]
 

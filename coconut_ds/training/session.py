@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from coconut_ds import distributed
-from coconut_ds.config import ActivationCheckpointingConfig, BatchSizes, RunConfig, batch_sizes
+from coconut_ds.config import ActivationCheckpointingConfig, BatchSizes, RunConfig, Scope, batch_sizes
 from coconut_ds.console import say
 from coconut_ds.curriculum.collator import Tokens
 from coconut_ds.curriculum.examples import check_lengths, longest_prompt, read_records, tokenize
@@ -28,9 +28,10 @@ from coconut_ds.training.batch_size import choose_eval_batch, choose_micro_batch
 from coconut_ds.training.checkpoint import Checkpoints
 from coconut_ds.training.evaluator import Evaluation, Evaluator
 from coconut_ds.training.trainer import Parts, Trainer, write_predictions
-from coconut_ds.training.weights import latent_settings, load_initial, stored_settings
+from coconut_ds.training.weights import latent_settings, load_initial, load_window, stored_settings
 
 _DEBUG_TRAIN, _DEBUG_VALID = 5000, 32
+_PLAIN: tuple[tuple[float, ...], Scope, bool] = ((1.0,), "sequence", False)
 
 
 @dataclass(frozen=True)
@@ -159,21 +160,42 @@ def _evaluator(
 
 
 def _coconut(config: RunConfig, backbone: Backbone) -> tuple[Coconut, Tokens]:
-    ids = backbone.marker_ids() if config.uses_markers else dict.fromkeys((START_LATENT, END_LATENT, LATENT))
+    tokens = _tokens(config, backbone)
     context = config.latent_context
+    weights, scope, learned = (context.newest_first, context.scope, context.learned) if context else _PLAIN
     model = Coconut(
         backbone.model,
-        latent_token_id=ids[LATENT],
-        start_latent_id=ids[START_LATENT],
-        end_latent_id=ids[END_LATENT],
+        latent_token_id=tokens.thought,
+        start_latent_id=tokens.start_latent,
+        end_latent_id=tokens.end_latent,
         eos_token_id=backbone.tokenizer.eos_token_id,
-        latent_context=LatentContext(context.weights, context.scope) if context else None,
+        latent_context=LatentContext(weights, scope, learned, config.latent_norm),
     )
+    load_window(model, config.load_model_path)
     checkpointing = config.activation_checkpointing
     if checkpointing is not None and checkpointing.enabled and not config.only_eval:
         _checkpoint_activations(model, checkpointing)
-    tokens = Tokens(backbone.tokenizer.pad_token_id, ids[START_LATENT], ids[END_LATENT], ids[LATENT])
     return model, tokens
+
+
+def _tokens(config: RunConfig, backbone: Backbone) -> Tokens:
+    traits, pad = config.traits, backbone.tokenizer.pad_token_id
+    fact_end = None if config.shuffle_facts is None else _single_token(backbone, config.shuffle_facts)
+    if traits.thoughts == "none":
+        return Tokens(pad, fact_end=fact_end)
+    ids = backbone.marker_ids()
+    start, end = (ids[START_LATENT], ids[END_LATENT]) if traits.has_markers else (None, None)
+    return Tokens(pad, start, end, ids[LATENT], traits.thoughts == "pause", fact_end)
+
+
+def _single_token(backbone: Backbone, text: str) -> int:
+    ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise InputError(
+            f"shuffle_facts: {text!r} is {len(ids)} tokens; name the one token that ends every fact, such as '|' in "
+            "symbolic ProsQA"
+        )
+    return int(ids[0])
 
 
 def _checkpoint_activations(model: Coconut, wanted: ActivationCheckpointingConfig) -> None:
@@ -214,7 +236,10 @@ def _opening(config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any], ba
     precision = next((name for name in ("bf16", "fp16") if ds_config[name]["enabled"]), "fp32")
     n_parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
     context = config.latent_context
-    window = f", window {list(context.weights)} ({context.scope})" if context else ""
+    window = ""
+    if context is not None:
+        weights = [round(weight, 4) for weight in context.newest_first]
+        window = f", {'learned ' * context.learned}window {weights} ({context.scope})"
     return (
         f"{config.name}: {config.method}{window}, {n_parameters / 1e6:.2f} M parameters, {precision}, "
         f"{config.deepspeed}, {sizes.world} x {distributed.device().type}\n"

@@ -79,9 +79,12 @@ class Trainer:
         watchdog.start(self.config.hang_limit_s)
         try:
             with Interruption() as self.interruption:
-                return self._run_epochs()
+                is_complete = self._run_epochs()
         finally:
             watchdog.stop()
+        if is_complete:
+            self.tracker.log("end", epochs=self.progress.epochs, step=self.progress.step)
+        return is_complete
 
     def _run_epochs(self) -> bool:
         for epoch in range(self.progress.epochs, self.config.num_epochs):
@@ -213,10 +216,11 @@ class Trainer:
         stage = self.curriculum.stage(epoch)
         with whole_weights(self.engine):
             outcome = self.parts.evaluator.run(stage)
+            window = self._learned_window()
         self.progress = replace(self.progress, epochs=epoch + 1, windows=0)
         evaluation = outcome[0] if outcome else None
         if outcome:
-            self._record(epoch, stage, *outcome)
+            self._record(epoch, stage, *outcome, window)
         accuracy = distributed.from_main(evaluation.accuracy if evaluation else None)
         improved = accuracy > self.progress.best_accuracy
         if improved:
@@ -227,8 +231,15 @@ class Trainer:
             self._save(epoch)
         return saves
 
-    def _record(self, epoch: int, stage: int, evaluation: Evaluation, predictions: list[dict[str, Any]]) -> None:
-        self.tracker.log("eval", epoch=epoch + 1, stage=stage, step=self.progress.step, **evaluation.as_dict())
+    def _learned_window(self) -> dict[str, list[float]]:
+        window = self.parts.evaluator.model.latent_window
+        return {} if window.logits is None else {"latent_weights": window.current()}
+
+    def _record(
+        self, epoch: int, stage: int, evaluation: Evaluation, predictions: list[dict[str, Any]], window: dict[str, Any]
+    ) -> None:
+        figures = evaluation.as_dict() | window
+        self.tracker.log("eval", epoch=epoch + 1, stage=stage, step=self.progress.step, **figures)
         write_predictions(self.config, f"epoch_{epoch + 1:04d}", predictions)
         say(
             f"epoch {epoch + 1}/{self.config.num_epochs}, stage {stage}: validation loss {evaluation.valid_loss:.4f}, "

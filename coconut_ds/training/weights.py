@@ -8,41 +8,79 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from coconut_ds.config import RunConfig
 from coconut_ds.errors import InputError, problem_list
 from coconut_ds.model.backbone import MARKERS, Backbone, add_markers, load_backbone
+from coconut_ds.model.coconut import Coconut
 from coconut_ds.training import sealed_folder
 
-MODEL_FOLDER, WEIGHTS_FILE = "model", "model.safetensors"
+MODEL_FOLDER, WEIGHTS_FILE, WINDOW_FILE = "model", "model.safetensors", "latent_window.safetensors"
 _SETTINGS = "coconut.json"
+_WINDOW_NAME = "latent_window.logits"
 _WRAPPER_PREFIXES = ("module.", "_fsdp_wrapped_module.")
 _ONE_FILE = "1TB"
 
 
 def export_model(
-    folder: Path, backbone: Backbone, settings: dict[str, Any] | None, weights: dict | None = None
+    folder: Path,
+    backbone: Backbone,
+    settings: dict[str, Any] | None,
+    weights: dict[str, torch.Tensor] | None = None,
+    window: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write safetensors, config, tokenizer and latent settings: a folder that plain transformers loads.
 
-    `weights` take the place of those the model holds.
+    `weights` take the place of those the model holds. A learned `window` gets a file of its own, since transformers
+    has no place for it.
     """
     backbone.model.save_pretrained(folder, state_dict=weights, max_shard_size=_ONE_FILE)
     backbone.tokenizer.save_pretrained(folder)
+    if window:
+        save_file(window, folder / WINDOW_FILE)
     if settings is not None:
         (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def latent_settings(config: RunConfig) -> dict[str, Any]:
     """How a run makes thoughts: stored in `model/coconut.json`, with the epochs and the stage the weights have seen."""
-    values = config.model_dump(mode="json", include={"pad_latent_to_max", "max_latent_stage", "latent_context"})
-    return {"method": config.method, "c_thought": config.thoughts_per_step, **values}
+    values = config.model_dump(mode="json", include={"pad_latent_to_max", "max_latent_stage", "latent_norm"})
+    context = config.latent_context
+    window = None
+    if context is not None:
+        window = {"weights": list(context.newest_first), "scope": context.scope, "learned": context.learned}
+    return {"method": config.method, "c_thought": config.thoughts_per_step, "latent_context": window, **values}
 
 
 def stored_settings(load_model_path: str) -> dict[str, Any] | None:
     """The `coconut.json` of a checkpoint or of its `model/` folder; None for other weights."""
     file = _model_folder(load_model_path) / _SETTINGS
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def stored_window(load_model_path: str) -> dict[str, torch.Tensor]:
+    """What was learned of the latent window, by parameter name; empty for other weights."""
+    file = _model_folder(load_model_path) / WINDOW_FILE
+    return load_file(file) if file.is_file() else {}
+
+
+def load_window(model: Coconut, load_model_path: str | None) -> None:
+    """Go on from the window stored with `load_model_path`, where it is learned; else it starts as the run says.
+
+    Raises InputError for a window of another size.
+    """
+    window = stored_window(load_model_path) if load_model_path else {}
+    logits = model.latent_window.logits
+    if logits is None or not window:
+        return
+    stored = window[_WINDOW_NAME]
+    if stored.shape != logits.shape:
+        raise InputError(
+            f"load_model_path: {load_model_path} learned a window of {len(stored)} states, the run's has "
+            f"{len(logits)}; give latent_context as many weights"
+        )
+    logits.data.copy_(stored)
 
 
 def load_initial(config: RunConfig, from_scratch: Callable[[], Backbone] | None = None) -> Backbone:
@@ -67,7 +105,7 @@ def load_initial(config: RunConfig, from_scratch: Callable[[], Backbone] | None 
         backbone = load_backbone(config.model_id)
     if is_state_dict:
         _load_state_dict(backbone, str(source))
-    if config.uses_markers:
+    if config.traits.thoughts != "none":
         add_markers(backbone)
     return backbone
 

@@ -1,0 +1,78 @@
+"""A list of runs: which of them are not finished. `./launch.sh sweep FILE` trains those one after another.
+
+    python -m coconut_ds.sweep FILE
+
+FILE has a run a line, `RUN.yaml key=value ...`, as one would give it to launch.sh; empty lines and what follows a `#`
+do not count. Everything that is wrong with any of the runs is reported before the first one starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from coconut_ds.config import RunConfig, load_run_config
+from coconut_ds.errors import InputError, problem_list
+from coconut_ds.tracking import read_events
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 with the unfinished runs printed, a line each, quoted for a shell; 2 when the user has to act."""
+    parser = argparse.ArgumentParser(
+        prog="python -m coconut_ds.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path)
+    try:
+        runs = read_sweep(parser.parse_args(arguments).file)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for words, config in runs:
+        if is_finished(config):
+            print(f"{config.run_folder} is finished", file=sys.stderr)
+        else:
+            print(shlex.join(words))
+    return 0
+
+
+def read_sweep(path: Path) -> list[tuple[list[str], RunConfig]]:
+    """The runs of a sweep file in order, each as its words and its configuration.
+
+    Raises InputError for a file without runs, runs that cannot be loaded, and two that share a run folder.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"sweep file {path} cannot be read: {error}") from None
+    runs: list[tuple[list[str], RunConfig]] = []
+    problems, line_of = [], {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            words = shlex.split(line, comments=True)
+            if not words:
+                continue
+            config = load_run_config(words[0], words[1:])
+        except ValueError as error:  # an InputError, or quotes without an end
+            problems.append(f"line {number}: {error}")
+            continue
+        first = line_of.setdefault(config.run_folder, number)
+        if first != number:
+            problems.append(f"line {number}: writes to {config.run_folder}, as line {first} does; give it another name")
+        runs.append((words, config))
+    if not runs and not problems:
+        problems.append("no run in it; write a line `run_configs/demo.yaml name=a seed=1` for each")
+    if problems:
+        raise InputError(problem_list(f"sweep file {path}", problems))
+    return runs
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run folder says that as many epochs as the configuration asks for were trained to the end."""
+    records = config.run_folder / "metrics.jsonl"
+    return records.is_file() and any(end["epochs"] >= config.num_epochs for end in read_events(records, "end"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
