@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "coconut_ds"
 
 LAYERS = (
-    ("errors", "watchdog", "methods", "intervals", "figures", "training.sealed_folder"),
+    ("errors", "watchdog", "methods", "intervals", "figures", "comparison_tables", "training.sealed_folder"),
     ("config", "distributed"),
     ("console", "curriculum.stages", "interruption"),
     (
@@ -89,6 +89,8 @@ def test_heavy_libraries_stay_in_their_place(module):
         assert module.startswith("coconut_ds.engine.") or module == "coconut_ds.training.checkpoint"
     if "wandb" in roots:
         assert module == "coconut_ds.tracking"
+    if "matplotlib" in roots:
+        assert module == "coconut_ds.figures"
     if module.startswith("coconut_ds.model."):
         assert "coconut_ds.config" not in imports(MODULES[module]), "the model takes plain arguments"
 

@@ -1,0 +1,377 @@
+"""Compare runs by what they answered.
+
+    python -m coconut_ds.compare [LABEL=]RUN [[LABEL=]RUN ...] [--predictions NAME] [--json FILE] [--png FILE]
+
+RUN is a run folder. Runs with one label are one group, the seeds of one method; without a label the group is the run's
+name less its seed: `demo_seed1`, `demo-seed1` and `demo_s1` with seed 1 belong to `demo`. All runs must have answered
+the same questions. What the numbers mean, and what they take for granted:
+
+accuracy     Share of right answers; of a group, the mean over its seeds.
+Wilson       95% score interval of one run: what this trained model would reach on more questions drawn like these. It
+             knows nothing of other seeds.
+bootstrap    95% percentile interval of a group, 10,000 draws of seeds and, crossed with them, of questions: what the
+             method would reach with other seeds on other questions, both taken for independent draws. With few seeds
+             it is coarse and too narrow: where their spread dominates, and is normal, it covers about 50% with 2
+             seeds, 75% with 3, 83% with 5, 89% with 10. With one seed only questions are drawn.
+difference   Mean accuracy of one group less that of another in percentage points, with the same bootstrap: both groups
+             get the same questions in a draw, each its own seeds. Too narrow also where few answers differ.
+McNemar      Exact test of two models of the same seed, on the questions that only one of them answered right. It asks
+             whether these two trained models differ on questions like these, not whether the methods do.
+p, Holm      The same p-values, adjusted for all of them being printed together.
+tokens       Thoughts plus generated tokens before the end of the answer, mean per question; then thoughts alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from coconut_ds import intervals
+from coconut_ds.comparison_tables import report
+from coconut_ds.config import RunConfig, load_run_config
+from coconut_ds.errors import InputError, did_you_mean
+
+DRAWS, BOOTSTRAP_SEED = 10_000, 0
+_FEW = 10  # differing answers below which resampling them says little
+# The records of a run and its seed: what may differ within a group.
+_FREE_KEYS = {
+    *("project", "name", "save_path", "seed", "wandb"),
+    *("save_only_improve", "save_every_steps", "keep_checkpoints", "hang_limit_s", "log_every_steps"),
+}
+_EPOCH = re.compile(r"epoch_(\d+)")
+
+
+class Answer(BaseModel):
+    """What is compared of a prediction line, which `training/evaluator.py` writes."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    index: int
+    question: str
+    expected: str
+    correct: bool
+    n_steps: int = Field(ge=0)
+    n_thoughts: int = Field(ge=0)
+    n_new_tokens: int = Field(ge=0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the answers chosen from it, in order of their index."""
+
+    folder: Path
+    group: str
+    config: RunConfig
+    predictions: str
+    answers: tuple[Answer, ...]
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch after which the questions were answered; None for another set's predictions."""
+        found = _EPOCH.fullmatch(self.predictions)
+        return int(found[1]) if found else None
+
+    @property
+    def hits(self) -> list[bool]:
+        return [answer.correct for answer in self.answers]
+
+
+Groups = Mapping[str, Sequence[Run]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 with a comparison, 2 when the user has to put something right."""
+    options = _parse(arguments)
+    try:
+        _demand_libraries(["scipy", "matplotlib"] if options.png else ["scipy"])
+        comparison = compare(grouped([read_run(text, options.predictions) for text in options.runs]))
+        if options.json:
+            _write(options.json, lambda path: path.write_text(json.dumps(comparison, indent=2) + "\n", "utf-8"))
+        if options.png:
+            from coconut_ds import figures
+
+            _write(options.png, lambda path: figures.save(figures.draw(comparison), path))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report(comparison, options.markdown))
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m coconut_ds.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="run folder, save_path/name")
+    parser.add_argument(
+        "--predictions",
+        metavar="NAME",
+        help="file of predictions/ to compare, such as eval_prosqa_test (default: each run's last epoch); which "
+        "checkpoint an eval_ file is of stands nowhere in it",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, shares from 0 to 1")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw accuracies; needs matplotlib")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as GitHub markdown")
+    return parser.parse_args(arguments)
+
+
+def _demand_libraries(names: Sequence[str]) -> None:
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise InputError(f"{' and '.join(missing)} missing: pip install 'coconut_ds[compare]'")
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def read_run(text: str, predictions: str | None = None) -> Run:
+    """The run that `[LABEL=]RUN` names, with its last epoch's predictions or those called `predictions`.
+
+    Raises InputError for what is missing or damaged.
+    """
+    label, equals, rest = text.partition("=")
+    # A folder's own name may hold an equals sign.
+    is_labelled = bool(equals) and not Path(text).is_dir()
+    if is_labelled and not (label and rest):
+        raise InputError(f"{text!r}: a label is written LABEL=RUN")
+    folder = Path(rest if is_labelled else text)
+    run_file = folder / "run_config.yaml"
+    if not run_file.is_file():
+        raise InputError(f"{folder} is no run folder, it has no run_config.yaml; name a folder save_path/name")
+    config = load_run_config(run_file)
+    path = _predictions_file(folder / "predictions", predictions)
+    return Run(folder, label if is_labelled else group_of(config), config, path.stem, read_answers(path))
+
+
+def group_of(config: RunConfig) -> str:
+    """The name of the run less a trailing `_seedN`, `-seedN`, `_sN` or `-sN` where N is its seed."""
+    return re.sub(rf"(?<=.)[_-]s(eed)?{config.seed}$", "", config.name)
+
+
+def _predictions_file(folder: Path, name: str | None) -> Path:
+    stems = sorted(path.stem for path in folder.glob("*.jsonl"))
+    if name is None:
+        epochs = [stem for stem in stems if _EPOCH.fullmatch(stem)]
+        if not epochs:
+            raise InputError(f"{folder} has no epoch_NNNN.jsonl: the run has not ended an epoch; or use --predictions")
+        name = max(epochs, key=lambda stem: int(stem.removeprefix("epoch_")))
+    name = name.removesuffix(".jsonl")
+    if name not in stems:
+        raise InputError(f"{folder} has no {name}.jsonl{did_you_mean(name, stems)}; it has {len(stems)} other files")
+    return folder / f"{name}.jsonl"
+
+
+def read_answers(path: Path) -> tuple[Answer, ...]:
+    """The answers of a predictions file in order of their index; raises InputError for what is no such file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; evaluate the run again") from None
+    answers: dict[int, Answer] = {}
+    for number, line in enumerate(lines, start=1):
+        answer = _answer(line, f"{path}, line {number}")
+        if answer.index in answers:
+            raise InputError(f"{path}, line {number}: index {answer.index} stands there twice; evaluate the run again")
+        answers[answer.index] = answer
+    if not answers:
+        raise InputError(f"{path} is empty; evaluate the run again")
+    return tuple(answers[index] for index in sorted(answers))
+
+
+def _answer(line: str, place: str) -> Answer:
+    try:
+        return Answer.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = "".join(f"{part}: " for part in first["loc"])
+        raise InputError(f"{place}: {key}{first['msg']}; not a whole prediction, evaluate the run again") from None
+
+
+def grouped(runs: Sequence[Run]) -> Groups:
+    """Runs by group, seeds in order; raises InputError for groups that are none and for different questions."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.group, []).append(run)
+    for members in groups.values():
+        members.sort(key=lambda run: run.config.seed)
+        for other in members[1:]:
+            _demand_same_method(members[0], other)
+        for run, other in pairwise(members):
+            if run.config.seed == other.config.seed:
+                same = f"{run.folder} and {other.folder} both have seed {run.config.seed}"
+                raise InputError(f"{run.group}: {same}; name one of them, or label them apart with LABEL=RUN")
+    for other in runs[1:]:
+        _demand_same_questions(runs[0], other)
+    return groups
+
+
+def _demand_same_method(run: Run, other: Run) -> None:
+    first, second = run.config.model_dump(), other.config.model_dump()
+    differing = [key for key in first if key not in _FREE_KEYS and first[key] != second[key]]
+    pair = f"{run.group}: {run.folder} and {other.folder}"
+    if differing:
+        values = ", ".join(f"{key} ({first[key]} and {second[key]})" for key in differing)
+        raise InputError(f"{pair} are no seeds of one method, they differ in {values}; label them apart with LABEL=RUN")
+    if run.epoch != other.epoch:
+        raise InputError(
+            f"{pair}: the last predictions are of epochs {run.epoch} and {other.epoch}; finish the runs, or name an "
+            "epoch that both have with --predictions"
+        )
+
+
+def _demand_same_questions(run: Run, other: Run) -> None:
+    pair = f"{run.folder} ({run.predictions}) and {other.folder} ({other.predictions})"
+    rule = "compare runs that answered the same set"
+    if len(run.answers) != len(other.answers):
+        raise InputError(f"{pair} have {len(run.answers)} and {len(other.answers)} answers; {rule}")
+    for first, second in zip(run.answers, other.answers):
+        if first.index != second.index:
+            raise InputError(f"{pair}: index {min(first.index, second.index)} stands in one of them only; {rule}")
+        for key in ("question", "expected", "n_steps"):
+            if getattr(first, key) != getattr(second, key):
+                raise InputError(f"{pair} differ first at index {first.index}, in `{key}`; {rule}")
+
+
+def compare(groups: Groups) -> dict[str, Any]:
+    """Everything that is printed, drawn and written as JSON.
+
+    Shares and their intervals from 0 to 1, tokens and thoughts per question.
+    """
+    hits = {name: np.array([run.hits for run in runs]) for name, runs in groups.items()}
+    draws = intervals.bootstrap(hits, DRAWS, BOOTSTRAP_SEED)
+    described = [
+        {**_describe(name, runs, hits[name]), "interval": intervals.percentile_interval(draws[name])}
+        for name, runs in groups.items()
+    ]
+    pairs: list[dict[str, Any]] = []
+    for first, second in combinations(groups, 2):
+        pairs.append(
+            {
+                "first": first,
+                "second": second,
+                "difference": float(hits[first].mean() - hits[second].mean()),
+                "interval": intervals.percentile_interval(draws[first] - draws[second]),
+                "mcnemar": _mcnemar(groups[first], groups[second]),
+            }
+        )
+    tests = [test for pair in pairs for test in pair["mcnemar"]]
+    for test, adjusted in zip(tests, intervals.holm([test["p"] for test in tests])):
+        test["p_holm"] = adjusted
+    return {
+        "examples": described[0]["examples"],
+        "level": intervals.LEVEL,
+        "bootstrap": {"draws": DRAWS, "seed": BOOTSTRAP_SEED},
+        "groups": described,
+        "pairs": pairs,
+        "notes": _notes(groups, described, pairs),
+    }
+
+
+def _describe(name: str, runs: Sequence[Run], hits: np.ndarray) -> dict[str, Any]:
+    steps = np.array([answer.n_steps for answer in runs[0].answers])
+    thoughts = np.array([[answer.n_thoughts for answer in run.answers] for run in runs])
+    tokens = np.array([[answer.n_new_tokens for answer in run.answers] for run in runs])
+    by_steps = {
+        str(count): {"examples": int((steps == count).sum()), "accuracy": float(hits[:, steps == count].mean())}
+        for count in sorted(set(steps.tolist()))
+    }
+    return {
+        "group": name,
+        "seeds": [run.config.seed for run in runs],
+        "predictions": runs[0].predictions,
+        "examples": hits.shape[1],
+        "accuracy": float(hits.mean()),
+        "resampled": ["seeds", "questions"] if len(runs) > 1 else ["questions"],
+        "mean_tokens": float((thoughts + tokens).mean()),
+        "mean_thoughts": float(thoughts.mean()),
+        "accuracy_by_steps": by_steps,
+        "runs": [_describe_run(run) for run in runs],
+    }
+
+
+def _describe_run(run: Run) -> dict[str, Any]:
+    total, correct = len(run.hits), sum(run.hits)
+    thoughts = sum(answer.n_thoughts for answer in run.answers)
+    return {
+        "name": run.config.name,
+        "folder": str(run.folder),
+        "seed": run.config.seed,
+        "n_correct": correct,
+        "accuracy": correct / total,
+        "interval": intervals.wilson(correct, total),
+        "mean_tokens": (thoughts + sum(answer.n_new_tokens for answer in run.answers)) / total,
+        "mean_thoughts": thoughts / total,
+    }
+
+
+def _mcnemar(first: Sequence[Run], second: Sequence[Run]) -> list[dict[str, Any]]:
+    others = {run.config.seed: run for run in second}
+    tests = []
+    for run in first:
+        if run.config.seed in others:
+            other = others[run.config.seed]
+            only_first, only_second, p = intervals.mcnemar(np.array(run.hits), np.array(other.hits))
+            tests.append({"seed": run.config.seed, "only_first": only_first, "only_second": only_second, "p": p})
+    return tests
+
+
+def _notes(groups: Groups, described: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> list[str]:
+    """What a reader of the numbers has to know, a line each."""
+    notes = [
+        "Intervals are meant to cover 95%. Of a run: Wilson score. Of a group and of a difference: percentile "
+        f"bootstrap, {DRAWS:,} draws of seeds and, crossed with them, of questions."
+    ]
+    alone = [name for name, runs in groups.items() if len(runs) == 1]
+    if alone:
+        notes.append(f"One seed only, so the bootstrap intervals leave out the spread over seeds: {', '.join(alone)}.")
+    if any(1 < len(runs) <= 10 for runs in groups.values()):
+        notes.append(
+            "Few seeds make the bootstrap too narrow: where their spread dominates it covers about 50% with 2 seeds, "
+            "75% with 3, 83% with 5, 89% with 10."
+        )
+    flat = [each["group"] for each in described if each["accuracy"] in (0, 1)]
+    if flat:
+        notes.append(
+            f"All answers right, or all wrong, so the bootstrap has nothing to vary, read Wilson: {', '.join(flat)}."
+        )
+    differing = [test["only_first"] + test["only_second"] for pair in pairs for test in pair["mcnemar"]]
+    if any(count < _FEW for count in differing):
+        notes.append(f"Where fewer than {_FEW} answers differ, trust McNemar and not the interval of the difference.")
+    if any(pair["mcnemar"] for pair in pairs):
+        notes.append("McNemar compares two trained models on these questions, not two methods.")
+    apart = [f"{pair['first']} and {pair['second']}" for pair in pairs if not pair["mcnemar"]]
+    if apart:
+        notes.append(f"No seed in common, so no McNemar test: {'; '.join(apart)}.")
+    return notes + _notes_on_epochs(groups)
+
+
+def _notes_on_epochs(groups: Groups) -> list[str]:
+    notes = []
+    if len({runs[0].predictions for runs in groups.values()}) > 1:
+        epochs = ", ".join(f"{name} {runs[0].epoch}" for name, runs in groups.items())
+        notes.append(f"The epochs differ: {epochs}.")
+    for name, (run, *_) in groups.items():
+        if run.epoch is not None and run.epoch < run.config.num_epochs:
+            notes.append(f"{name}: epoch {run.epoch} of {run.config.num_epochs}, not the end of the run.")
+    return notes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

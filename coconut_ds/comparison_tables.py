@@ -1,0 +1,75 @@
+"""A comparison as text or GitHub markdown: accuracies, by number of steps, differences, McNemar tests, notes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def report(comparison: dict[str, Any], markdown: bool = False) -> str:
+    """The tables and notes as text, or as GitHub markdown."""
+    groups, pairs = comparison["groups"], comparison["pairs"]
+    sets = ", ".join(dict.fromkeys(group["predictions"] for group in groups))
+    parts = [f"{comparison['examples']} questions, predictions {sets}"]
+    tables = [_group_table(groups), _steps_table(groups)]
+    if pairs:
+        tables += [_difference_table(pairs), _mcnemar_table(pairs)]
+    parts += [_layout(rows, markdown) for rows in tables if len(rows) > 1]
+    parts.append("\n".join(f"- {note}" for note in comparison["notes"]))
+    return "\n\n".join(parts)
+
+
+Rows = list[list[str]]
+
+
+def _group_table(groups: list[dict[str, Any]]) -> Rows:
+    rows = [["group, run", "seed", "examples", "accuracy", "95% interval", "interval from", "tokens", "thoughts"]]
+    for group in groups:
+        seeds, examples = ", ".join(map(str, group["seeds"])), str(group["examples"])
+        rows.append([group["group"], seeds, examples, *_figures(group, f"bootstrap, {' x '.join(group['resampled'])}")])
+        rows += [["  " + run["name"], str(run["seed"]), examples, *_figures(run, "Wilson")] for run in group["runs"]]
+    return rows
+
+
+def _figures(each: dict[str, Any], source: str) -> list[str]:
+    low, high = each["interval"]
+    lengths = [f"{each[key]:.1f}" for key in ("mean_tokens", "mean_thoughts")]
+    return [f"{each['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", source, *lengths]
+
+
+def _steps_table(groups: list[dict[str, Any]]) -> Rows:
+    rows = [["steps", "examples", *(group["group"] for group in groups)]]
+    for steps, first in groups[0]["accuracy_by_steps"].items():
+        shares = [f"{group['accuracy_by_steps'][steps]['accuracy']:.1%}" for group in groups]
+        rows.append([steps, str(first["examples"]), *shares])
+    return rows
+
+
+def _difference_table(pairs: list[dict[str, Any]]) -> Rows:
+    rows = [["difference of accuracies", "points", "95% interval"]]
+    for pair in pairs:
+        low, high = (100 * end for end in pair["interval"])
+        title = f"{pair['first']} - {pair['second']}"
+        rows.append([title, f"{100 * pair['difference']:+.1f}", f"{low:+.1f} to {high:+.1f}"])
+    return rows
+
+
+def _mcnemar_table(pairs: list[dict[str, Any]]) -> Rows:
+    rows = [["McNemar: A, B", "seed", "only A right", "only B right", "p", "p, Holm"]]
+    for pair in pairs:
+        for test in pair["mcnemar"]:
+            counts = [str(test[key]) for key in ("seed", "only_first", "only_second")]
+            p_values = [f"{test[key]:.2g}" for key in ("p", "p_holm")]
+            rows.append([f"{pair['first']}, {pair['second']}", *counts, *p_values])
+    return rows
+
+
+def _layout(rows: Rows, markdown: bool) -> str:
+    """Rows under a header, the first column flush left and the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [[cell.rjust(width) for cell, width in zip(row, widths)] for row in rows]
+    for line, row in zip(lines, rows):
+        line[0] = row[0].ljust(widths[0])
+    if not markdown:
+        return "\n".join("  ".join(line).rstrip() for line in lines)
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
