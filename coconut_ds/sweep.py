@@ -47,7 +47,8 @@ def read_sweep(path: Path) -> list[tuple[list[str], RunConfig]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"sweep file {path} cannot be read: {error}") from None
     runs: list[tuple[list[str], RunConfig]] = []
-    problems, line_of = [], {}
+    problems: list[str] = []
+    line_of: dict[Path, int] = {}
     for number, line in enumerate(lines, start=1):
         try:
             words = shlex.split(line, comments=True)

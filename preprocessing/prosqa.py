@@ -323,12 +323,15 @@ PUBLISHED_COUNTS = {"train": 17886, "valid": 300, "test": 500}
 def _download(options: argparse.Namespace) -> int:
     """Fetch the published files; of those whose checksum is not known, every example is checked and counted."""
     # Here, so that generating needs nothing but Python.
-    from download import DownloadError, File, fetch
+    from download import DownloadError, RemoteFile, fetch
 
     names = {split: f"prosqa_{split}.json" for split in PUBLISHED_COUNTS}
     known: dict[str, Any] = {"valid": {"size": 518208, "sha256": _VALID_SHA256}}
     try:
-        fetch([File(f"{PUBLISHED}/{name}", name, **known.get(split, {})) for split, name in names.items()], options.out)
+        fetch(
+            (RemoteFile(f"{PUBLISHED}/{names[split]}", names[split], **known.get(split, {})) for split in names),
+            options.out,
+        )
     except DownloadError as error:
         raise _UnusableError(str(error)) from None
     for split, name in names.items():

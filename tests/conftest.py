@@ -69,3 +69,15 @@ def curriculum():
         return Curriculum(**(values | changes))
 
     return make
+
+
+@pytest.fixture
+def in_process():
+    """For runs inside this process, which leave it in a group, on a port that one started later would ask for."""
+    from coconut_ds import distributed
+
+    before = dict(os.environ)
+    yield
+    distributed.close()
+    os.environ.clear()
+    os.environ.update(before)

@@ -14,11 +14,12 @@ import tiny
 import yaml
 from test_examples import BAD_FILES
 
-from coconut_ds import distributed, train
+from coconut_ds import train
 from coconut_ds.config import load_run_config
 from coconut_ds.engine.ds_config import read_ds_json
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("in_process")
 RUNS = sorted((ROOT / "run_configs").glob("*.yaml"))
 
 
@@ -28,16 +29,6 @@ def run(tmp_path) -> dict:
         "save_path": str(tmp_path / "runs"),
         "deepspeed": str(ROOT / "ds_configs" / "zero2_offload.json"),
     }
-
-
-@pytest.fixture(autouse=True)
-def _leaves_no_group():
-    """A run refused inside this process leaves it in a group, on a port that a process started later would ask for."""
-    before = dict(os.environ)
-    yield
-    distributed.close()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def error_of(run: dict, folder: Path, capsys, *overrides: str) -> str:
