@@ -61,6 +61,13 @@ class LatentContextConfig(_Section):
     scope: Scope = "sequence"
     """`sequence` reaches across passes; `last_pass` is what the code of coconut-contextual computes."""
 
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _known(cls, weights: Any) -> Any:
+        if not isinstance(weights, list | tuple) and weights not in ("uniform", "exponential"):
+            raise ValueError("must be a list of numbers, uniform or exponential")
+        return weights
+
     @field_validator("weights")
     @classmethod
     def _usable(cls, weights: tuple[float, ...] | str) -> tuple[float, ...] | str:

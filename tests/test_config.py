@@ -145,6 +145,61 @@ def test_without_thoughts_beside_coconut_is_what_the_paper_calls_it(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("override", "weights"),
+    [
+        ("latent_context.weights=[2, 1]", (2.0, 1.0)),
+        ("latent_context.weights=uniform latent_context.window=4", (1.0, 1.0, 1.0, 1.0)),
+        ("latent_context.weights=exponential latent_context.window=3", (1.0, 0.5, 0.25)),
+        ("latent_context.weights=exponential latent_context.window=2 latent_context.decay=0.1", (1.0, 0.1)),
+        ("latent_context.learned=true latent_context.window=3", (0.6, 0.3, 0.1)),
+    ],
+)
+def test_windows(tmp_path, override, weights):
+    config = load(tmp_path, GOOD, *override.replace(", ", ",").split())
+    assert config.latent_context.newest_first == weights
+    assert load(tmp_path, config.to_yaml()).latent_context == config.latent_context
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("latent_context.weights=uniform", "weights: uniform needs window, the number of states"),
+        ("latent_context.window=2", "window: 2, but 3 weights are listed"),
+        ("latent_context.weights=[1,0] latent_context.learned=true", "learned: starts from weights above 0"),
+        (
+            "latent_context.weights=triangular",
+            "latent_context.weights: 'triangular': must be a list of numbers, uniform or exponential",
+        ),
+        ("latent_context.window=0", "latent_context.window: 0: input should be greater than or equal to 1"),
+        ("latent_context.decay=2", "latent_context.decay: 2: input should be less than or equal to 1"),
+        ("latent_norm=l2", "latent_norm: 'l2': input should be 'none', 'rms' or 'embedding'"),
+        ("method=paws", "method: 'paws': input should be 'coconut', 'cot'"),
+        ("method=no_cot", "coconut: true, but method is no_cot"),
+        ("coconut=false method=pause max_latent_stage=0", "max_latent_stage: 0 with pause"),
+        ("coconut=false method=no_curriculum max_latent_stage=0", "max_latent_stage: 0 with no_curriculum"),
+        ("coconut=false method=pause c_thought=0", "c_thought: 0 with pause: use method: no_cot"),
+        ("coconut=false method=pause_as_thought c_thought=0", "c_thought: 0 with pause_as_thought: use method: no_tho"),
+        ("coconut=false method=pause latent_norm=rms", "latent_norm: pause has no continuous thoughts"),
+        ("coconut=false method=pause_as_thought latent_context.scope=sequence", "latent_context: pause_as_thought has"),
+        ("coconut=false method=icot uniform_prob=0.1", "uniform_prob: 0.1 draws stages, and icot does not replace steps by stage"),
+        ("icot.smoothing=1", "icot: a section for method: icot, but method is coconut"),
+        ("coconut=false method=icot icot.smoothing=0", "icot.smoothing: 0: input should be greater than 0"),
+        ("coconut=false method=icot icot.tokens=3", "icot.tokens: unknown key"),
+    ],
+)
+def test_windows_and_methods_that_cannot_be(tmp_path, override, message):
+    assert any(message in found for found in problems(tmp_path, GOOD, *override.split()))
+
+
+def test_the_published_switches_are_synonyms(tmp_path):
+    for name in ("coconut", "cot", "no_cot", "no_thoughts"):
+        text = GOOD.replace("coconut: true", f"{name}: true")
+        assert load(tmp_path, text).method == name
+        assert load(tmp_path, text, f"method={name}").method == name
+        assert load(tmp_path, GOOD.replace("coconut: true", f"method: {name}")).method == name
+
+
+@pytest.mark.parametrize(
     ("text", "message"), [("- 1\n", "must hold `key: value` lines"), ("a: [", "is not YAML"), (None, "cannot be read")]
 )
 def test_files_that_are_no_run(tmp_path, text, message):
