@@ -77,7 +77,13 @@ def test_a_sweep_without_runs_is_refused(tmp_path):
         sweep.read_sweep(tmp_path / "none.txt")
 
 
-def test_the_shipped_sweep_is_fifteen_runs():
+@pytest.mark.parametrize("path", sorted((launching.ROOT / "run_configs").glob("*.txt")), ids=lambda path: path.name)
+def test_shipped_sweeps_load_and_say_how_they_are_started(path):
+    assert sweep.read_sweep(path)
+    assert f"./launch.sh sweep run_configs/{path.name}" in path.read_text()
+
+
+def test_the_comparison_of_the_demo_task_is_fifteen_runs():
     runs = sweep.read_sweep(launching.ROOT / "run_configs" / "demo_comparison.txt")
     groups = {name: set() for name in ("coconut", "contextual", "last_pass", "pause_as_thought", "no_cot")}
     for _, config in runs:
