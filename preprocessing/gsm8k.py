@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, TextIO
 
 import gsm8k_check
 from download import DownloadError, RemoteFile, fetch
+from statistics_table import print_statistics
 from tqdm import tqdm
 
 _REVISION = "da03/Internalize_CoT_Step_by_Step/e06a32ee5e4cd117171daeb4755d2a97ece62761"
@@ -281,12 +282,7 @@ def statistics(records: list[dict[str, Any]]) -> dict[str, float | dict[int, flo
 
 
 def _print_statistics(path: Path) -> int:
-    for name, value in statistics(load(path)).items():
-        if isinstance(value, dict):
-            text = "  ".join(f"{key}: {share:.1%}" for key, share in value.items())
-        else:
-            text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        print(f"{name:>20}  {text}")
+    print_statistics(statistics(load(path)))
     return 0
 
 

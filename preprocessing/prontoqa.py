@@ -35,6 +35,7 @@ from prontoqa_generator import (
     roles,
     shape,
 )
+from statistics_table import print_statistics
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _JSON_NAMES = {tuple: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
@@ -289,17 +290,12 @@ def _places(records: list[dict]) -> dict[str, float]:
     }
 
 
-def print_statistics(options: argparse.Namespace) -> int:
+def describe(options: argparse.Namespace) -> int:
     records = read_records(options.file)
     problem = next(find_problems(records), None)
     if problem is not None:
         raise ValueError(f"{options.file}: record {problem[0]}: {problem[1]}; `check` names every such record")
-    for name, value in statistics(records).items():
-        if isinstance(value, dict):
-            text = "  ".join(f"{key}: {share:.1%}" for key, share in value.items())
-        else:
-            text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        print(f"{name:>20}  {text}")
+    print_statistics(statistics(records))
     return 0
 
 
@@ -337,10 +333,10 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--seed", type=int, default=0)
     make.add_argument("--hops", type=int, default=5, help=f"rules in a proof, 1 to {MOST_HOPS} (published: 5)")
     follow = commands.add_parser("check", help="follow every proof of a file; exit status 1 where one does not hold")
-    describe = commands.add_parser("stats", help="print the statistics of a file")
-    for command in (follow, describe):
+    stats = commands.add_parser("stats", help="print the statistics of a file")
+    for command in (follow, stats):
         command.add_argument("file", type=Path, help="a file that `convert` or `generate` wrote")
-    for command, run in ((read, convert), (make, write_generated), (follow, check), (describe, print_statistics)):
+    for command, run in ((read, convert), (make, write_generated), (follow, check), (stats, describe)):
         command.set_defaults(run=run)
     return parser
 

@@ -23,6 +23,7 @@ from statistics import mean
 from typing import Any
 
 from prosqa_graphs import MEAN_PARENTS, Graph, check_graph, draw_graph, shortest_paths
+from statistics_table import print_statistics
 
 PERSONS = "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split()
 CONCEPTS = (
@@ -373,12 +374,7 @@ def _print_statistics(options: argparse.Namespace) -> int:
         found = statistics(_read(options.file))
     except (KeyError, TypeError, IndexError) as error:
         raise _UnusableError(f"{options.file} is not a ProsQA file: {error!r}") from None
-    for name, value in found.items():
-        if isinstance(value, dict):
-            text = "  ".join(f"{key}: {share:.1%}" for key, share in value.items())
-        else:
-            text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        print(f"{name:>20}  {text}")
+    print_statistics(found)
     return 0
 
 

@@ -181,7 +181,10 @@ def test_windows(tmp_path, override, weights):
         ("coconut=false method=pause_as_thought c_thought=0", "c_thought: 0 with pause_as_thought: use method: no_tho"),
         ("coconut=false method=pause latent_norm=rms", "latent_norm: pause has no continuous thoughts"),
         ("coconut=false method=pause_as_thought latent_context.scope=sequence", "latent_context: pause_as_thought has"),
-        ("coconut=false method=icot uniform_prob=0.1", "uniform_prob: 0.1 draws stages, and icot does not replace steps by stage"),
+        (
+            "coconut=false method=icot uniform_prob=0.1",
+            "uniform_prob: 0.1 draws stages, and icot does not",
+        ),
         ("icot.smoothing=1", "icot: a section for method: icot, but method is coconut"),
         ("coconut=false method=icot icot.smoothing=0", "icot.smoothing: 0: input should be greater than 0"),
         ("coconut=false method=icot icot.tokens=3", "icot.tokens: unknown key"),
