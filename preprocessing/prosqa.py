@@ -2,7 +2,7 @@
 
     python preprocessing/prosqa.py generate --out data/prosqa --train 17886 --valid 300 --test 500
     python preprocessing/prosqa.py ood --out data/prosqa
-    python preprocessing/prosqa.py download --out data/prosqa_published
+    python preprocessing/prosqa.py download --out data/prosqa_published      (also: prosqa.py --download)
     python preprocessing/prosqa.py check data/prosqa/prosqa_train.json
     python preprocessing/prosqa.py stats data/prosqa/prosqa_train.json
 
@@ -203,7 +203,8 @@ def _answer_named_first(record: dict) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(["download", *given[1:]] if given[:1] == ["--download"] else given)
     try:
         return options.run(options)
     except _UnusableError as error:
@@ -349,7 +350,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         records = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise _UnusableError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _UnusableError(f"{path} is not a ProsQA file: {error}") from None
     if not isinstance(records, list) or not records:
         raise _UnusableError(f"{path} is not a ProsQA file: it must hold a list of records")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 
 import pytest
 from transformers import AutoTokenizer
@@ -33,6 +35,16 @@ BAD_FILES = {
     "not JSON": ('[{"question": ', "is not JSON"),
     "empty file": ("", "is empty"),
     "empty list": ("[]", "must hold a list of records with question, steps, answer; found an empty list"),
+    "nested without end": ("[" * 100_000, "must hold a JSON list of records"),
+    "huge number": (f"[{'9' * 5000}]", "must hold a JSON list of records"),
+    "half a character": (
+        '[{"question": "\\ud800", "steps": [], "answer": "b"}]',
+        "'question' holds half",
+    ),
+    "half a step": (
+        '[{"question": "a", "steps": ["\\udfff"], "answer": "b"}]',
+        "'steps': entry 0 holds half",
+    ),
     "no list": ("{}", "must hold a list of records with question, steps, answer; found a JSON dict"),
 }
 
@@ -45,6 +57,33 @@ def test_bad_files_are_named(tmp_path, kind):
         read_records(path)
     assert str(caught.value).startswith(path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["\ufeff{}", "{}\r\n", "\ufeff\r\n{}"], ids=["BOM", "CRLF", "both"])
+def test_files_written_elsewhere_are_read(tmp_path, content):
+    path = tmp_path / "some.json"
+    path.write_bytes(content.replace("{}", json.dumps([GOOD, GOOD], indent=2).replace("\n", "\r\n")).encode())
+    assert read_records(path) == [GOOD, GOOD]
+
+
+def test_whatever_is_in_a_file_it_is_read_or_named(tmp_path):
+    """A thousand damaged files: bytes changed, cut out, doubled, or the end missing."""
+    draw = random.Random(0)
+    path = tmp_path / "some.json"
+    whole = json.dumps([GOOD, {**GOOD, "question": "Größe: 1e999, -0.5, \u2028?"}], ensure_ascii=False).encode()
+    read = 0
+    for _ in range(1000):
+        damaged = bytearray(whole)
+        for _ in range(draw.randint(1, 3)):
+            start = draw.randrange(len(damaged))
+            end = start + draw.randint(0, 12)
+            other = [b"", bytes([draw.randrange(256)]), damaged[start:end] * 2, b"NaN", b"\\ud9"]
+            damaged[start:end] = draw.choice(other)
+        path.write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            json.dumps(read_records(path), ensure_ascii=False).encode()
+            read += 1
+    assert 10 < read < 990
 
 
 def test_a_missing_file_says_where_to_get_data(tmp_path):

@@ -159,11 +159,13 @@ def test_the_checker_names_what_is_no_record(record):
         (b"", "is not a ProsQA file"),
         (b"[{", "is not a ProsQA file"),
         (b'["\xff"]', "is not a ProsQA file"),
+        (b"[" * 100_000, "is not a ProsQA file"),
+        (b"[" + b"9" * 5000 + b"]", "is not a ProsQA file"),
         (b"{}", "must hold a list"),
         (b"[]", "must hold a list"),
         (None, "cannot be read"),
     ],
-    ids=["empty", "cut", "no UTF-8", "no list", "empty list", "missing"],
+    ids=["empty", "cut", "no UTF-8", "nested", "huge number", "no list", "empty list", "missing"],
 )
 @pytest.mark.parametrize("command", ["check", "stats"])
 def test_files_that_cannot_be_used_are_named(command, content, message, tmp_path, capsys):

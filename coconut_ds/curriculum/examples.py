@@ -30,7 +30,7 @@ def read_records(path: str | Path, limit: int | None = None) -> list[dict[str, A
     Raises DataError naming the file, the index of the record (from 0) and the key.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             records = json.load(file)
     except OSError as error:
         message = f"{path}: cannot be read: {error.strerror}; data/README.md says how to get or make the data"
@@ -38,8 +38,10 @@ def read_records(path: str | Path, limit: int | None = None) -> list[dict[str, A
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
-        what = "is empty" if not Path(path).read_text(encoding="utf-8").strip() else f"is not JSON: {error}"
+        what = "is empty" if not Path(path).read_text(encoding="utf-8-sig").strip() else f"is not JSON: {error}"
         raise DataError(f"{path}: {what}; it must hold a JSON list of records") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; lists in lists without end
+        raise DataError(f"{path}: {error}; it must hold a JSON list of records") from None
     if not isinstance(records, list) or not records:
         found = "an empty list" if records == [] else f"a JSON {type(records).__name__}"
         raise DataError(f"{path}: must hold a list of records with {', '.join(KEYS)}; found {found}")
@@ -62,12 +64,21 @@ def _problem_with(record: Any) -> str | None:
             return f"key {key!r} must be text, found {type(record[key]).__name__} {record[key]!r}"
         if not record[key].strip():
             return f"key {key!r} is empty"
+        if not _is_unicode(record[key]):
+            return f"key {key!r} holds half of a surrogate pair, which is no text: {record[key]!r}"
     if not isinstance(record["steps"], list):
         return f"key 'steps' must be a list of texts, found {type(record['steps']).__name__} {record['steps']!r}"
     for number, step in enumerate(record["steps"]):
         if not isinstance(step, str):
             return f"key 'steps': entry {number} must be text, found {type(step).__name__} {step!r}"
+        if not _is_unicode(step):
+            return f"key 'steps': entry {number} holds half of a surrogate pair, which is no text: {step!r}"
     return None
+
+
+def _is_unicode(text: str) -> bool:
+    """False for what JSON can escape, such as backslash-ud800 alone, and UTF-8 and tokenizers cannot take."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def tokenize(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
