@@ -117,20 +117,34 @@ def test_every_shipped_run_loads(path):
     assert f"run_configs/{path.name}" in text
 
 
-def test_the_shipped_prosqa_run_is_the_published_recipe():
-    config = load_run_config(ROOT / "run_configs" / "prosqa.yaml")
-    published = {
-        "c_thought": 1,
-        "epochs_per_stage": 5,
-        "max_latent_stage": 6,
-        "num_epochs": 50,
-        "lr": 1e-4,
-        "weight_decay": 0.01,
-        "train_batch_size": 128,
-        "uniform_prob": 0.0,
-        "pad_latent_to_max": True,
-        "model_id": "openai-community/gpt2",
-    }
+COMMON = {
+    "lr": 1e-4,
+    "weight_decay": 0.01,
+    "train_batch_size": 128,
+    "uniform_prob": 0.0,
+    "pad_latent_to_max": True,
+    "model_id": "openai-community/gpt2",
+    "seed": 0,
+}
+LONG = {"c_thought": 1, "epochs_per_stage": 5, "max_latent_stage": 6, "num_epochs": 50, "reset_optimizer": "stage"}
+GSM = {"c_thought": 2, "epochs_per_stage": 3, "max_latent_stage": 3, "num_epochs": 25, "reset_optimizer": "stage"}
+COT = {"c_thought": 0, "epochs_per_stage": 1, "max_latent_stage": 0, "reset_optimizer": False}
+PUBLISHED = {
+    "prosqa": LONG | {"method": "coconut", "max_new_tokens": 128},
+    "prosqa_plain": LONG | {"method": "coconut", "latent_context": None, "max_new_tokens": 128},
+    "prosqa_cot": COT | {"method": "cot", "num_epochs": 50, "max_new_tokens": 128},
+    "prontoqa_coconut": LONG | {"method": "coconut", "latent_context": None, "max_new_tokens": 128},
+    "prontoqa_coconut_eval": LONG | {"only_eval": True, "latent_context": None},
+    "gsm_cot": COT | {"method": "cot", "num_epochs": 25, "save_only_improve": True, "max_new_tokens": 64},
+    "gsm_coconut": GSM | {"method": "coconut", "latent_context": None, "resume": 3, "max_new_tokens": 64},
+    "gsm_coconut_eval": GSM | {"only_eval": True, "latent_context": None, "max_new_tokens": 64},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_shipped_runs_are_the_published_recipes(name):
+    config = load_run_config(ROOT / "run_configs" / f"{name}.yaml")
+    published = COMMON | PUBLISHED[name]
     assert {key: getattr(config, key) for key in published} == published
 
 
