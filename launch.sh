@@ -185,7 +185,8 @@ sweep() {
     local words
     # Quoted by Python's shlex.
     eval "words=($line)"
-    ./launch.sh "${words[@]}" </dev/null &
+    # In a session of its own, so that a signal to all of this group reaches it once, through the trap.
+    setsid ./launch.sh "${words[@]}" </dev/null &
     run=$!
     wait_for "$run" || {
       echo "failed: $line" >&2

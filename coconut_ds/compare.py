@@ -48,7 +48,12 @@ _FEW = 10  # differing answers below which resampling them says little
 _FREE_KEYS = {
     *("project", "name", "save_path", "seed", "wandb"),
     *("save_only_improve", "save_every_steps", "keep_checkpoints", "hang_limit_s", "log_every_steps"),
+    # Seeds can start from a first stage of their own; the next spell out what `method` says.
+    *("load_model_path", "coconut", "cot", "no_cot", "no_thoughts"),
+    # The same answers and, within rounding, the same steps.
+    *("eval_batch_size", "deepspeed", "activation_checkpointing"),
 }
+_SPLIT_KEYS = {"batch_size_training", "gradient_accumulation_steps"}  # of a step whose size is given as a whole
 _EPOCH = re.compile(r"epoch_(\d+)")
 
 
@@ -224,7 +229,8 @@ def grouped(runs: Sequence[Run]) -> Groups:
 
 def _demand_same_method(run: Run, other: Run) -> None:
     first, second = run.config.model_dump(), other.config.model_dump()
-    differing = [key for key in first if key not in _FREE_KEYS and first[key] != second[key]]
+    free = _FREE_KEYS | (_SPLIT_KEYS if run.config.train_batch_size else set())
+    differing = [key for key in first if key not in free and first[key] != second[key]]
     pair = f"{run.group}: {run.folder} and {other.folder}"
     if differing:
         values = ", ".join(f"{key} ({first[key]} and {second[key]})" for key in differing)

@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -38,7 +39,9 @@ AutoBatchSize = Annotated[int | Literal["auto"], PlainValidator(_positive_or_aut
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -54,8 +57,8 @@ class LatentContextConfig(_Section):
     """Newest state first; each at least 0, the first above 0; normalised to sum to 1. `exponential`: `decay ** j`."""
     window: int | None = Field(None, ge=1)
     """m, the states in the window; needed where `weights` does not list them."""
-    decay: float = Field(0.5, gt=0, le=1)
-    """What one state weighs beside the next newer one under `exponential`."""
+    decay: float | None = Field(None, gt=0, le=1)
+    """What one state weighs beside the next newer one under `exponential`; null is 0.5."""
     learned: bool = False
     """The weights are trained: a softmax of m logits that starts from `weights`."""
     scope: Scope = "sequence"
@@ -77,13 +80,16 @@ class LatentContextConfig(_Section):
 
     @model_validator(mode="after")
     def _agreeing(self) -> LatentContextConfig:
-        if isinstance(self.weights, str) and self.window is None:
-            raise ValueError(f"weights: {self.weights} needs window, the number of states")
-        if not isinstance(self.weights, str):
-            if self.window not in (None, len(self.weights)):
-                raise ValueError(f"window: {self.window}, but {len(self.weights)} weights are listed; drop one of them")
-            if self.learned and min(self.weights) == 0:
-                raise ValueError("learned: starts from weights above 0, since a softmax never gives 0")
+        if isinstance(self.weights, str):
+            if self.window is None:
+                raise ValueError(f"weights: {self.weights} needs window, the number of states")
+        elif self.window not in (None, len(self.weights)):
+            listed = f"{list(self.weights)} has {len(self.weights)} weights"
+            raise ValueError(f"window: {self.window}, but {listed}; list as many, or take uniform or exponential")
+        if self.decay is not None and self.weights != "exponential":
+            raise ValueError("decay: belongs to weights: exponential; leave it out")
+        if self.learned and (len(self.newest_first) == 1 or min(self.newest_first) == 0):
+            raise ValueError("learned: needs two weights or more, all above 0, since a softmax never gives 0")
         return self
 
     @property
@@ -91,7 +97,7 @@ class LatentContextConfig(_Section):
         """The weights, or those that learning starts from."""
         if not isinstance(self.weights, str):
             return self.weights
-        ratio = 1.0 if self.weights == "uniform" else self.decay
+        ratio = 1.0 if self.weights == "uniform" else self.decay or 0.5
         return tuple(ratio**back for back in range(self.window or 1))
 
 
@@ -101,7 +107,7 @@ class IcotConfig(_Section):
     tokens_per_stage: float = Field(8, gt=0)
     """Tokens removed over one stage, evenly over its steps; with `epochs_per_stage: 1` the paper's tokens per epoch."""
     all_beyond: int | None = Field(39, ge=0)
-    """With more tokens removed than this the whole chain goes; null never. The paper's value for GSM8K."""
+    """Once the schedule removes this many tokens the whole chain goes; null never. The published value for GSM8K."""
     smoothing: float | None = Field(4.0, gt=0)
     """Lambda: an example loses o tokens more with a probability proportional to exp(-lambda o); null is off."""
 
@@ -238,7 +244,7 @@ class RunConfig(_Section):
         if not isinstance(values, dict) or "method" in values:
             return values
         # Published runs of no_thoughts may set `coconut` as well, which therefore comes last.
-        chosen = [name for name in _PUBLISHED_SWITCHES if values.get(name) is True]
+        chosen = [name for name in _PUBLISHED_SWITCHES if _is_on(values.get(name))]
         return values | {"method": chosen[0]} if chosen else values
 
     @property
@@ -255,6 +261,13 @@ class RunConfig(_Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _is_on(value: Any) -> bool:
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False  # is reported where the key is checked
 
 
 @dataclass(frozen=True)
@@ -379,7 +392,7 @@ def _method_rules(config: RunConfig) -> _Found:
             found.append((("latent_context", method), f"latent_context: {without}; set latent_context to null"))
         if config.latent_norm != "none":
             found.append((("latent_norm", method), f"latent_norm: {without}; set latent_norm to none"))
-    if config.uniform_prob and config.traits.steps != "replaced by stage":
+    if config.uniform_prob and method in ("pause", "no_curriculum", "icot"):
         message = (
             f"uniform_prob: {config.uniform_prob} draws stages, and {method} does not replace steps by stage; set 0"
         )

@@ -3,7 +3,8 @@
     python -m coconut_ds.sweep FILE
 
 FILE has a run a line, `RUN.yaml key=value ...`, as one would give it to launch.sh; empty lines and what follows a `#`
-do not count. Everything that is wrong with any of the runs is reported before the first one starts.
+do not count. Before the first run starts, everything is reported that is wrong with the keys and values of any of them,
+data and DeepSpeed files that are not there, and finished runs that were trained otherwise than their line says.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 from coconut_ds.config import RunConfig, load_run_config
+from coconut_ds.engine.ds_config import read_ds_json
 from coconut_ds.errors import InputError, problem_list
 from coconut_ds.tracking import read_events
 
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 def read_sweep(path: Path) -> list[tuple[list[str], RunConfig]]:
     """The runs of a sweep file in order, each as its words and its configuration.
 
-    Raises InputError for a file without runs, runs that cannot be loaded, and two that share a run folder.
+    Raises InputError for a file without runs, runs that cannot be started, and two that share a run folder.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -54,7 +56,7 @@ def read_sweep(path: Path) -> list[tuple[list[str], RunConfig]]:
             words = shlex.split(line, comments=True)
             if not words:
                 continue
-            config = load_run_config(words[0], words[1:])
+            config = _checked(words)
         except ValueError as error:  # an InputError, or quotes without an end
             problems.append(f"line {number}: {error}")
             continue
@@ -69,10 +71,32 @@ def read_sweep(path: Path) -> list[tuple[list[str], RunConfig]]:
     return runs
 
 
+def _checked(words: list[str]) -> RunConfig:
+    """The run of a line; raises InputError for what is wrong with it and can be seen without its model."""
+    if not words[0].endswith((".yaml", ".yml")):
+        raise InputError(f"{words[0]}: a run file ends in .yaml or .yml")
+    config = load_run_config(words[0], words[1:])
+    read_ds_json(config.deepspeed)
+    missing = [path for path in (config.train_path, config.val_path) if path and not Path(path).is_file()]
+    if missing:
+        raise InputError(f"{', '.join(missing)}: not there; data/README.md says how to get or make the data")
+    if is_finished(config) and (keys := _trained_otherwise(config)):
+        raise InputError(f"{config.run_folder} is finished and was trained with another {', '.join(keys)}; rename one")
+    return config
+
+
 def is_finished(config: RunConfig) -> bool:
     """Whether the run folder says that as many epochs as the configuration asks for were trained to the end."""
     records = config.run_folder / "metrics.jsonl"
     return records.is_file() and any(end["epochs"] >= config.num_epochs for end in read_events(records, "end"))
+
+
+def _trained_otherwise(config: RunConfig) -> list[str]:
+    """Keys whose value in the run folder is not that of `config`, but for those that are resolved when a run starts."""
+    stored = load_run_config(config.run_folder / "run_config.yaml").model_dump()
+    asked = config.model_dump()
+    resolved = {"activation_checkpointing", "num_epochs"}
+    return [key for key in asked if key not in resolved and asked[key] not in ("auto", stored[key])]
 
 
 if __name__ == "__main__":

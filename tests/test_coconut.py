@@ -65,6 +65,19 @@ def test_a_learned_window_starts_from_its_weights_and_moves():
     assert not list(given.latent_window.parameters())
 
 
+def test_a_learned_window_can_be_wide():
+    weights = tuple(0.1**back for back in range(64))
+    model = tiny.coconut(context=LatentContext(weights, learned=True))
+    assert torch.isfinite(model.latent_window.logits).all()
+    assert model.latent_window.current()[:2] == pytest.approx([0.9, 0.09], rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_are_numbers(weight):
+    with pytest.raises(ValueError, match="must be finite"):
+        LatentContext((1.0, weight))
+
+
 @pytest.mark.parametrize("shapes", [[(5, 0, 0), (3, 0, 0)], []], ids=["stage 0", "filler"])
 def test_a_learned_window_has_a_gradient_without_thoughts(shapes):
     model = tiny.coconut(context=CONTEXTS["learned"])

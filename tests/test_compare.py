@@ -184,6 +184,22 @@ def test_the_last_epoch_is_compared_and_differing_ones_noted(tmp_path, capsys):
     assert "No seed in common, so no McNemar test: a and b." in text
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"coconut": False, "method": "coconut"},
+        {"load_model_path": "first/stage"},
+        {"eval_batch_size": 4, "deepspeed": "ds_configs/zero3.json", "activation_checkpointing": {}},
+        {"batch_size_training": 16, "gradient_accumulation_steps": 4},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_does_not_change_the_method_is_free_within_a_group(tmp_path, capsys, changes):
+    first = write_run(tmp_path, "a_seed0", 0, "xx..", train_batch_size=64)
+    second = write_run(tmp_path, "a_seed1", 1, "xxxx", train_batch_size=64, **changes)
+    assert row_of(printed([first, second], capsys), "a ")[:4] == ["a", "0, 1", "4", "75.0%"]
+
+
 def refusal(arguments: list[str], capsys) -> str:
     assert compare.main(arguments) == 2
     captured = capsys.readouterr()
@@ -195,6 +211,7 @@ def refusal(arguments: list[str], capsys) -> str:
 @pytest.mark.parametrize(
     ("second", "message"),
     [
+        ({"seed": 1, "batch_size_training": 16}, "they differ in batch_size_training (32 and 16)"),
         ({"seed": 1, "lr": 0.5}, "no seeds of one method, they differ in lr (0.0001 and 0.5); label them apart"),
         ({"seed": 0}, "both have seed 0; name one of them"),
         ({"seed": 1, "epoch": 1}, "the last predictions are of epochs 2 and 1; finish the runs"),

@@ -164,14 +164,24 @@ def test_windows(tmp_path, override, weights):
     ("override", "message"),
     [
         ("latent_context.weights=uniform", "weights: uniform needs window, the number of states"),
-        ("latent_context.window=2", "window: 2, but 3 weights are listed"),
-        ("latent_context.weights=[1,0] latent_context.learned=true", "learned: starts from weights above 0"),
+        ("latent_context.window=2", "window: 2, but [0.6, 0.3, 0.1] has 3 weights; list as many"),
+        ("latent_context.decay=0.3", "decay: belongs to weights: exponential"),
+        ("latent_context.weights=[1] latent_context.learned=true", "learned: needs two weights or more"),
+        ("latent_context.weights=[1,.nan]", "input should be a finite number"),
+        (
+            "coconut=false method=icot icot.tokens_per_stage=.inf",
+            "icot.tokens_per_stage: inf: input should be a finite",
+        ),
+        ("latent_context.weights=[1,0] latent_context.learned=true", "learned: needs two weights or more, all above 0"),
         (
             "latent_context.weights=triangular",
             "latent_context.weights: 'triangular': must be a list of numbers, uniform or exponential",
         ),
         ("latent_context.window=0", "latent_context.window: 0: input should be greater than or equal to 1"),
-        ("latent_context.decay=2", "latent_context.decay: 2: input should be less than or equal to 1"),
+        (
+            "latent_context.weights=exponential latent_context.decay=2",
+            "latent_context.decay: 2: input should be less than or equal to 1",
+        ),
         ("latent_norm=l2", "latent_norm: 'l2': input should be 'none', 'rms' or 'embedding'"),
         ("method=paws", "method: 'paws': input should be 'coconut', 'cot'"),
         ("method=no_cot", "coconut: true, but method is no_cot"),
@@ -198,6 +208,7 @@ def test_the_published_switches_are_synonyms(tmp_path):
     for name in ("coconut", "cot", "no_cot", "no_thoughts"):
         text = GOOD.replace("coconut: true", f"{name}: true")
         assert load(tmp_path, text).method == name
+        assert load(tmp_path, text.replace("true", '"true"')).method == name
         assert load(tmp_path, text, f"method={name}").method == name
         assert load(tmp_path, GOOD.replace("coconut: true", f"method: {name}")).method == name
 

@@ -23,6 +23,12 @@ def run_file(tmp_path):
     return launching.write_run(run, tmp_path)
 
 
+@pytest.fixture
+def data_is_there(monkeypatch):
+    """Shipped sweeps need data that only those who run them make."""
+    monkeypatch.setattr(sweep.Path, "is_file", lambda path: path.suffix == ".json")
+
+
 def listed(folder, *lines: str):
     path = folder / "sweep.txt"
     path.write_text("\n".join(lines) + "\n")
@@ -30,8 +36,10 @@ def listed(folder, *lines: str):
 
 
 def finish(run_file, name: str, epochs: int) -> None:
-    folder = load_run_config(run_file, [f"name={name}"]).run_folder
+    config = load_run_config(run_file, [f"name={name}"])
+    folder = config.run_folder
     folder.mkdir(parents=True)
+    (folder / "run_config.yaml").write_text(config.to_yaml())
     events = [{"event": "eval", "epoch": epochs}, {"event": "end", "epochs": epochs, "step": 1}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
 
@@ -59,6 +67,9 @@ def test_words_come_back_quoted(run_file, tmp_path, capsys):
         ("RUN name=b learning_rat=1", "line 2: RUN: 1 problem\n  - learning_rat: unknown key"),
         ("RUN name=a", "line 2: writes to FOLDER/runs/a, as line 1 does"),
         ("none.yaml", "line 2: run file none.yaml cannot be read"),
+        ("run.json", "line 2: run.json: a run file ends in .yaml or .yml"),
+        ("RUN name=b train_path=none.json", "line 2: none.json: not there; data/README.md"),
+        ("RUN name=b deepspeed=none.json", "line 2: deepspeed file none.json cannot be read"),
         ("RUN 'name=b", "line 2: No closing quotation"),
     ],
 )
@@ -70,6 +81,12 @@ def test_what_is_wrong_is_said_before_a_run_starts(run_file, tmp_path, capsys, l
     assert captured.out == ""
 
 
+def test_a_finished_run_that_was_trained_otherwise_is_no_result_of_its_line(run_file, tmp_path, capsys):
+    finish(run_file, "a", 2)
+    assert sweep.main([str(listed(tmp_path, f"{run_file} name=a lr=0.3 seed=4"))]) == 2
+    assert "runs/a is finished and was trained with another seed, lr; rename one" in capsys.readouterr().err
+
+
 def test_a_sweep_without_runs_is_refused(tmp_path):
     with pytest.raises(InputError, match="no run in it"):
         sweep.read_sweep(listed(tmp_path, "# nothing"))
@@ -78,12 +95,12 @@ def test_a_sweep_without_runs_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((launching.ROOT / "run_configs").glob("*.txt")), ids=lambda path: path.name)
-def test_shipped_sweeps_load_and_say_how_they_are_started(path):
+def test_shipped_sweeps_load_and_say_how_they_are_started(path, data_is_there):
     assert sweep.read_sweep(path)
     assert f"./launch.sh sweep run_configs/{path.name}" in path.read_text()
 
 
-def test_the_comparison_of_the_demo_task_is_fifteen_runs():
+def test_the_comparison_of_the_demo_task_is_fifteen_runs(data_is_there):
     runs = sweep.read_sweep(launching.ROOT / "run_configs" / "demo_comparison.txt")
     groups = {name: set() for name in ("coconut", "contextual", "last_pass", "pause_as_thought", "no_cot")}
     for _, config in runs:
@@ -94,7 +111,8 @@ def test_the_comparison_of_the_demo_task_is_fifteen_runs():
 
 @pytest.mark.ranks
 def test_launch_sh_trains_the_list_goes_past_a_failure_and_skips_what_is_finished(run_file, tmp_path):
-    lines = [f"{run_file} name=fails train_path={tmp_path}/none.json", f"{run_file} name=works"]
+    (tmp_path / "empty.json").write_text("[]")
+    lines = [f"{run_file} name=fails train_path={tmp_path}/empty.json", f"{run_file} name=works"]
     path = listed(tmp_path, *lines)
     port = {"MASTER_PORT": str(launching.free_port()), "RANKS": "1"}
     done = launching.finish(launching.start(["./launch.sh", "sweep", str(path)], **port))
@@ -108,7 +126,8 @@ def test_launch_sh_trains_the_list_goes_past_a_failure_and_skips_what_is_finishe
 
 
 @pytest.mark.ranks
-def test_a_signal_ends_the_run_under_way_and_starts_no_other(run_file, tmp_path):
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to the sweep", "to its group"])
+def test_a_signal_ends_the_run_under_way_and_starts_no_other(run_file, tmp_path, send):
     values = yaml.safe_load(run_file.read_text()) | {"num_epochs": 4000, "log_every_steps": 1}
     run_file = launching.write_run(values, tmp_path)
     path = listed(tmp_path, *(f"{run_file} name={name}" for name in "ab"))
@@ -119,7 +138,7 @@ def test_a_signal_ends_the_run_under_way_and_starts_no_other(run_file, tmp_path)
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < give_up
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
+    send(process.pid, signal.SIGTERM)
     done = launching.finish(process)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "stopped as asked" in done.stdout

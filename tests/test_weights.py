@@ -12,7 +12,7 @@ from coconut_ds.config import RunConfig
 from coconut_ds.errors import InputError
 from coconut_ds.model.backbone import MARKERS, Backbone, add_markers, scratch_backbone, word_tokenizer
 from coconut_ds.training import sealed_folder
-from coconut_ds.training.weights import export_model, load_initial, stored_settings
+from coconut_ds.training.weights import export_model, latent_settings, load_initial, stored_settings
 
 SHAPE = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 64, "dropout": 0.0}
 
@@ -149,12 +149,22 @@ def test_code_in_a_pickle_is_never_run(tmp_path):
 
 def test_an_exported_folder_and_the_checkpoint_around_it(tmp_path):
     trained = make("llama", markers=True, seed=1)
-    settings = {"method": "coconut", "stage": 3}
+    settings = {"method": "coconut", "stage": 3, "latent_norm": "rms"}
     sealed(tmp_path / "epoch_0001", trained, settings)
     for path in (tmp_path / "epoch_0001", tmp_path / "epoch_0001" / "model"):
         assert equal(load_initial(run(load_model_path=str(path))), trained)
         assert stored_settings(str(path)) == settings
     assert stored_settings(save_plain(trained, tmp_path / "plain")) is None
+
+
+def test_settings_of_an_early_checkpoint_are_filled_in(tmp_path):
+    window = {"weights": [0.6, 0.3, 0.1], "scope": "sequence"}
+    early = {"method": "coconut", "c_thought": 1, "pad_latent_to_max": True, "max_latent_stage": 2, "stage": 1}
+    for context in (window, None):
+        config = run(max_latent_stage=2, pad_latent_to_max=True, latent_context=context)
+        path = sealed(tmp_path / str(context), make("llama", markers=True), early | {"latent_context": context})
+        found = stored_settings(str(path))
+        assert {key: found[key] for key in latent_settings(config)} == latent_settings(config)
 
 
 def test_scratch_and_a_state_dict_without_a_folder(tmp_path):
@@ -185,7 +195,7 @@ def test_export_makes_a_folder_of_a_published_state_dict(tmp_path, capsys):
 
 def test_export_of_our_checkpoint_looks_at_its_manifest_first(tmp_path, capsys):
     trained = make("llama", markers=True, seed=1)
-    settings = {"method": "coconut", "stage": 2}
+    settings = {"method": "coconut", "stage": 2, "latent_norm": "none"}
     path = sealed(tmp_path / "epoch_0001", trained, settings)
     assert export.main([str(path), str(tmp_path / "out")]) == 0
     assert equal(load_initial(run(load_model_path=str(tmp_path / "out"))), trained)

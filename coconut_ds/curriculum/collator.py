@@ -27,6 +27,8 @@ class Tokens:
     """`latent` is a token like any other, with an embedding of its own: a pause."""
     fact_end: int | None = None
     """Ends a fact of a question, where facts are shuffled."""
+    bos: int | None = None
+    """Stands before a question under some tokenizers."""
 
     @property
     def thought(self) -> int | None:
@@ -114,12 +116,13 @@ def prompt_sequence(row: dict[str, Any], n_thoughts: int, tokens: Tokens) -> Tok
     return TokenSequence(ids, len(question), 0 if tokens.is_pause else len(middle), len(ids))
 
 
-def shuffle_facts(ids: list[int], fact_end: int, draw: random.Random) -> list[int]:
+def shuffle_facts(ids: list[int], tokens: Tokens, draw: random.Random) -> list[int]:
     """A question with its facts in another order: each ends with `fact_end`, and what follows the last one stays."""
-    ends = [place + 1 for place, token in enumerate(ids) if token == fact_end]
-    facts = [ids[start:end] for start, end in zip([0, *ends], ends)]
+    first = int(ids[0] == tokens.bos)
+    ends = [place + 1 for place, token in enumerate(ids) if token == tokens.fact_end]
+    facts = [ids[start:end] for start, end in zip([first, *ends], ends)]
     draw.shuffle(facts)
-    return [token for fact in facts for token in fact] + ids[ends[-1] if ends else 0 :]
+    return ids[:first] + [token for fact in facts for token in fact] + ids[ends[-1] if ends else first :]
 
 
 def collate_training(sequences: Sequence[TokenSequence], indices: list[int], pad: int) -> Batch:

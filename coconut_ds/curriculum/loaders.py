@@ -100,7 +100,7 @@ class TrainingWindows(torch.utils.data.Dataset):
             layout = self._curriculum.training_layout(len(row["steps_ids"]), self._epoch, index, progress)
             if self._tokens.fact_end is not None:
                 draw = random.Random(f"{self._curriculum.seed}/{self._epoch}/{index}/facts")
-                row["question_ids"] = shuffle_facts(row["question_ids"], self._tokens.fact_end, draw)
+                row["question_ids"] = shuffle_facts(row["question_ids"], self._tokens, draw)
             sequences.append(training_sequence(row, layout, self._tokens))
         return collate_training(sequences, indices, self._tokens.pad)
 

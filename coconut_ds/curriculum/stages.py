@@ -110,9 +110,9 @@ class Curriculum:
 
     def _removed(self, stages: float, extra: int = 0) -> int:
         """Tokens of the chain that are gone after `stages` stages, not all of them whole."""
-        removed = math.floor(stages * self.icot.tokens_per_stage) + extra
-        is_over = self.icot.all_beyond is not None and removed > self.icot.all_beyond
-        return _EVERYTHING if is_over else removed
+        removed = math.floor(stages * self.icot.tokens_per_stage)
+        is_over = self.icot.all_beyond is not None and removed >= self.icot.all_beyond
+        return _EVERYTHING if is_over else removed + extra
 
     def _smoothing(self, draw: random.Random) -> int:
         """Geometric: P(o) is proportional to exp(-lambda o)."""

@@ -6,6 +6,7 @@ Shapes: B rows, J states in the window, D hidden size.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,6 +44,8 @@ class LatentContext:
             raise ValueError(
                 f"latent weights {self.weights}: needs at least one, the first (newest state) above 0, none negative"
             )
+        if not all(map(math.isfinite, self.weights)):
+            raise ValueError(f"latent weights {self.weights}: must be finite")
         if self.scope not in ("sequence", "last_pass"):
             raise ValueError(f"latent scope {self.scope!r}: must be 'sequence' or 'last_pass'")
         if self.norm not in ("none", "rms", "embedding"):
@@ -87,7 +90,9 @@ class LatentWindow(nn.Module):
     def __init__(self, context: LatentContext):
         super().__init__()
         self._weights = context.weights
-        self.logits = nn.Parameter(torch.tensor(context.weights).log()) if context.learned else None
+        self.logits = (
+            nn.Parameter(torch.tensor([math.log(each) for each in context.weights])) if context.learned else None
+        )
 
     def forward(self, prefix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights (m,), newest first, and the hidden states of the prefix (B, T, D), unchanged.

@@ -56,6 +56,7 @@ def load_materials(config: RunConfig) -> Materials:
     train_set = _examples(train_path, train_records, backbone, curriculum, config.max_new_tokens)
     valid_set = _examples(val_path, valid_records, backbone, curriculum, config.max_new_tokens)
     model, tokens = _coconut(config, backbone)
+    _demand_facts(config, tokens, train_set)
     return Materials(curriculum, backbone, model, tokens, train_set, valid_set)
 
 
@@ -182,10 +183,20 @@ def _tokens(config: RunConfig, backbone: Backbone) -> Tokens:
     traits, pad = config.traits, backbone.tokenizer.pad_token_id
     fact_end = None if config.shuffle_facts is None else _single_token(backbone, config.shuffle_facts)
     if traits.thoughts == "none":
-        return Tokens(pad, fact_end=fact_end)
+        return Tokens(pad, fact_end=fact_end, bos=backbone.tokenizer.bos_token_id)
     ids = backbone.marker_ids()
     start, end = (ids[START_LATENT], ids[END_LATENT]) if traits.has_markers else (None, None)
-    return Tokens(pad, start, end, ids[LATENT], traits.thoughts == "pause", fact_end)
+    is_pause = traits.thoughts == "pause"
+    return Tokens(pad, start, end, ids[LATENT], is_pause, fact_end, backbone.tokenizer.bos_token_id)
+
+
+def _demand_facts(config: RunConfig, tokens: Tokens, train_set: Dataset) -> None:
+    questions = train_set.select_columns("question_ids")
+    if tokens.fact_end is not None and not any(tokens.fact_end in row["question_ids"] for row in questions):
+        raise InputError(
+            f"shuffle_facts: no training question has the token {config.shuffle_facts!r}; name the one that ends every "
+            "fact as it stands there (with GPT-2's tokenizer the space before it belongs to it: ' |')"
+        )
 
 
 def _single_token(backbone: Backbone, text: str) -> int:

@@ -56,7 +56,13 @@ def latent_settings(config: RunConfig) -> dict[str, Any]:
 def stored_settings(load_model_path: str) -> dict[str, Any] | None:
     """The `coconut.json` of a checkpoint or of its `model/` folder; None for other weights."""
     file = _model_folder(load_model_path) / _SETTINGS
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    # Early checkpoints do not name what there was no choice in.
+    settings = {"latent_norm": "none", **json.loads(file.read_text(encoding="utf-8"))}
+    if settings.get("latent_context"):
+        settings["latent_context"] = {"learned": False, **settings["latent_context"]}
+    return settings
 
 
 def stored_window(load_model_path: str) -> dict[str, torch.Tensor]:
