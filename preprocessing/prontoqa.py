@@ -23,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
+from json_lists import write_list
 from prontoqa_generator import (
     MOST_HOPS,
     NAMES,
@@ -157,10 +158,7 @@ def convert(options: argparse.Namespace) -> int:
 
 
 def write_split(folder: Path, split: str, records: list[dict]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"prontoqa_{split}.json"
-    path.write_text(json.dumps(records, separators=(",", ":")) + "\n", encoding="utf-8")
-    print(f"{path}: {len(records)} examples")
+    write_list(folder / f"prontoqa_{split}.json", records)
 
 
 def write_generated(options: argparse.Namespace) -> int:

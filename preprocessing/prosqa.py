@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from json_lists import write_list
 from prosqa_graphs import MEAN_PARENTS, Graph, check_graph, draw_graph, shortest_paths
 from statistics_table import print_statistics
 
@@ -284,7 +285,7 @@ def _generate(options: argparse.Namespace) -> int:
     for split, count in (("test", options.test), ("valid", options.valid), ("train", options.train)):
         records = list(generate(count, f"{options.seed}/{split}", **shape, exclude=seen))
         seen |= {question_key(record) for record in records}
-        _write(options.out / f"prosqa_{split}.json", records)
+        write_list(options.out / f"prosqa_{split}.json", records)
     return 0
 
 
@@ -307,14 +308,8 @@ def _generate_out_of_distribution(options: argparse.Namespace) -> int:
             raise _UnusableError(problem)
         forms = {"form": options.form, "n_symbols": options.symbols}
         records = generate(options.count, f"{options.seed}/ood/{name}", **shape, **forms, exclude=seen)
-        _write(options.out / f"prosqa_ood_{name}.json", list(records))
+        write_list(options.out / f"prosqa_ood_{name}.json", list(records))
     return 0
-
-
-def _write(path: Path, records: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(records, separators=(",", ":")) + "\n", encoding="utf-8")
-    print(f"{path}: {len(records)} examples")
 
 
 PUBLISHED = "https://raw.githubusercontent.com/facebookresearch/coconut/main/data"

@@ -129,8 +129,9 @@ def longest_prompt(examples: Dataset, curriculum: Curriculum) -> int:
     """Columns of the longest evaluation prompt of any stage."""
     rows = examples.select_columns(["question_ids", "steps_ids"])
     last = curriculum.max_latent_stage + 1
-    thoughts = (curriculum.prompt_thoughts(last, len(row["steps_ids"])) for row in rows)
-    return curriculum.n_markers + max(len(row["question_ids"]) + count for row, count in zip(rows, thoughts))
+    return curriculum.n_markers + max(
+        len(row["question_ids"]) + curriculum.prompt_thoughts(last, len(row["steps_ids"])) for row in rows
+    )
 
 
 def check_lengths(

@@ -70,11 +70,9 @@ class Curriculum:
 
     def layout(self, stage: int, n_steps: int) -> Layout:
         """Layout of an example with `n_steps` steps in `stage`, for the validation loss and, mostly, in training."""
-        if self.method == "no_cot":
-            return Layout(n_skip=n_steps, n_thoughts=0)
-        if self.method == "icot":
+        if self.traits.steps == "dropped by token":
             return Layout(0, 0, self._removed(stage))
-        if stage <= self.max_latent_stage:
+        if self.traits.steps != "dropped" and stage <= self.max_latent_stage:
             return Layout(n_skip=min(stage, n_steps), n_thoughts=stage * self.thoughts_per_step)
         return Layout(n_skip=n_steps, n_thoughts=self._most_stages(n_steps) * self.thoughts_per_step)
 
@@ -86,7 +84,7 @@ class Curriculum:
         runs agree on them.
         """
         stage = self.stage(epoch)
-        if self.method == "icot":
+        if self.traits.steps == "dropped by token":
             extra = self._smoothing(random.Random(f"{self.seed}/{epoch}/{index}"))
             return Layout(0, 0, self._removed((epoch + progress) / self.epochs_per_stage, extra))
         if self.uniform_prob:

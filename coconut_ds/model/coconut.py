@@ -209,8 +209,7 @@ class Coconut(nn.Module):
         context = self.latent_context
         is_thought = torch.eq(input_ids, self.latent_token_id)  # (B, T)
         first_real = attention_mask.argmax(dim=1)  # (B,)
-        precedes = attention_mask.bool() & (is_thought.cumsum(dim=1) == 0)  # (B, T)
-        norm = wanted_norm(context, embeds, precedes)
+        norm = wanted_norm(context, embeds, attention_mask, is_thought)
         fed = embeds[:, :first]
         weights, hidden = self.latent_window(run(fed, 0))
         yield fed, hidden

@@ -144,16 +144,19 @@ def scaled(thought: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
 
 
 @torch.no_grad()
-def wanted_norm(context: LatentContext, embeds: torch.Tensor, precedes: torch.Tensor) -> torch.Tensor | None:
+def wanted_norm(
+    context: LatentContext, embeds: torch.Tensor, attention_mask: torch.Tensor, is_thought: torch.Tensor
+) -> torch.Tensor | None:
     """The L2 norm of each row's thoughts (B, 1), or None where they keep theirs.
 
-    embeds (B, T, D) of the tokens; precedes (B, T) is true for the real columns before the row's first thought, so that
-    neither padding nor what follows a thought can change it.
+    embeds (B, T, D) of the tokens; attention_mask and is_thought (B, T). Only the real columns before the row's first
+    thought count, so that neither padding nor what follows a thought can change it.
     """
     if context.norm == "none":
         return None
     rows, _, size = embeds.shape
     if context.norm == "rms":
         return torch.full((rows, 1), size**0.5, device=embeds.device)
+    precedes = attention_mask.bool() & (is_thought.cumsum(dim=1) == 0)  # (B, T)
     norms = torch.linalg.vector_norm(embeds.float(), dim=2)  # (B, T)
     return ((norms * precedes).sum(dim=1) / precedes.sum(dim=1).clamp_min(1))[:, None]

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from coconut_ds import distributed
-from coconut_ds.config import ActivationCheckpointingConfig, BatchSizes, RunConfig, Scope, batch_sizes
+from coconut_ds.config import ActivationCheckpointingConfig, BatchSizes, RunConfig, batch_sizes
 from coconut_ds.console import say
 from coconut_ds.curriculum.collator import Tokens
 from coconut_ds.curriculum.examples import check_lengths, longest_prompt, read_records, tokenize
@@ -31,7 +31,6 @@ from coconut_ds.training.trainer import Parts, Trainer, write_predictions
 from coconut_ds.training.weights import latent_settings, load_initial, load_window, stored_settings
 
 _DEBUG_TRAIN, _DEBUG_VALID = 5000, 32
-_PLAIN: tuple[tuple[float, ...], Scope, bool] = ((1.0,), "sequence", False)
 
 
 @dataclass(frozen=True)
@@ -162,15 +161,13 @@ def _evaluator(
 
 def _coconut(config: RunConfig, backbone: Backbone) -> tuple[Coconut, Tokens]:
     tokens = _tokens(config, backbone)
-    context = config.latent_context
-    weights, scope, learned = (context.newest_first, context.scope, context.learned) if context else _PLAIN
     model = Coconut(
         backbone.model,
         latent_token_id=tokens.thought,
         start_latent_id=tokens.start_latent,
         end_latent_id=tokens.end_latent,
         eos_token_id=backbone.tokenizer.eos_token_id,
-        latent_context=LatentContext(weights, scope, learned, config.latent_norm),
+        latent_context=_latent_context(config),
     )
     load_window(model, config.load_model_path)
     checkpointing = config.activation_checkpointing
@@ -179,15 +176,25 @@ def _coconut(config: RunConfig, backbone: Backbone) -> tuple[Coconut, Tokens]:
     return model, tokens
 
 
+def _latent_context(config: RunConfig) -> LatentContext:
+    context = config.latent_context
+    if context is None:
+        return LatentContext(norm=config.latent_norm)
+    return LatentContext(context.newest_first, context.scope, context.learned, config.latent_norm)
+
+
 def _tokens(config: RunConfig, backbone: Backbone) -> Tokens:
-    traits, pad = config.traits, backbone.tokenizer.pad_token_id
-    fact_end = None if config.shuffle_facts is None else _single_token(backbone, config.shuffle_facts)
-    if traits.thoughts == "none":
-        return Tokens(pad, fact_end=fact_end, bos=backbone.tokenizer.bos_token_id)
-    ids = backbone.marker_ids()
-    start, end = (ids[START_LATENT], ids[END_LATENT]) if traits.has_markers else (None, None)
-    is_pause = traits.thoughts == "pause"
-    return Tokens(pad, start, end, ids[LATENT], is_pause, fact_end, backbone.tokenizer.bos_token_id)
+    traits = config.traits
+    ids = {} if traits.thoughts == "none" else backbone.marker_ids()
+    return Tokens(
+        pad=backbone.tokenizer.pad_token_id,
+        start_latent=ids[START_LATENT] if traits.has_markers else None,
+        end_latent=ids[END_LATENT] if traits.has_markers else None,
+        latent=ids.get(LATENT),
+        is_pause=traits.thoughts == "pause",
+        fact_end=None if config.shuffle_facts is None else _single_token(backbone, config.shuffle_facts),
+        bos=backbone.tokenizer.bos_token_id,
+    )
 
 
 def _demand_facts(config: RunConfig, tokens: Tokens, train_set: Dataset) -> None:
