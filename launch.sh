@@ -13,6 +13,7 @@ usage() {
 ./launch.sh sweep FILE                            a list of runs one after another, without those that are finished
 ./launch.sh setup                                 only make the environment
 
+--verbose        after demo, RUN.yaml or eval: show what libraries print, which goes to run.log otherwise
 RANKS=N          number of ranks (default: every GPU; without a GPU 2, or 1 on one core)
 MASTER_PORT=N    another port than 29500, for a second run on the same machine
 PYTHON=python3   interpreter for the environment .venv; an active virtual or conda environment is used as it is
@@ -123,17 +124,19 @@ ShareMemCommBuilder().load(verbose=False)' >"$log" 2>&1 || {
 }
 
 start_run() {
-  local port=()
+  local options=(--num_gpus "$(rank_count)")
   # Two runs on one machine need a port each.
-  [[ -n "${MASTER_PORT:-}" ]] && port=(--master_port "$MASTER_PORT")
-  local command=(deepspeed --num_gpus "$(rank_count)" "${port[@]}" coconut_ds/train.py --run "$@")
-  echo "+ ${command[*]}"
+  [[ -n "${MASTER_PORT:-}" ]] && options+=(--master_port "$MASTER_PORT")
+  if [[ " $* " != *" --verbose "* ]]; then
+    options+=(--quiet)
+  fi
+  local command=(deepspeed "${options[@]}" coconut_ds/train.py --run "$@")
+  [[ " $* " != *" --verbose "* ]] || echo "+ ${command[*]}"
   # In a session of its own: DeepSpeed's launcher answers a signal by ending its ranks, so only they get it.
   setsid "${command[@]}" &
   launcher=$! asked=0
   trap end_run INT TERM HUP
-  wait_for "$launcher" || exit $?
-  exit 0
+  wait_for "$launcher"
 }
 
 # The status of a background process; a signal that has a trap interrupts `wait` and not this.
@@ -153,24 +156,31 @@ end_run() {
 }
 
 demo() {
-  local name=demo control=() rest=()
+  local name=demo folder=runs control=() rest=()
   for argument in "$@"; do
     case "$argument" in
       --control)
         name=demo_control
         control=(method=no_cot latent_context=null)
         ;;
-      *=*) rest+=("$argument") ;;
-      *) fail "demo: $argument is neither --control nor key=value" ;;
+      *=* | --verbose) rest+=("$argument") ;;
+      *) fail "demo: $argument is neither --control, --verbose nor key=value" ;;
+    esac
+  done
+  for argument in "${rest[@]}"; do
+    case "$argument" in
+      name=*) name=${argument#*=} ;;
+      save_path=*) folder=${argument#*=} ;;
     esac
   done
   if [[ ! -f data/demo/prosqa_train.json ]]; then
     python preprocessing/prosqa.py generate --out data/demo --form edges \
-      --nodes 7 --min-steps 2 --max-steps 2 --train 19200 --valid 500 --test 500
+      --nodes 7 --min-steps 2 --max-steps 2 --train 19200 --valid 500 --test 500 >/dev/null
   fi
   # Its 64 examples a step are two micro-batches of 32.
   (($(rank_count) > 2)) && RANKS=2
   start_run run_configs/demo.yaml "name=$name" "${control[@]}" "${rest[@]}"
+  python -m coconut_ds.report "$folder/$name"
 }
 
 # Each run is a process of its own, so that a signal reaches the one under way, and no other starts after it.

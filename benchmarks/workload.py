@@ -22,8 +22,8 @@ from coconut_ds import Coconut, LatentContext, distributed
 from coconut_ds.console import quiet_libraries
 from coconut_ds.curriculum.collator import Tokens, TokenSequence
 from coconut_ds.memory import GIB
-from coconut_ds.model.backbone import END_LATENT, LATENT, START_LATENT, Backbone, add_markers, fuse_gelu
-from coconut_ds.tracking import describe_environment
+from coconut_ds.model.backbone import END_LATENT, LATENT, START_LATENT, Backbone, add_markers
+from coconut_ds.environment import describe_environment
 
 WINDOW = LatentContext((0.6, 0.3, 0.1))
 PROSQA_COLUMNS = 382
@@ -53,7 +53,6 @@ def gpt2_small(tokenizer: str, dropout: float = 0.1) -> Backbone:
     """Random weights in the shape of GPT-2 small, by default with its dropout, and the markers."""
     config = GPT2Config(embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
     backbone = Backbone(GPT2LMHeadModel(config), AutoTokenizer.from_pretrained(tokenizer))
-    fuse_gelu(backbone.model)
     add_markers(backbone)
     return backbone
 

@@ -1,46 +1,178 @@
-"""What a person sees while a run goes on: lines and bars, from rank 0 only."""
+"""What a person sees while a run goes on: lines and bars, from rank 0 only. What libraries print goes to a log."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, TypeVar
 
-import datasets
-import transformers
 from tqdm import tqdm
 
 from coconut_ds import distributed
+from coconut_ds.errors import InputError
+from coconut_ds.pace import Pace
 
 Item = TypeVar("Item")
 _PLAIN_LINES_PER_EPOCH = 4
+_PLAIN_LINES_APART_S = 10
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Where lines and bars go."""
+
+    lines: IO[str]
+    bars: IO[str]
+
+
+_diverted: _Streams | None = None
 
 
 def quiet_libraries() -> None:
     """No bars but our own (two ranks loading weights would draw over each other), no advice meant for DeepSpeed."""
+    # Not imported before what they say is diverted.
+    import datasets
+    import transformers
+
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
 
+@contextlib.contextmanager
+def libraries_to(log: Path | None) -> Iterator[None]:
+    """Inside it everything this process prints goes to the end of `log`, but for `say` and the bars; None shows it.
+
+    File descriptors are diverted and not only Python's streams, because gloo, NCCL and compilers write by themselves.
+    Raises InputError where the log cannot be written.
+    """
+    global _diverted
+    if log is None:
+        quiet_libraries()
+        yield
+        return
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = open(log, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(
+            f"save_path: {log.parent} cannot be made or written to: {error.strerror}; name a folder to write in"
+        ) from None
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        stream.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    _diverted = _Streams(*(_on(stream, number, own) for stream, number, own in zip(before, (1, 2), kept)))
+    try:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+        sys.stdout = sys.stderr = file
+        quiet_libraries()
+        yield
+    finally:
+        file.flush()
+        sys.stdout, sys.stderr = before
+        for stream in before:
+            stream.flush()
+        for number, own in zip((1, 2), kept):
+            os.dup2(own, number)
+        streams, _diverted = _diverted, None
+        for stream in (streams.lines, streams.bars):
+            if stream not in before:
+                stream.close()
+        for own in kept:
+            os.close(own)
+        file.close()
+
+
+def _on(stream: IO[str], number: int, own: int) -> IO[str]:
+    """A stream on the descriptor `own`; the stream itself where it does not write to descriptor `number`."""
+    with contextlib.suppress(OSError, ValueError):  # of a stream without a descriptor
+        if stream.fileno() == number:
+            return open(os.dup(own), "w", buffering=1, encoding="utf-8")
+    return stream
+
+
+def _streams() -> _Streams:
+    streams = _diverted or _Streams(sys.stdout, sys.stderr)
+    # On one terminal a line has to know of the bar below it, which tqdm sees to within one stream.
+    return _Streams(streams.bars, streams.bars) if streams.lines.isatty() and streams.bars.isatty() else streams
+
+
+def terminal() -> IO[str]:
+    """The stream for what must be seen when something goes wrong."""
+    return _streams().bars
+
+
 def say(text: str) -> None:
-    """Print a line from rank 0."""
+    """Print lines from rank 0."""
     if distributed.is_main():
-        tqdm.write(text)
-        sys.stdout.flush()
+        stream = _streams().lines
+        tqdm.write(text, file=stream)
+        stream.flush()
 
 
 def progress(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
-    """Pass `items` on, with a bar on a terminal and a few plain lines elsewhere."""
-    if not distributed.is_main():
-        yield from items
-    elif sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=label, leave=False, dynamic_ncols=True)
-    else:
-        started = time.monotonic()
-        for done, item in enumerate(items, start=1):
-            yield item
-            if done % max(1, total // _PLAIN_LINES_PER_EPOCH) == 0 and done < total:
-                say(f"{label}: {done}/{total}, {done / (time.monotonic() - started):.2f} steps/s")
+    """Pass `items` on, with a bar on a terminal that goes when they end."""
+    bars = _streams().bars
+    hidden = not (distributed.is_main() and bars.isatty())
+    yield from tqdm(items, total=total, desc=label, leave=False, dynamic_ncols=True, file=bars, disable=hidden)
+
+
+class EpochProgress:
+    """The steps of an epoch: a bar on a terminal, a few plain lines elsewhere; used with `with`."""
+
+    def __init__(self, label: str, total: int, pace: Pace):
+        self._label, self._total, self._pace = label, total, pace
+        self._done = 0
+        bars = _streams().bars
+        self._is_plain = not bars.isatty()
+        self._bar = tqdm(
+            total=total,
+            desc=label,
+            leave=False,
+            dynamic_ncols=True,
+            file=bars,
+            disable=self._is_plain or not distributed.is_main(),
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+        )
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> EpochProgress:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._bar.close()
+
+    def step(self, loss: float) -> None:
+        """One step more, of which `pace` already knows."""
+        self._done += 1
+        if self._is_plain:
+            self._write_line(loss)
+        else:
+            self._bar.set_postfix_str(self._figures(loss), refresh=False)
+            self._bar.update()
+
+    def _figures(self, loss: float) -> str:
+        pace = self._pace
+        epoch, run = _duration(pace.seconds_for(self._total - self._done)), _duration(pace.seconds_left())
+        return f"loss {loss:.3f}, {pace.examples_per_s:.3g} examples/s, left {epoch} here, {run} in all"
+
+    def _write_line(self, loss: float) -> None:
+        is_due = self._done % max(1, self._total // _PLAIN_LINES_PER_EPOCH) == 0 and self._done < self._total
+        now = time.monotonic()
+        if is_due and now - self._last_line >= _PLAIN_LINES_APART_S:
+            self._last_line = now
+            say(f"{self._label}: {self._done}/{self._total}, {self._figures(loss)}")
+
+
+def _duration(seconds: float) -> str:
+    """Hours, minutes and seconds, `0:01:40`."""
+    return str(timedelta(seconds=round(seconds)))

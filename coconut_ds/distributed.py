@@ -94,7 +94,9 @@ def report_failure(problem: str, status: int) -> int:
     a collective can wait for them.
     """
     if _is_first_to_fail() if has_group() else status != 2 or local_rank() == 0:
-        print(problem, file=sys.stderr, flush=True)
+        # Rank 0 speaks for all of them otherwise.
+        speaker = "" if rank() == 0 else f"[rank {rank()}] "
+        print(f"{speaker}{problem}", file=sys.stderr, flush=True)
     return status
 
 

@@ -1,10 +1,10 @@
 """Turn a checkpoint into a folder that plain transformers loads.
 
-    python -m coconut_ds.export CHECKPOINT OUT [--model-id MODEL] [--no-markers]
+    python -m coconut_ds.export CHECKPOINT OUT [--model-id MODEL] [--no-markers] [--push-to-hub REPO_ID [--private]]
 
 CHECKPOINT is one of ours, an HF folder, or a published `.pt` state dict, whose shape comes from MODEL. OUT gets
-safetensors in fp32, configuration, tokenizer with the marker tokens, and `coconut.json`, the latent settings, where the
-checkpoint has them.
+safetensors in fp32, configuration, tokenizer with the marker tokens, and, where the checkpoint has latent settings,
+`coconut.json` and a model card. It can be uploaded as it is, which `--push-to-hub` does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from coconut_ds.config import RunConfig
 from coconut_ds.console import quiet_libraries
 from coconut_ds.errors import InputError
 from coconut_ds.methods import METHODS
-from coconut_ds.training.weights import export_model, load_initial, stored_settings, stored_window
+from coconut_ds.model.pretrained import push, stored_settings, stored_window, write_folder
+from coconut_ds.training.weights import load_initial
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,14 +30,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model-id", default="openai-community/gpt2", help="model a `.pt` was trained from")
     parser.add_argument("--no-markers", action="store_true", help="weights of a method without thoughts")
+    parser.add_argument("--push-to-hub", metavar="REPO_ID", help="upload OUT to the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", default=None, help="make REPO_ID a private repository")
     options = parser.parse_args(arguments)
     quiet_libraries()
     try:
         export(options.checkpoint, options.out, options.model_id, not options.no_markers)
+        print(f"written: {options.out}")
+        if options.push_to_hub:
+            print(f"uploaded: {push(options.out, options.push_to_hub, options.private)}")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"written: {options.out}")
     return 0
 
 
@@ -47,7 +52,8 @@ def export(checkpoint: str, out: Path, model_id: str, with_markers: bool = True)
     settings = stored_settings(checkpoint)
     has_thoughts = with_markers if settings is None else METHODS[settings["method"]].thoughts != "none"
     config = RunConfig(method="coconut" if has_thoughts else "cot", model_id=model_id, load_model_path=checkpoint)
-    export_model(out, load_initial(config), settings, window=stored_window(checkpoint))
+    backbone = load_initial(config)
+    write_folder(out, backbone.model, backbone.tokenizer, settings, window=stored_window(checkpoint))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from coconut_ds.errors import InputError
 from coconut_ds.memory import GIB
 from coconut_ds.training.activations import ActivationCost, measure, widest_sequence
 from coconut_ds.training.batch_size import USABLE_SHARE, distinct_stages
-from coconut_ds.training.session import Materials, load_materials
+from coconut_ds.training.materials import Materials, load_materials
 
 # The plan is for the card that is named, not for the machine it is made on.
 _CARD = Device(kind="cuda", has_bf16=True, has_fp16=True)

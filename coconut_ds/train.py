@@ -25,14 +25,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", required=True, help="run YAML, see run_configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and DeepSpeed configurations")
+    parser.add_argument("--verbose", action="store_true", help="show what libraries print, in place of run.log")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # inserted by the launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the YAML")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 0 when the run is complete or was asked to stop, 2 when the user has to put something right, 130
-    after a second SIGINT, 1 for the rest."""
+    """Status 0: complete, or asked to stop; 2: the user has to put something right; 130: a second SIGINT; else 1."""
     from coconut_ds import distributed
 
     options = parse_arguments(arguments)
@@ -49,29 +49,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(config: RunConfig, options: argparse.Namespace) -> None:
-    from coconut_ds import distributed
-    from coconut_ds.console import quiet_libraries
-    from coconut_ds.engine.build import describe_device
-    from coconut_ds.engine.ds_config import read_ds_json, resolve_checkpointing, resolve_ds_config, resolve_precision
-    from coconut_ds.training import session
+    from coconut_ds.console import libraries_to, say
 
-    raw, device = read_ds_json(config.deepspeed), describe_device()
+    with libraries_to(None if options.verbose or options.dry_run else config.run_folder / "run.log"):
+        # In here, because libraries have something to say when they are imported.
+        from coconut_ds import distributed
+        from coconut_ds.engine import ds_config
+        from coconut_ds.engine.build import describe_device
+        from coconut_ds.training import session
 
-    def resolve(config: RunConfig, sizes: BatchSizes) -> dict[str, Any]:
-        return resolve_ds_config(raw, config, sizes, device, options.run)
+        raw, device = ds_config.read_ds_json(config.deepspeed), describe_device()
 
-    # Before any weight is loaded, whatever is chosen later.
-    ds_config = resolve(config, batch_sizes(config, distributed.world_size()))
-    config = config.model_copy(update={"activation_checkpointing": resolve_checkpointing(raw, config)})
-    if options.dry_run:
-        if distributed.is_main():
-            print(f"# run\n{config.to_yaml()}\n# deepspeed\n{json.dumps(ds_config, indent=2)}")
-        return
-    quiet_libraries()
-    if config.only_eval:
-        session.evaluate(config, resolve_precision(config, device))
-    else:
-        session.train(config, resolve)
+        def resolve(config: RunConfig, sizes: BatchSizes) -> dict[str, Any]:
+            return ds_config.resolve_ds_config(raw, config, sizes, device, options.run)
+
+        # Before any weight is loaded, whatever is chosen later.
+        resolved = resolve(config, batch_sizes(config, distributed.world_size()))
+        config = config.model_copy(update={"activation_checkpointing": ds_config.resolve_checkpointing(raw, config)})
+        if options.dry_run:
+            say(f"# run\n{config.to_yaml()}\n# deepspeed\n{json.dumps(resolved, indent=2)}")
+        elif config.only_eval:
+            session.evaluate(config, ds_config.resolve_precision(config, device))
+        else:
+            session.train(config, resolve)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import pty
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +68,31 @@ def finish(process: subprocess.Popen, time_limit_s: float = TIME_LIMIT_S) -> sub
     finally:
         end(process)
     return subprocess.CompletedProcess(process.args, process.returncode, output, "")
+
+
+def on_terminal(command: list[str], time_limit_s: float = TIME_LIMIT_S, columns: int = 110, **more: str) -> str:
+    """What a command writes to a terminal of its own, carriage returns included; it has to end with status 0."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(**more), stdin=its, stdout=its, stderr=its, start_new_session=True
+    )
+    os.close(its)
+    timer = threading.Timer(time_limit_s, end, [process])
+    timer.start()
+    shown = b""
+    try:
+        # Reading fails once no process holds the other end.
+        with contextlib.suppress(OSError):
+            while data := os.read(ours, 65536):
+                shown += data
+        status = process.wait()
+    finally:
+        timer.cancel()
+        end(process)
+        os.close(ours)
+    assert status == 0, f"exit status {status}\n{shown[-6000:].decode()}"
+    return shown.decode().replace("\r\n", "\n")
 
 
 def end(process: subprocess.Popen) -> None:

@@ -11,8 +11,9 @@ from coconut_ds import export
 from coconut_ds.config import RunConfig
 from coconut_ds.errors import InputError
 from coconut_ds.model.backbone import MARKERS, Backbone, add_markers, scratch_backbone, word_tokenizer
+from coconut_ds.model.pretrained import stored_settings, write_folder
 from coconut_ds.training import sealed_folder
-from coconut_ds.training.weights import export_model, latent_settings, load_initial, stored_settings
+from coconut_ds.training.weights import latent_settings, load_initial
 
 SHAPE = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 64, "dropout": 0.0}
 
@@ -40,7 +41,7 @@ def run(**values) -> RunConfig:
 def sealed(path, backbone: Backbone, settings: dict):
     """What a run's checkpoint holds of its model."""
     unfinished = sealed_folder.begin(path)
-    export_model(unfinished / "model", backbone, settings)
+    write_folder(unfinished / "model", backbone.model, backbone.tokenizer, settings)
     return sealed_folder.publish(unfinished)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import socket
 from datetime import timedelta
@@ -35,7 +34,6 @@ def start_process_group(hang_limit_s: float = 0) -> None:
             port = probe.getsockname()[1]
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in alone.items()})
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.device())
     timeout = max(default_pg_timeout, timedelta(seconds=hang_limit_s) + _LONGER)

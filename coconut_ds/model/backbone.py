@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -50,8 +51,13 @@ class Backbone:
 
     def marker_ids(self) -> dict[str, int]:
         """Ids of the marker tokens; raises KeyError when they were not added."""
-        vocabulary = self.tokenizer.get_vocab()
-        return {marker: vocabulary[marker] for marker in MARKERS}
+        return marker_ids(self.tokenizer)
+
+
+def marker_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Ids of the marker tokens; raises KeyError when they were not added."""
+    vocabulary = tokenizer.get_vocab()
+    return {marker: vocabulary[marker] for marker in MARKERS}
 
 
 def load_backbone(name: str) -> Backbone:
@@ -59,35 +65,38 @@ def load_backbone(name: str) -> Backbone:
 
     Raises ModelError, one line, when it cannot be had or cannot carry Coconut.
     """
-    try:
-        model, tokenizer = _load(name, local_files_only=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        if Path(name).is_dir():
-            raise ModelError(f"model_id: folder {name} is not a model for transformers: {_first_line(error)}") from None
-        model, tokenizer = _download(name)
+    return Backbone(load_model(name), load_tokenizer(name))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, as `load_backbone` loads it."""
+    tokenizer = _load(name, AutoTokenizer.from_pretrained)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model_id: the tokenizer of {name} has no EOS token, which ends every answer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """The model alone, in fp32, as `load_backbone` loads it."""
+    model = _load(name, AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
     _check(model, name)
-    fuse_gelu(model)
-    return Backbone(model, tokenizer)
+    return model
 
 
-def _load(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(name: str, load: Callable[..., Any], **options: Any) -> Any:
     # Said, because transformers asks on the terminal where it is not.
     options["trust_remote_code"] = False
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options), tokenizer
-
-
-def _download(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from huggingface_hub import HfApi
-
+    try:
+        return load(name, local_files_only=True, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        if Path(name).is_dir():
+            raise ModelError(f"model_id: folder {name} is not a model for transformers: {_first_line(error)}") from None
     try:
         # One request with a time limit first: loading alone would retry for minutes where the hub cannot be reached.
         HfApi().model_info(name, timeout=10)
-        return _load(name)
+        return load(name, **options)
     except Exception as error:
         raise ModelError(
             f"model_id: {name!r} is neither a folder here nor in the cache, and the hub did not give it "
@@ -113,9 +122,7 @@ def scratch_backbone(architecture: str, tokenizer: PreTrainedTokenizerBase, **sh
     `shape`: n_layer, n_embd, n_head, n_positions, dropout.
     """
     config = _SCRATCH_CONFIGS[architecture](tokenizer, **shape)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fuse_gelu(model)
-    return Backbone(model, tokenizer)
+    return Backbone(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer)
 
 
 def fuse_gelu(model: PreTrainedModel) -> None:

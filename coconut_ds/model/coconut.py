@@ -7,15 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from coconut_ds.errors import InputError
+from coconut_ds.methods import METHODS
+from coconut_ds.model import pretrained
+from coconut_ds.model.backbone import (
+    END_LATENT,
+    LATENT,
+    START_LATENT,
+    fuse_gelu,
+    load_model,
+    load_tokenizer,
+    marker_ids,
+)
 from coconut_ds.model.checkpointing import checkpoint_layers, restore_layers
 from coconut_ds.model.deferred import Deferred
-from coconut_ds.model.generation import greedy_decode
+from coconut_ds.model.generation import decode
 from coconut_ds.model.kv_cache import TrainingCache
 from coconut_ds.model.latents import (
     LatentContext,
@@ -31,6 +45,12 @@ from coconut_ds.model.thought_attention import gather_attention_gradients
 from coconut_ds.model.weight_gradients import Pass, gather_weight_gradients, within
 
 IGNORED_LABEL = -100
+
+Intervention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(number (B,), thought (B, D)) -> (B, D): what is fed in place of the `number`-th thought, from 0, of each row.
+
+`number` is -1 in a row whose column holds an ordinary token, which stays.
+"""
 
 
 @dataclass
@@ -61,6 +81,18 @@ class Encoded:
         return torch.cat(tuple(self.fed), dim=1)
 
 
+def _token_ids(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> dict[str, int | None]:
+    """Ids by their marker tokens, for folders that do not name them."""
+    traits = METHODS[settings["method"]]
+    ids = {} if traits.thoughts == "none" else marker_ids(tokenizer)
+    return {
+        "latent_token_id": ids.get(LATENT) if traits.thoughts == "continuous" else None,
+        "start_latent_id": ids.get(START_LATENT) if traits.has_markers else None,
+        "end_latent_id": ids.get(END_LATENT) if traits.has_markers else None,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
 class Coconut(nn.Module):
     """A causal language model whose `<|latent|>` positions are fed earlier hidden states instead of embeddings.
 
@@ -86,9 +118,64 @@ class Coconut(nn.Module):
         self.eos_token_id = eos_token_id
         self.latent_context = latent_context or LatentContext()
         self.latent_window = LatentWindow(self.latent_context)
+        self.training_settings: dict[str, Any] = {}
+        """What `coconut.json` says of the run the weights are of; travels with them."""
         self._checkpoints_layers = False
+        fuse_gelu(self.base_causallm)
         gather_weight_gradients(self.base_causallm.base_model)
         gather_attention_gradients(self.base_causallm)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> Coconut:
+        """The model of a folder or hub id that `save_pretrained` or a run has written; a checkpoint folder will do.
+
+        In fp32 and in evaluation mode, as transformers loads models. Raises InputError for a folder that holds no
+        Coconut model.
+        """
+        name = str(name)
+        settings = pretrained.stored_settings(name)
+        if settings is None:
+            raise InputError(
+                f"{name} has no coconut.json: it is no Coconut model, or cannot be reached; build one around a plain "
+                "model with Coconut(base_causallm, latent_token_id=..., ...)"
+            )
+        folder = str(pretrained.model_folder(name))
+        ids = settings.get("token_ids") or _token_ids(load_tokenizer(folder), settings)
+        model = cls(load_model(folder), **ids, latent_context=pretrained.latent_context(settings))
+        pretrained.load_window(model.latent_window.logits, name)
+        model.training_settings = settings
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool | None = None,
+    ) -> None:
+        """Write what `from_pretrained` loads: the backbone as plain transformers has it, latent settings, a model card.
+
+        With the `tokenizer` the folder is complete. `push_to_hub` uploads it to `repo_id`, by default the folder's
+        name. Raises InputError when the hub does not take it.
+        """
+        folder = Path(folder)
+        settings = {
+            **self.training_settings,
+            "latent_context": pretrained.context_settings(self.latent_context),
+            "latent_norm": self.latent_context.norm,
+            "token_ids": {
+                "latent_token_id": self.latent_token_id,
+                "start_latent_id": self.start_latent_id,
+                "end_latent_id": self.end_latent_id,
+                "eos_token_id": self.eos_token_id,
+            },
+        }
+        window = {f"latent_window.{name}": value for name, value in self.latent_window.state_dict().items()}
+        pretrained.write_folder(folder, self.base_causallm, tokenizer, settings, window=window)
+        if push_to_hub:
+            pretrained.push(folder, repo_id or folder.name, private)
 
     def enable_activation_checkpointing(self, every_n_layers: int = 1, offload: bool = False) -> None:
         """Keep only the input, keys and values of every `every_n_layers`-th decoder layer and recompute the rest.
@@ -152,8 +239,12 @@ class Coconut(nn.Module):
         position_ids: torch.Tensor | None = None,
         thought_span: Sequence[int] | None = None,
         cache: Cache | None = None,
+        intervene: Intervention | None = None,
     ) -> Encoded:
-        """Run all passes over (B, T) inputs. A `cache` that is given is empty, and covers every column afterwards."""
+        """Run all passes over (B, T) inputs. A `cache` that is given is empty, and covers every column afterwards.
+
+        `intervene` sees every thought before it is fed and says what is fed in its place.
+        """
         if self.training and self.base_causallm.is_activation_checkpointing:
             raise ValueError(
                 "the model's own gradient checkpointing drops the KV cache and with it every thought; call "
@@ -185,7 +276,7 @@ class Coconut(nn.Module):
                 ).last_hidden_state
 
         if span:
-            passes = list(self._passes(span, input_ids, embeds, attention_mask, run))
+            passes = list(self._passes(span, input_ids, embeds, attention_mask, run, intervene))
         else:
             _, hidden = self.latent_window(run(embeds, 0))
             passes = [(embeds, hidden)]
@@ -199,6 +290,7 @@ class Coconut(nn.Module):
         embeds: torch.Tensor,
         attention_mask: torch.Tensor,
         run: Callable[[torch.Tensor, int], torch.Tensor],
+        intervene: Intervention | None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (embeddings fed, hidden states), each (B, columns, D), of the prefix, each thought, and the tail."""
         first, end = span
@@ -217,6 +309,9 @@ class Coconut(nn.Module):
         for column in range(first, end):
             available = states_in_reach(context.scope, column, first_real, is_thought[:, column - 1])
             thought = scaled(next_thought(recent, available, weights), norm)  # (B, D)
+            if intervene is not None:
+                number = torch.where(is_thought[:, column], is_thought[:, :column].sum(dim=1), -1)
+                thought = intervene(number, thought)
             # In another row this column can be an ordinary token.
             fed = torch.where(is_thought[:, column, None], thought, embeds[:, column])[:, None]
             if column == end - 1:
@@ -237,6 +332,10 @@ class Coconut(nn.Module):
         attention_mask: torch.Tensor | None = None,
         max_new_tokens: int = 128,
         thought_span: Sequence[int] | None = None,
+        **sampling: Any,
     ) -> torch.Tensor:
-        """Greedy continuations (B, max_new_tokens) of left-padded prompts (B, T), right-padded with EOS after EOS."""
-        return greedy_decode(self, input_ids, attention_mask, max_new_tokens, thought_span)
+        """Continuations (B, max_new_tokens) of left-padded prompts (B, T), right-padded with EOS after EOS.
+
+        Greedy; `sampling` takes do_sample, temperature, top_k, top_p and streamer as transformers' `generate` does.
+        """
+        return decode(self, input_ids, attention_mask, max_new_tokens, thought_span, **sampling).tokens

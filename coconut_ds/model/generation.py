@@ -1,8 +1,9 @@
-"""Batched greedy decoding that starts from the cached thoughts. The decoding loop is that of transformers."""
+"""Batched decoding that starts from the cached thoughts. The decoding loop is that of transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,22 +11,34 @@ import torch.nn.functional as F
 from transformers import StaticCache
 
 if TYPE_CHECKING:
-    from coconut_ds.model.coconut import Coconut
+    from coconut_ds.model.coconut import Coconut, Encoded, Intervention
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What came of a batch of prompts."""
+
+    tokens: torch.Tensor
+    """(B, max_new_tokens), EOS after EOS."""
+    encoded: Encoded | None
+    """Every column of the prompts but the last, T - 1 of them; None for prompts of one column."""
 
 
 @torch.no_grad()
-def greedy_decode(
+def decode(
     model: Coconut,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     max_new_tokens: int,
     thought_span: Sequence[int] | None = None,
-) -> torch.Tensor:
-    """Greedy continuations, shape (B, max_new_tokens), EOS after EOS.
+    intervene: Intervention | None = None,
+    **sampling: Any,
+) -> Decoded:
+    """Continue prompts (B, T), which are left-padded and end in an ordinary token; greedy unless `sampling` says else.
 
-    Prompts are (B, T), left-padded, and end in an ordinary token: every column but the last is run once to fill the
-    KV cache with the thoughts in it, and `generate` of the backbone goes on from there. Raises ValueError when a
-    prompt ends in a thought or in padding.
+    Every column but the last is run once to fill the KV cache with the thoughts in it, and `generate` of the backbone
+    goes on from there. `sampling`: what it takes of do_sample, temperature, top_k, top_p, streamer. Raises ValueError
+    when a prompt ends in a thought or in padding.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -37,24 +50,25 @@ def greedy_decode(
             "such as <|end-latent|>"
         )
     backbone: Any = model.base_causallm
-    cache = None
+    cache = encoded = None
     if input_ids.shape[1] > 1:
         # Of fixed size: one that grows is copied whole for every token.
         cache = StaticCache(config=backbone.config, max_cache_len=input_ids.shape[1] + max_new_tokens)
         # The thoughts never reach the last column, so the span found for the whole prompt holds for its head.
         head = slice(None, -1)
-        model.encode(input_ids[:, head], attention_mask[:, head], None, thought_span, cache)
+        encoded = model.encode(input_ids[:, head], attention_mask[:, head], None, thought_span, cache, intervene)
     tokens = backbone.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
-        do_sample=False,
         num_beams=1,
         use_cache=True,
         disable_compile=True,
         eos_token_id=model.eos_token_id,
         pad_token_id=model.eos_token_id,
+        **{"do_sample": False, **sampling},
     )
     new_tokens = tokens[:, input_ids.shape[1] :]
-    return F.pad(new_tokens, (0, max_new_tokens - new_tokens.shape[1]), value=model.eos_token_id)
+    padded = F.pad(new_tokens, (0, max_new_tokens - new_tokens.shape[1]), value=model.eos_token_id)
+    return Decoded(padded, encoded)

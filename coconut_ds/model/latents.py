@@ -71,16 +71,23 @@ def states_in_reach(scope: str, column: int, first_real: torch.Tensor, follows_t
     return available
 
 
+def window_shares(available: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What each state of the window counts for, newest first: (B, m), rows summing to 1.
+
+    available (B,) states that count per row; weights (m,). A row without any state to average gets zeros.
+    """
+    counted = torch.arange(len(weights), device=available.device) < available[:, None]  # (B, m)
+    shares = torch.where(counted, weights, 0.0)  # (B, m)
+    return shares / shares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
+
+
 def next_thought(states: torch.Tensor, available: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted average of the newest states.
 
     states (B, J, D) newest first; available (B,) states that count per row; weights (m,), m >= J; returns (B, D).
     A row without any state to average gets zeros.
     """
-    n_states = states.shape[1]
-    counted = torch.arange(n_states, device=states.device) < available[:, None]  # (B, J)
-    shares = torch.where(counted, weights[:n_states], 0.0)  # (B, J)
-    shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
+    shares = window_shares(available, weights[: states.shape[1]])  # (B, J)
     return torch.einsum("bj,bjd->bd", shares.to(states.dtype), states)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -56,16 +57,10 @@ def choose_micro_batch(
     world = distributed.world_size()
     assert config.train_batch_size is not None, "load_run_config demands it for batch_size_training: auto"
     per_rank = config.train_batch_size // world
-    parameters = [parameter.numel() for parameter in model.parameters()]
-    states = model_states(ds_config, sum(parameters), max(parameters), world)
-    kept = states.device if torch.cuda.is_available() else states.device + states.host
+    kept = kept_between_steps(model, ds_config)
     budget = memory_budget() - kept
-    widest = [widest_sequence(examples, curriculum, stage, tokens) for stage in distinct_stages(config, curriculum)]
-    # Columns cost most, then passes; whichever stage has the most of either decides.
-    deciding = [max(widest, key=lambda each: len(each.ids)), max(widest, key=lambda each: each.n_thoughts)]
-    # A copy, in the width of the run: bf16 stands for fp16, and the weights to train keep their precision.
-    is_wide = not (ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"])
-    probe = copy.deepcopy(model).to(torch.float32 if is_wide else torch.bfloat16)
+    deciding = deciding_sequences(config, examples, curriculum, tokens)
+    probe = in_width_of_run(model, ds_config)
     rows = min(measure(probe, sequence).most_rows(budget) for sequence in deciding)
     micro = largest_divisor(per_rank, rows)
     if torch.cuda.is_available():
@@ -78,6 +73,38 @@ def choose_micro_batch(
         )
     say(f"batch_size_training: auto is {micro}: {micro} x {per_rank // micro} accumulated x {world} ranks")
     return micro
+
+
+def planned_peak(
+    model: Coconut, ds_config: dict[str, Any], sequences: Sequence[TokenSequence], micro: int
+) -> tuple[int, int]:
+    """Bytes of a rank: what is kept between steps, and what a forward and backward over `micro` rows adds at most."""
+    probe = in_width_of_run(model, ds_config)
+    activations = max(measure(probe, sequence).peak(micro) for sequence in sequences)
+    return kept_between_steps(model, ds_config), activations
+
+
+def kept_between_steps(model: Coconut, ds_config: dict[str, Any]) -> int:
+    """Bytes of a rank's model states: on its GPU, or on the host where there is none."""
+    parameters = [parameter.numel() for parameter in model.parameters()]
+    states = model_states(ds_config, sum(parameters), max(parameters), distributed.world_size())
+    return states.device if torch.cuda.is_available() else states.device + states.host
+
+
+def deciding_sequences(
+    config: RunConfig, examples: Dataset, curriculum: Curriculum, tokens: Tokens
+) -> list[TokenSequence]:
+    """The longest sequences of the stages that decide whether a run fits."""
+    widest = [widest_sequence(examples, curriculum, stage, tokens) for stage in distinct_stages(config, curriculum)]
+    # Columns cost most, then passes; whichever stage has the most of either decides.
+    longest, most_passes = max(widest, key=lambda each: len(each.ids)), max(widest, key=lambda each: each.n_thoughts)
+    return [longest] if longest == most_passes else [longest, most_passes]
+
+
+def in_width_of_run(model: Coconut, ds_config: dict[str, Any]) -> Coconut:
+    """A copy to measure with; bf16 stands for fp16, and the weights to train keep their precision."""
+    is_wide = not (ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"])
+    return copy.deepcopy(model).to(torch.float32 if is_wide else torch.bfloat16)
 
 
 def largest_divisor(number: int, limit: int) -> int:

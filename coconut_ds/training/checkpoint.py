@@ -36,8 +36,8 @@ from coconut_ds.engine import optimizer_states
 from coconut_ds.errors import InputError
 from coconut_ds.memory import GIB
 from coconut_ds.model.backbone import Backbone
+from coconut_ds.model.pretrained import MODEL_FOLDER, WEIGHTS_FILE, stored_window, write_folder
 from coconut_ds.training import sealed_folder
-from coconut_ds.training.weights import MODEL_FOLDER, WEIGHTS_FILE, export_model, stored_window
 
 _PROGRESS, _RANDOM, _LATEST = "progress.json", "random_states.safetensors", "latest"
 _PREFIX = "base_causallm."
@@ -233,7 +233,7 @@ def _write_tensors(
     _on_main(failed, _demand_finite, tensors)
     own = {name.removeprefix(_PREFIX): value for name, value in tensors.items() if name.startswith(_PREFIX)}
     window = {name: value for name, value in tensors.items() if not name.startswith(_PREFIX)}
-    _on_main(failed, export_model, folder / MODEL_FOLDER, backbone, settings, own, window)
+    _on_main(failed, write_folder, folder / MODEL_FOLDER, backbone.model, backbone.tokenizer, settings, own, window)
     for moment in optimizer_states.MOMENTS if stored.updates else ():
         watchdog.alive()
         tensors = optimizer_states.gather(engine, moment)

@@ -13,10 +13,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from coconut_ds import distributed, watchdog
+from coconut_ds.console import progress
 from coconut_ds.curriculum.collator import Batch, Tokens
 from coconut_ds.curriculum.loaders import loss_loader, prompt_loader
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.generation import decode
+from coconut_ds.model.thoughts import Readings, read_thoughts, top_tokens
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class Evaluator:
         try:
             loss = self.loss(stage)
             started = time.monotonic()
-            share = [row for batch in self._prompts(stage) for row in self._predict(batch)]
+            prompts = self._prompts(stage)
+            batches = progress(prompts, len(prompts), "evaluating, answers")
+            share = [row for batch in batches for row in self._predict(batch)]
             shares = distributed.gather_to_main(share)
             seconds = time.monotonic() - started
         finally:
@@ -70,7 +75,8 @@ class Evaluator:
         """Mean loss over all supervised tokens of the set in the layout of `stage`, the same on every rank."""
         totals = torch.zeros(2, dtype=torch.float64)
         world, rank = distributed.world_size(), distributed.rank()
-        for batch in loss_loader(self.examples, self.curriculum, self.tokens, stage, self.batch_size, rank, world):
+        loader = loss_loader(self.examples, self.curriculum, self.tokens, stage, self.batch_size, rank, world)
+        for batch in progress(loader, len(loader), "evaluating, loss"):
             watchdog.alive()
             output = self.model(**to_device(batch.inputs))
             totals += torch.tensor([output.loss_sum.item(), batch.n_targets], dtype=torch.float64)
@@ -84,15 +90,15 @@ class Evaluator:
     def _predict(self, batch: Batch) -> list[dict[str, Any]]:
         watchdog.alive()
         inputs = to_device(batch.inputs)
-        new_tokens = self.model.generate(
-            inputs["input_ids"], inputs["attention_mask"], self.max_new_tokens, inputs["thought_span"]
-        )
-        thought = -1 if self.tokens.thought is None else self.tokens.thought
-        n_thoughts = (batch.inputs["input_ids"] == thought).sum(dim=1)
-        rows = zip(batch.indices, new_tokens.tolist(), n_thoughts.tolist())
-        return [self._prediction(index, ids, thoughts) for index, ids, thoughts in rows]
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        decoded = decode(self.model, ids, mask, self.max_new_tokens, inputs["thought_span"])
+        thoughts: list[Readings] = [[] for _ in batch.indices]
+        if inputs["thought_span"] and decoded.encoded is not None:
+            thoughts = top_tokens(self.model, read_thoughts(self.model, decoded.encoded, ids, mask), self.tokenizer)
+        rows = zip(batch.indices, decoded.tokens.tolist(), thoughts)
+        return [self._prediction(*row) for row in rows]
 
-    def _prediction(self, index: int, ids: list[int], n_thoughts: int) -> dict[str, Any]:
+    def _prediction(self, index: int, ids: list[int], thoughts: Readings) -> dict[str, Any]:
         example = self.examples[index]
         eos = self.tokenizer.eos_token_id
         ids = ids[: ids.index(eos)] if eos in ids else ids
@@ -107,8 +113,9 @@ class Evaluator:
             "cot_correct": given_chain(text) == "\n".join(example["steps"]),
             "text": text,
             "n_steps": len(example["steps"]),
-            "n_thoughts": n_thoughts,
+            "n_thoughts": len(thoughts),
             "n_new_tokens": len(ids),
+            "thoughts": thoughts,
         }
 
 

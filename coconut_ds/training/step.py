@@ -35,10 +35,11 @@ class Pending:
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures of a step over all ranks; `padding_share` is the share of the batches' cells that is padding."""
+    """Figures of a step over all ranks. `n_tokens` of the batches' cells are no padding, `padding_share` of them is."""
 
     loss: float
     n_targets: int
+    n_tokens: int
     padding_share: float
 
 
@@ -77,7 +78,7 @@ def fetch(step: Pending, number: int) -> Figures:
             "lower lr, set max_grad_norm, or use bf16 or fp32 in place of fp16"
         )
     n_targets, _, n_tokens, cells = step.totals.tolist()
-    return Figures(loss, n_targets, 1 - n_tokens / cells)
+    return Figures(loss, n_targets, n_tokens, 1 - n_tokens / cells)
 
 
 def optimizer_step(

@@ -12,8 +12,7 @@ from datasets import Dataset
 
 from coconut_ds import distributed, watchdog
 from coconut_ds.config import BatchSizes, RunConfig
-from coconut_ds.console import progress as progress_bar
-from coconut_ds.console import say
+from coconut_ds.console import EpochProgress, say, terminal
 from coconut_ds.curriculum.collator import Batch, Tokens
 from coconut_ds.curriculum.loaders import TrainingWindows, training_loader, windows_per_epoch
 from coconut_ds.curriculum.stages import Curriculum
@@ -24,11 +23,12 @@ from coconut_ds.errors import InputError
 from coconut_ds.interruption import Interruption
 from coconut_ds.memory import peak_memory_gib
 from coconut_ds.model.backbone import Backbone
+from coconut_ds.pace import Pace
 from coconut_ds.tracking import Tracker, write_record
 from coconut_ds.training.checkpoint import Checkpoints, Progress, Stored, read_stored, restore
 from coconut_ds.training.evaluator import Evaluation, Evaluator
 from coconut_ds.training.step import accumulate_gradients, fetch
-from coconut_ds.training.weights import latent_settings
+from coconut_ds.training.weights import latent_settings, origin
 
 if TYPE_CHECKING:
     import deepspeed
@@ -64,6 +64,8 @@ class Trainer:
         self.progress = Progress(epochs=parts.config.resume)
         self.steps_per_epoch = windows_per_epoch(len(parts.train_set), parts.sizes)
         self.most_steps = max(map(len, parts.train_set["steps"]))
+        self.evaluation: Evaluation | None = None
+        """Of the weights as they are now; only rank 0 has it."""
 
     def fit(self) -> bool:
         """Train what is left of the run; False when it was asked to stop before the end, and has saved."""
@@ -76,7 +78,9 @@ class Trainer:
         if self.parts.newest is not None:
             restore(self.parts.newest, self.engine)
         self.tracker.rewind(stored.metrics_bytes if stored else 0)
-        watchdog.start(self.config.hang_limit_s)
+        n_epochs = self.config.num_epochs - self.progress.epochs
+        self.pace = Pace(n_epochs * self.steps_per_epoch - self.progress.windows, n_epochs)
+        watchdog.start(self.config.hang_limit_s, terminal())
         try:
             with Interruption() as self.interruption:
                 is_complete = self._run_epochs()
@@ -161,20 +165,23 @@ class Trainer:
     def _train_epoch(self, epoch: int) -> bool:
         """The rest of an epoch's steps; False when it was asked to stop."""
         self.engine.train()
-        label = f"epoch {epoch + 1}/{self.config.num_epochs}, stage {self.curriculum.stage(epoch)}"
-        first = self.progress.windows
-        loader = training_loader(self.windows, first)
-        for window in progress_bar(loader, len(self.windows) - first, label):
-            self._step(epoch, window)
-            every = self.config.save_every_steps
-            saves = every is not None and self.progress.step % every == 0
-            if saves:
-                self._save(epoch)
-            if self._stops(epoch, saves):
-                return False
+        self.evaluation = None
+        first, every = self.progress.windows, self.config.save_every_steps
+        with EpochProgress(self._place(epoch), len(self.windows) - first, self.pace) as bar:
+            for window in training_loader(self.windows, first):
+                bar.step(self._step(epoch, window))
+                saves = every is not None and self.progress.step % every == 0
+                if saves:
+                    self._save(epoch)
+                if self._stops(epoch, saves):
+                    return False
         return True
 
-    def _step(self, epoch: int, window: list[Batch]) -> None:
+    def _place(self, epoch: int) -> str:
+        return f"epoch {epoch + 1}/{self.config.num_epochs}, stage {self.curriculum.stage(epoch)}"
+
+    def _step(self, epoch: int, window: list[Batch]) -> float:
+        """One optimizer step; its loss."""
         watchdog.alive()
         started = time.monotonic()
         learning_rate = self.schedule.get_last_lr()[0]
@@ -186,6 +193,8 @@ class Trainer:
         if self.engine.was_step_applied():
             self.schedule.step()
         self.progress = replace(self.progress, step=number, windows=self.progress.windows + 1)
+        seconds = time.monotonic() - started
+        self.pace.stepped(self.parts.sizes.total, seconds)
         if number % self.config.log_every_steps == 0:
             self.tracker.log(
                 "train_step",
@@ -194,10 +203,11 @@ class Trainer:
                 step=number,
                 lr=learning_rate,
                 grad_norm=self._gradient_norm(),
-                step_time_s=time.monotonic() - started,
+                step_time_s=seconds,
                 peak_memory_gib=peak_memory_gib(),
                 **asdict(figures),
             )
+        return figures.loss
 
     def _stops(self, epoch: int, saved: bool) -> bool:
         """Whether a rank was asked to stop; then the run is saved, unless that has just been done."""
@@ -213,15 +223,16 @@ class Trainer:
 
     def _finish_epoch(self, epoch: int) -> bool:
         """Evaluate, and save where the run asks for it; whether it did."""
-        stage = self.curriculum.stage(epoch)
+        started = time.monotonic()
         with whole_weights(self.engine):
-            outcome = self.parts.evaluator.run(stage)
+            outcome = self.parts.evaluator.run(self.curriculum.stage(epoch))
             window = self._learned_window()
+        self.pace.evaluated(time.monotonic() - started)
         self.progress = replace(self.progress, epochs=epoch + 1, windows=0)
-        evaluation = outcome[0] if outcome else None
         if outcome:
-            self._record(epoch, stage, *outcome, window)
-        accuracy = distributed.from_main(evaluation.accuracy if evaluation else None)
+            self.evaluation, predictions = outcome
+            self._record(epoch, self.evaluation, predictions, window)
+        accuracy = distributed.from_main(self.evaluation.accuracy if self.evaluation else None)
         improved = accuracy > self.progress.best_accuracy
         if improved:
             name = self.parts.checkpoints.path_for(self.progress).name
@@ -236,15 +247,17 @@ class Trainer:
         return {} if window.logits is None else {"latent_weights": window.current()}
 
     def _record(
-        self, epoch: int, stage: int, evaluation: Evaluation, predictions: list[dict[str, Any]], window: dict[str, Any]
+        self, epoch: int, evaluation: Evaluation, predictions: list[dict[str, Any]], window: dict[str, Any]
     ) -> None:
+        stage = self.curriculum.stage(epoch)
         figures = evaluation.as_dict() | window
         self.tracker.log("eval", epoch=epoch + 1, stage=stage, step=self.progress.step, **figures)
+        self.tracker.log_predictions(epoch + 1, stage, predictions)
         write_predictions(self.config, f"epoch_{epoch + 1:04d}", predictions)
+        best = ", best so far" if evaluation.accuracy > max(0, self.progress.best_accuracy) else ""
         say(
-            f"epoch {epoch + 1}/{self.config.num_epochs}, stage {stage}: validation loss {evaluation.valid_loss:.4f}, "
-            f"accuracy {evaluation.accuracy:.1%} ({evaluation.n_correct}/{evaluation.n_total}), "
-            f"{evaluation.mean_new_tokens:.1f} tokens an answer"
+            f"{self._place(epoch)}: accuracy {evaluation.accuracy:.1%} ({evaluation.n_correct}/{evaluation.n_total}), "
+            f"loss {evaluation.valid_loss:.4f}, {evaluation.mean_new_tokens:.1f} tokens an answer{best}"
         )
 
     def _save(self, epoch: int) -> None:
@@ -255,8 +268,10 @@ class Trainer:
         started = time.monotonic()
         settings = {
             **latent_settings(self.config),
+            **origin(self.config),
             "epochs": self.progress.epochs,
             "stage": self.curriculum.stage(epoch),
+            "results": self.evaluation.as_dict() if self.evaluation else None,
         }
         stored = Stored(
             self.progress,

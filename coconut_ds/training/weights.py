@@ -1,46 +1,20 @@
-"""Weights in and out: the `model/` folder of a checkpoint, HF folders, `.pt` state dicts of the published code."""
+"""Weights a run starts from: checkpoints, HF folders and hub ids, `.pt` state dicts of the published code."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from coconut_ds.config import RunConfig
 from coconut_ds.errors import InputError, problem_list
 from coconut_ds.model.backbone import MARKERS, Backbone, add_markers, load_backbone
-from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.pretrained import MODEL_FOLDER, model_folder
 from coconut_ds.training import sealed_folder
 
-MODEL_FOLDER, WEIGHTS_FILE, WINDOW_FILE = "model", "model.safetensors", "latent_window.safetensors"
-_SETTINGS = "coconut.json"
-_WINDOW_NAME = "latent_window.logits"
 _WRAPPER_PREFIXES = ("module.", "_fsdp_wrapped_module.")
-_ONE_FILE = "1TB"
-
-
-def export_model(
-    folder: Path,
-    backbone: Backbone,
-    settings: dict[str, Any] | None,
-    weights: dict[str, torch.Tensor] | None = None,
-    window: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Write safetensors, config, tokenizer and latent settings: a folder that plain transformers loads.
-
-    `weights` take the place of those the model holds. A learned `window` gets a file of its own, since transformers
-    has no place for it.
-    """
-    backbone.model.save_pretrained(folder, state_dict=weights, max_shard_size=_ONE_FILE)
-    backbone.tokenizer.save_pretrained(folder)
-    if window:
-        save_file(window, folder / WINDOW_FILE)
-    if settings is not None:
-        (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def latent_settings(config: RunConfig) -> dict[str, Any]:
@@ -53,40 +27,14 @@ def latent_settings(config: RunConfig) -> dict[str, Any]:
     return {"method": config.method, "c_thought": config.thoughts_per_step, "latent_context": window, **values}
 
 
-def stored_settings(load_model_path: str) -> dict[str, Any] | None:
-    """The `coconut.json` of a checkpoint or of its `model/` folder; None for other weights."""
-    file = _model_folder(load_model_path) / _SETTINGS
-    if not file.is_file():
-        return None
-    # Early checkpoints do not name what there was no choice in.
-    settings = {"latent_norm": "none", **json.loads(file.read_text(encoding="utf-8"))}
-    if settings.get("latent_context"):
-        settings["latent_context"] = {"learned": False, **settings["latent_context"]}
-    return settings
-
-
-def stored_window(load_model_path: str) -> dict[str, torch.Tensor]:
-    """What was learned of the latent window, by parameter name; empty for other weights."""
-    file = _model_folder(load_model_path) / WINDOW_FILE
-    return load_file(file) if file.is_file() else {}
-
-
-def load_window(model: Coconut, load_model_path: str | None) -> None:
-    """Go on from the window stored with `load_model_path`, where it is learned; else it starts as the run says.
-
-    Raises InputError for a window of another size.
-    """
-    window = stored_window(load_model_path) if load_model_path else {}
-    logits = model.latent_window.logits
-    if logits is None or not window:
-        return
-    stored = window[_WINDOW_NAME]
-    if stored.shape != logits.shape:
-        raise InputError(
-            f"load_model_path: {load_model_path} learned a window of {len(stored)} states, the run's has "
-            f"{len(logits)}; give latent_context as many weights"
-        )
-    logits.data.copy_(stored)
+def origin(config: RunConfig) -> dict[str, Any]:
+    """What the model card says of a run: its name, its data, the model it started from. No paths of this machine."""
+    paths = {"training": config.train_path, "validation": config.val_path}
+    return {
+        "name": config.name,
+        "data": {split: Path(path).name for split, path in paths.items() if path},
+        "base_model": None if config.model_id == "scratch" or Path(config.model_id).exists() else config.model_id,
+    }
 
 
 def load_initial(config: RunConfig, from_scratch: Callable[[], Backbone] | None = None) -> Backbone:
@@ -97,10 +45,10 @@ def load_initial(config: RunConfig, from_scratch: Callable[[], Backbone] | None 
     """
     source = config.load_model_path
     if source is not None:
-        _check_intact(Path(source))
+        check_intact(Path(source))
     is_state_dict = source is not None and Path(source).is_file()
     if source is not None and not is_state_dict:
-        backbone = load_backbone(str(_model_folder(source)))
+        backbone = load_backbone(str(model_folder(source)))
     elif config.model_id == "scratch":
         if from_scratch is None:
             raise InputError(
@@ -116,17 +64,15 @@ def load_initial(config: RunConfig, from_scratch: Callable[[], Backbone] | None 
     return backbone
 
 
-def _check_intact(source: Path) -> None:
-    """Hold a checkpoint of ours, or the one that a `model/` folder lies in, against its manifest."""
+def check_intact(source: Path) -> None:
+    """Hold a checkpoint of ours, or the one that a `model/` folder lies in, against its manifest.
+
+    Raises InputError with every fault.
+    """
     is_inside = source.name == MODEL_FOLDER and (source.parent / sealed_folder.MANIFEST).is_file()
     checkpoint = source.parent if is_inside else source
     if (checkpoint / MODEL_FOLDER).is_dir() and (faults := sealed_folder.faults(checkpoint)):
         raise InputError(problem_list(f"load_model_path: {checkpoint} is damaged", faults))
-
-
-def _model_folder(path: str) -> Path:
-    folder = Path(path)
-    return folder / MODEL_FOLDER if (folder / MODEL_FOLDER).is_dir() else folder
 
 
 def _load_state_dict(backbone: Backbone, path: str) -> None:

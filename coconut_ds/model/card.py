@@ -1,0 +1,92 @@
+"""The model card: what a folder holds, how it was trained, what it reached, and how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from transformers import PreTrainedModel
+
+_TITLES = {
+    "method": "method",
+    "c_thought": "thoughts per replaced step",
+    "stage": "stage of the weights",
+    "max_latent_stage": "latent stages",
+    "pad_latent_to_max": "as many thoughts for every question",
+    "epochs": "epochs trained",
+    "latent_norm": "norm of a thought",
+}
+
+
+def model_card(settings: Mapping[str, Any], base_causallm: PreTrainedModel) -> str:
+    """Markdown with the hub's metadata block, from the contents of `coconut.json`."""
+    name = str(settings.get("name") or "Coconut model")
+    return (
+        f"---\n{_metadata(name, settings).to_yaml()}\n---\n\n# {name}\n\n"
+        "A causal language model trained to reason in continuous thoughts (Coconut, "
+        "[arXiv 2412.06769](https://arxiv.org/abs/2412.06769)): the positions of `<|latent|>` are fed "
+        f"{_window_text(settings)}.\n\n## Training\n\n{_training_table(settings, base_causallm)}\n\n"
+        f"## Results\n\n{_results_text(settings)}\n\n## Use\n\n{_USE}"
+    )
+
+
+def _metadata(name: str, settings: Mapping[str, Any]) -> ModelCardData:
+    results, data = settings.get("results") or {}, settings.get("data") or {}
+    found = None
+    if results:
+        dataset = str(data.get("validation", "validation set"))
+        found = [
+            EvalResult("text-generation", dataset, dataset, metric_type="accuracy", metric_value=results["accuracy"])
+        ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["coconut", "latent-reasoning"],
+        base_model=settings.get("base_model"),
+        model_name=name,
+        eval_results=found,
+    )
+
+
+def _window_text(settings: Mapping[str, Any]) -> str:
+    window = settings.get("latent_context")
+    if not window:
+        return "the hidden state before them"
+    reach = "the sequence" if window["scope"] == "sequence" else "the latest pass"
+    kind = "learned weights that started from" if window.get("learned") else "weights"
+    weights = ", ".join(f"{weight:.4g}" for weight in window["weights"])
+    return (
+        f"a weighted average of the last {len(window['weights'])} hidden states of {reach} ({kind} {weights}, newest "
+        "first)"
+    )
+
+
+def _training_table(settings: Mapping[str, Any], base_causallm: PreTrainedModel) -> str:
+    rows = {"backbone": f"{base_causallm.config.model_type}, {base_causallm.num_parameters() / 1e6:.2f} M parameters"}
+    rows |= {title: str(settings[key]) for key, title in _TITLES.items() if settings.get(key) is not None}
+    rows |= {f"{split} data": str(file) for split, file in (settings.get("data") or {}).items()}
+    return "\n".join(["| | |", "|---|---|", *(f"| {title} | {value} |" for title, value in rows.items())])
+
+
+def _results_text(settings: Mapping[str, Any]) -> str:
+    results = settings.get("results")
+    if not results:
+        return "These weights have not been evaluated."
+    return (
+        f"Validation set, greedy: accuracy {results['accuracy']:.1%} ({results['n_correct']} of {results['n_total']}), "
+        f"loss {results['valid_loss']:.4f}, {results['mean_new_tokens']:.1f} tokens an answer, thoughts included."
+    )
+
+
+_USE = """With `coconut_ds` installed:
+
+```python
+from coconut_ds import Coconut
+
+model = Coconut.from_pretrained("THIS FOLDER OR HUB ID")
+```
+
+or `python -m coconut_ds.ask FOLDER "a question"`. The backbone alone, which knows no thoughts, loads in plain
+transformers: `AutoModelForCausalLM.from_pretrained(...)`.
+"""

@@ -1,0 +1,131 @@
+"""The folder of a trained model, here or on the hub: what transformers loads, and beside it how thoughts are made.
+
+config.json, model.safetensors, tokenizer files    of the backbone
+coconut.json                                       latent settings; of a run also method, stage, data and results
+latent_window.safetensors                          where the window is learned
+README.md                                          the model card
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coconut_ds.errors import InputError
+from coconut_ds.model.card import model_card
+from coconut_ds.model.latents import LatentContext
+
+MODEL_FOLDER, WEIGHTS_FILE, WINDOW_FILE = "model", "model.safetensors", "latent_window.safetensors"
+_SETTINGS_FILE, _CARD_FILE = "coconut.json", "README.md"
+_WINDOW_NAME = "latent_window.logits"
+_ONE_FILE = "1TB"
+_HUB_WAIT_S = 10
+
+
+def model_folder(name: str) -> Path:
+    """The folder of the model in a checkpoint of ours; the path itself for anything else."""
+    folder = Path(name)
+    return folder / MODEL_FOLDER if (folder / MODEL_FOLDER).is_dir() else folder
+
+
+def write_folder(
+    folder: Path,
+    base_causallm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: Mapping[str, Any] | None,
+    weights: dict[str, torch.Tensor] | None = None,
+    window: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write the folder. `weights` take the place of those the backbone holds; `settings` go to `coconut.json`.
+
+    A learned `window` gets a file of its own, since transformers has no place for it.
+    """
+    base_causallm.save_pretrained(folder, state_dict=weights, max_shard_size=_ONE_FILE)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if window:
+        save_file(window, folder / WINDOW_FILE)
+    if settings is not None:
+        (folder / _SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (folder / _CARD_FILE).write_text(model_card(settings, base_causallm), encoding="utf-8")
+
+
+def stored_settings(name: str) -> dict[str, Any] | None:
+    """The `coconut.json` of a checkpoint, its `model/` folder, another folder or a hub id; None for other weights."""
+    file = _stored_file(name, _SETTINGS_FILE)
+    if file is None:
+        return None
+    # Early checkpoints do not name what there was no choice in.
+    settings = {"latent_norm": "none", **json.loads(file.read_text(encoding="utf-8"))}
+    if settings.get("latent_context"):
+        settings["latent_context"] = {"learned": False, **settings["latent_context"]}
+    return settings
+
+
+def stored_window(name: str) -> dict[str, torch.Tensor]:
+    """What was learned of the latent window, by parameter name; empty for other weights."""
+    file = _stored_file(name, WINDOW_FILE)
+    return load_file(file) if file is not None else {}
+
+
+def load_window(logits: torch.Tensor | None, name: str) -> None:
+    """Fill `logits` (m,) with the window stored with `name`, where both are learned; else nothing happens.
+
+    Raises InputError for a window of another size.
+    """
+    window = stored_window(name)
+    if logits is None or not window:
+        return
+    stored = window[_WINDOW_NAME]
+    if stored.shape != logits.shape:
+        raise InputError(
+            f"load_model_path: {name} learned a window of {len(stored)} states, the run's has {len(logits)}; give "
+            "latent_context as many weights"
+        )
+    logits.data.copy_(stored)
+
+
+def _stored_file(name: str, file: str) -> Path | None:
+    if Path(name).exists():
+        path = model_folder(name) / file
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(name, file, etag_timeout=_HUB_WAIT_S))
+    except Exception:  # no such file, no such repository, no hub: whoever needs the weights says which
+        return None
+
+
+def context_settings(context: LatentContext) -> dict[str, Any] | None:
+    """The window as it stands in `coconut.json`; None for plain Coconut."""
+    if context.reach == 1 and not context.learned:
+        return None
+    return {"weights": list(context.weights), "scope": context.scope, "learned": context.learned}
+
+
+def latent_context(settings: Mapping[str, Any]) -> LatentContext:
+    """The window that `coconut.json` describes."""
+    window = settings.get("latent_context") or {}
+    return LatentContext(**window, norm=settings.get("latent_norm", "none"))
+
+
+def push(folder: Path, repo_id: str, private: bool | None = None) -> str:
+    """Upload the folder as it is and return its address; the repository is made where there is none.
+
+    Raises InputError, one line, when the hub does not take it.
+    """
+    try:
+        hub = HfApi()
+        hub.create_repo(repo_id, private=private, exist_ok=True)
+        return str(hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a Coconut model"))
+    except Exception as error:  # no login, no network, no right: all of them are for the user to put right
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"push_to_hub: {repo_id} was not uploaded ({reason}); log in with `hf auth login`; {folder} is complete"
+        ) from None

@@ -1,0 +1,114 @@
+"""What a run says of itself on the terminal: a block at its start, a table and what was best at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from coconut_ds import distributed
+from coconut_ds.config import BatchSizes, RunConfig
+from coconut_ds.curriculum.loaders import windows_per_epoch
+from coconut_ds.curriculum.stages import Curriculum
+from coconut_ds.memory import GIB
+from coconut_ds.run_events import EpochEvaluation
+from coconut_ds.training.evaluator import Evaluation
+from coconut_ds.training.materials import Materials
+
+
+def opening(
+    config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any], materials: Materials, planned: tuple[int, int]
+) -> str:
+    """The block at the start. `planned`: bytes of a rank kept between steps, and added by a forward and backward."""
+    precision = next((name for name in ("bf16", "fp16") if ds_config[name]["enabled"]), "fp32")
+    backbone = materials.backbone.model
+    millions = sum(parameter.numel() for parameter in materials.model.parameters()) / 1e6
+    kept, activations = (n_bytes / GIB for n_bytes in planned)
+    where = "a card" if distributed.device().type == "cuda" else "of host memory a rank"
+    lines = {
+        "method": f"{config.method}{_window_text(config)}",
+        "model": f"{config.model_id} ({backbone.config.model_type}), {millions:.2f} M parameters, {precision}",
+        "devices": f"{sizes.world} x {distributed.device().type}, {config.deepspeed}",
+        "data": f"{len(materials.train_set)} training examples, {len(materials.valid_set)} for validation",
+        "batch": (
+            f"{sizes.total} examples a step = {sizes.micro} a micro-batch x {sizes.accumulation} accumulated x "
+            f"{sizes.world} ranks"
+        ),
+        "stages": _stages_text(config, materials.curriculum, windows_per_epoch(len(materials.train_set), sizes)),
+        "memory": f"{kept:.2f} GiB of model states + {activations:.2f} GiB of activations {where}, planned",
+        "folder": f"{config.run_folder} (run.log has what libraries say)",
+    }
+    return "\n".join([config.name, *(f"  {title:<8}  {text}" for title, text in lines.items())])
+
+
+def _window_text(config: RunConfig) -> str:
+    context = config.latent_context
+    if context is None:
+        return ""
+    weights = [round(weight, 4) for weight in context.newest_first]
+    return f", {'learned ' * context.learned}window {weights} ({context.scope})"
+
+
+def _stages_text(config: RunConfig, curriculum: Curriculum, steps_per_epoch: int) -> str:
+    epochs = range(config.resume, config.num_epochs)
+    runs = [(stage, list(group)) for stage, group in groupby(epochs, curriculum.stage)]
+    # Beyond the last latent stage the layout stays.
+    beyond = [group for stage, group in runs if stage > curriculum.max_latent_stage]
+    runs = [(stage, group) for stage, group in runs if stage <= curriculum.max_latent_stage]
+    texts = [f"{stage} in {_span(group[0], group[-1])}" for stage, group in runs]
+    if beyond:
+        texts.append(f"no step left in {_span(beyond[0][0], beyond[-1][-1])}")
+    return f"{', '.join(texts)} of {config.num_epochs} epochs, {steps_per_epoch} steps each"
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first + 1}" if first == last else f"{first + 1}-{last + 1}"
+
+
+def closing(config: RunConfig, evaluations: Sequence[EpochEvaluation]) -> str:
+    """The table of stages, what was best, and the commands to go on with."""
+    # Of equal ones that of the later stage, which sees fewer steps.
+    best = max(evaluations, key=lambda row: (row.accuracy, row.stage))
+    last_stage = [row for row in evaluations if row.stage == evaluations[-1].stage]
+    best_of_last = max(last_stage, key=lambda row: row.accuracy)
+    lines = [summary_table(evaluations), ""]
+    if best.stage != best_of_last.stage:
+        lines.append(f"  best      {_best_text(best)}")
+        lines.append(f"  at last   {_best_text(best_of_last)}, the best of the last stage")
+    else:
+        lines.append(f"  best      {_best_text(best_of_last)}")
+    checkpoint = config.run_folder / "checkpoints" / f"epoch_{best_of_last.epoch:04d}"
+    if checkpoint.is_dir():
+        test_set = f" test_path={config.test_path}" if config.test_path else ""
+        lines.append(f"  evaluate  ./launch.sh eval {checkpoint}{test_set}")
+    lines.append(f"  report    python -m coconut_ds.report {config.run_folder}")
+    return "\n".join(lines)
+
+
+def _best_text(row: EpochEvaluation) -> str:
+    share = f"{row.accuracy:.1%} ({row.n_correct}/{row.n_total})"
+    return f"accuracy {share} after epoch {row.epoch}, stage {row.stage}"
+
+
+def summary_table(evaluations: Sequence[EpochEvaluation]) -> str:
+    """Accuracy per stage: the last and the best evaluation in each."""
+    rows = ["stage  epochs   last accuracy   best accuracy   tokens an answer"]
+    for stage in sorted({row.stage for row in evaluations}):
+        mine = [row for row in evaluations if row.stage == stage]
+        last, best = mine[-1], max(mine, key=lambda row: row.accuracy)
+        rows.append(
+            f"{stage:>5}  {mine[0].epoch:>2}-{last.epoch:<3}   {last.accuracy:>13.1%}   "
+            f"{best.accuracy:>13.1%}   {last.mean_new_tokens:>16.1f}"
+        )
+    return "\n".join(rows)
+
+
+def evaluation_text(config: RunConfig, path: str, stage: int, evaluation: Evaluation) -> str:
+    """One line for an evaluation of its own."""
+    by_steps = ", ".join(f"{steps} steps {share:.1%}" for steps, share in evaluation.accuracy_by_steps.items())
+    return (
+        f"{config.load_model_path} on {path}, stage {stage}: accuracy {evaluation.accuracy:.1%} "
+        f"({evaluation.n_correct}/{evaluation.n_total}; {by_steps}), chain match {evaluation.cot_match:.1%}, "
+        f"loss {evaluation.valid_loss:.4f}, {evaluation.mean_new_tokens:.1f} tokens an answer, "
+        f"{evaluation.examples_per_s:.1f} examples/s"
+    )
