@@ -29,18 +29,19 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coconut_ds import intervals
 from coconut_ds.comparison_tables import report
-from coconut_ds.config import RunConfig, load_run_config
-from coconut_ds.errors import InputError, did_you_mean
+from coconut_ds.config import RunConfig
+from coconut_ds.errors import InputError
+from coconut_ds.extras import demand_libraries
+from coconut_ds.predictions import Prediction, epoch_of, predictions_file, read_predictions
+from coconut_ds.run_records import read_config
 
 DRAWS, BOOTSTRAP_SEED = 10_000, 0
 _FEW = 10  # differing answers below which resampling them says little
@@ -54,21 +55,6 @@ _FREE_KEYS = {
     *("eval_batch_size", "deepspeed", "activation_checkpointing"),
 }
 _SPLIT_KEYS = {"batch_size_training", "gradient_accumulation_steps"}  # of a step whose size is given as a whole
-_EPOCH = re.compile(r"epoch_(\d+)")
-
-
-class Answer(BaseModel):
-    """What is compared of a prediction line, which `training/evaluator.py` writes."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    index: int
-    question: str
-    expected: str
-    correct: bool
-    n_steps: int = Field(ge=0)
-    n_thoughts: int = Field(ge=0)
-    n_new_tokens: int = Field(ge=0)
 
 
 @dataclass(frozen=True)
@@ -79,13 +65,12 @@ class Run:
     group: str
     config: RunConfig
     predictions: str
-    answers: tuple[Answer, ...]
+    answers: tuple[Prediction, ...]
 
     @property
     def epoch(self) -> int | None:
         """The epoch after which the questions were answered; None for another set's predictions."""
-        found = _EPOCH.fullmatch(self.predictions)
-        return int(found[1]) if found else None
+        return epoch_of(self.predictions)
 
     @property
     def hits(self) -> list[bool]:
@@ -99,14 +84,15 @@ def main(arguments: list[str] | None = None) -> int:
     """0 with a comparison, 2 when the user has to put something right."""
     options = _parse(arguments)
     try:
-        _demand_libraries(["scipy", "matplotlib"] if options.png else ["scipy"])
+        demand_libraries(["scipy", "matplotlib"] if options.png else ["scipy"], extra="report")
         comparison = compare(grouped([read_run(text, options.predictions) for text in options.runs]))
         if options.json:
             _write(options.json, lambda path: path.write_text(json.dumps(comparison, indent=2) + "\n", "utf-8"))
         if options.png:
-            from coconut_ds import figures
+            from coconut_ds.figures.canvas import save
+            from coconut_ds.figures.comparison import draw
 
-            _write(options.png, lambda path: figures.save(figures.draw(comparison), path))
+            _write(options.png, lambda path: save(draw(comparison), path))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -131,12 +117,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _demand_libraries(names: Sequence[str]) -> None:
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        raise InputError(f"{' and '.join(missing)} missing: pip install 'coconut_ds[compare]'")
-
-
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(path)
@@ -155,58 +135,14 @@ def read_run(text: str, predictions: str | None = None) -> Run:
     if is_labelled and not (label and rest):
         raise InputError(f"{text!r}: a label is written LABEL=RUN")
     folder = Path(rest if is_labelled else text)
-    run_file = folder / "run_config.yaml"
-    if not run_file.is_file():
-        raise InputError(f"{folder} is no run folder, it has no run_config.yaml; name a folder save_path/name")
-    config = load_run_config(run_file)
-    path = _predictions_file(folder / "predictions", predictions)
-    return Run(folder, label if is_labelled else group_of(config), config, path.stem, read_answers(path))
+    config = read_config(folder)
+    path = predictions_file(folder / "predictions", predictions)
+    return Run(folder, label if is_labelled else group_of(config), config, path.stem, read_predictions(path))
 
 
 def group_of(config: RunConfig) -> str:
     """The name of the run less a trailing `_seedN`, `-seedN`, `_sN` or `-sN` where N is its seed."""
     return re.sub(rf"(?<=.)[_-]s(eed)?{config.seed}$", "", config.name)
-
-
-def _predictions_file(folder: Path, name: str | None) -> Path:
-    stems = sorted(path.stem for path in folder.glob("*.jsonl"))
-    if name is None:
-        epochs = [stem for stem in stems if _EPOCH.fullmatch(stem)]
-        if not epochs:
-            raise InputError(f"{folder} has no epoch_NNNN.jsonl: the run has not ended an epoch; or use --predictions")
-        name = max(epochs, key=lambda stem: int(stem.removeprefix("epoch_")))
-    name = name.removesuffix(".jsonl")
-    if name not in stems:
-        raise InputError(f"{folder} has no {name}.jsonl{did_you_mean(name, stems)}; it has {len(stems)} other files")
-    return folder / f"{name}.jsonl"
-
-
-def read_answers(path: Path) -> tuple[Answer, ...]:
-    """The answers of a predictions file in order of their index; raises InputError for what is no such file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; evaluate the run again") from None
-    answers: dict[int, Answer] = {}
-    for number, line in enumerate(lines, start=1):
-        answer = _answer(line, f"{path}, line {number}")
-        if answer.index in answers:
-            raise InputError(f"{path}, line {number}: index {answer.index} stands there twice; evaluate the run again")
-        answers[answer.index] = answer
-    if not answers:
-        raise InputError(f"{path} is empty; evaluate the run again")
-    return tuple(answers[index] for index in sorted(answers))
-
-
-def _answer(line: str, place: str) -> Answer:
-    try:
-        return Answer.model_validate_json(line)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = "".join(f"{part}: " for part in first["loc"])
-        raise InputError(f"{place}: {key}{first['msg']}; not a whole prediction, evaluate the run again") from None
 
 
 def grouped(runs: Sequence[Run]) -> Groups:

@@ -17,7 +17,7 @@ from pathlib import Path
 from coconut_ds.config import RunConfig, load_run_config
 from coconut_ds.engine.ds_config import read_ds_json
 from coconut_ds.errors import InputError, problem_list
-from coconut_ds.tracking import read_events
+from coconut_ds.run_events import read_metrics
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,7 +88,7 @@ def _checked(words: list[str]) -> RunConfig:
 def is_finished(config: RunConfig) -> bool:
     """Whether the run folder says that as many epochs as the configuration asks for were trained to the end."""
     records = config.run_folder / "metrics.jsonl"
-    return records.is_file() and any(end["epochs"] >= config.num_epochs for end in read_events(records, "end"))
+    return records.is_file() and any(end.epochs >= config.num_epochs for end in read_metrics(records).ends)
 
 
 def _trained_otherwise(config: RunConfig) -> list[str]:

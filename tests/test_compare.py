@@ -14,8 +14,9 @@ import pytest
 import yaml
 from matplotlib.collections import PathCollection
 
-from coconut_ds import compare, figures
+from coconut_ds import compare
 from coconut_ds.config import RunConfig
+from coconut_ds.figures import comparison
 
 STEPS = [2, 2, 3, 3]
 
@@ -289,9 +290,9 @@ def test_missing_libraries(runs, tmp_path, capsys, monkeypatch):
     printed(runs, capsys)
     png = tmp_path / "out.png"
     error = refusal([*runs, "--png", str(png)], capsys)
-    assert error == "error: matplotlib missing: pip install 'coconut_ds[compare]'\n"
+    assert error == "error: matplotlib missing: pip install 'coconut_ds[report]'\n"
     monkeypatch.setitem(sys.modules, "scipy", None)
-    assert refusal(runs, capsys) == "error: scipy missing: pip install 'coconut_ds[compare]'\n"
+    assert refusal(runs, capsys) == "error: scipy missing: pip install 'coconut_ds[report]'\n"
 
 
 def test_importing_it_loads_nothing_heavy():
@@ -315,7 +316,7 @@ def test_markdown(runs, capsys):
 
 
 def drawn(runs: list[str]):
-    return figures.draw(compare.compare(compare.grouped([compare.read_run(run) for run in runs])))
+    return comparison.draw(compare.compare(compare.grouped([compare.read_run(run) for run in runs])))
 
 
 def test_a_picture_of_accuracies_and_steps(runs):

@@ -1,17 +1,14 @@
-"""Pictures of a comparison. The only importer of matplotlib."""
+"""The picture of a comparison."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any colour vision; the yellow is left out, too faint on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vP"
+from coconut_ds.figures.canvas import LIGHT, new_figure
+
 _WIDTH, _HEIGHT, _DPI = 12, 5, 100  # inches and dots an inch: 1200 x 500 px
 
 
@@ -22,8 +19,7 @@ def draw(comparison: dict[str, Any]) -> Figure:
     questions have as many steps, accuracy over generated tokens; where those are the same too, nothing.
     """
     groups = comparison["groups"]
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(_WIDTH, _HEIGHT, _DPI)
     has_steps = len(groups[0]["accuracy_by_steps"]) > 1
     has_tokens = len({group["mean_tokens"] for group in groups}) > 1
     panels = figure.subplots(1, 2 if has_steps or has_tokens else 1, squeeze=False)[0]
@@ -35,15 +31,10 @@ def draw(comparison: dict[str, Any]) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG; raises OSError where it cannot be written."""
-    figure.savefig(path, format="png")
-
-
 def _draw_accuracies(axes: Axes, groups: list[dict[str, Any]]) -> None:
     # Groups lie below each other, so that long names can be read.
     for row, group in enumerate(groups):
-        colour, marker = _look(row)
+        colour, marker = LIGHT.look(row)
         accuracy, (low, high) = 100 * group["accuracy"], group["interval"]
         spread = [[max(0, accuracy - 100 * low)], [max(0, 100 * high - accuracy)]]
         axes.errorbar(accuracy, row, xerr=spread, fmt=marker, color=colour, capsize=5, markersize=8)
@@ -60,7 +51,7 @@ def _draw_accuracies(axes: Axes, groups: list[dict[str, Any]]) -> None:
 def _draw_steps(axes: Axes, groups: list[dict[str, Any]]) -> None:
     steps = list(groups[0]["accuracy_by_steps"])
     for index, group in enumerate(groups):
-        colour, marker = _look(index)
+        colour, marker = LIGHT.look(index)
         shares = [100 * group["accuracy_by_steps"][each]["accuracy"] for each in steps]
         # Side by side, or equal accuracies would hide each other.
         places = [place + 0.06 * (index - (len(groups) - 1) / 2) for place in range(len(steps))]
@@ -73,7 +64,7 @@ def _draw_steps(axes: Axes, groups: list[dict[str, Any]]) -> None:
 
 def _draw_tokens(axes: Axes, groups: list[dict[str, Any]]) -> None:
     for index, group in enumerate(groups):
-        colour, marker = _look(index)
+        colour, marker = LIGHT.look(index)
         # Hollow and of falling size: groups in the same place stay visible.
         axes.plot(
             group["mean_tokens"],
@@ -96,8 +87,3 @@ def _finish(axes: Axes) -> None:
     axes.set_ylabel("accuracy (%)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, markerscale=0.6)
-
-
-def _look(index: int) -> tuple[str, str]:
-    """Colour and marker of a group; 7 and 6 of them make 42 pairs before one comes back."""
-    return _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]

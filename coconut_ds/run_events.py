@@ -1,0 +1,120 @@
+"""The events in a run's `metrics.jsonl`, which `tracking.py` writes, read back and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from coconut_ds.errors import InputError
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class StageStart(_Record):
+    """Epochs count from 1; `step` is the number of optimizer steps before it."""
+
+    event: Literal["stage"]
+    epoch: int
+    stage: int
+    step: int
+    n_thoughts: int
+
+
+class TrainStep(_Record):
+    """One optimizer step over all ranks; what earlier versions did not write is None."""
+
+    event: Literal["train_step"]
+    epoch: int
+    stage: int
+    step: int
+    loss: float
+    step_time_s: float
+    peak_memory_gib: float | None = None
+    n_tokens: int | None = None
+    padding_share: float | None = None
+
+
+class EpochEvaluation(_Record):
+    """The evaluation at the end of an epoch; accuracies are shares from 0 to 1."""
+
+    event: Literal["eval"]
+    epoch: int
+    stage: int
+    step: int
+    valid_loss: float
+    accuracy: float
+    n_correct: int
+    n_total: int = Field(ge=1)
+    mean_new_tokens: float
+    examples_per_s: float = Field(gt=0)
+    accuracy_by_steps: dict[str, float] = {}
+    latent_weights: tuple[float, ...] = ()
+    """Of a learned window, newest state first."""
+
+
+class CheckpointWritten(_Record):
+    event: Literal["checkpoint"]
+    epoch: int
+    step: int
+    seconds: float
+
+
+class End(_Record):
+    event: Literal["end"]
+    epochs: int
+    step: int
+
+
+_Event = StageStart | TrainStep | EpochEvaluation | CheckpointWritten | End
+_Kind = TypeVar("_Kind", bound=_Record)
+_EVENT: TypeAdapter[_Event] = TypeAdapter(Annotated[_Event, Field(discriminator="event")])
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The events of a `metrics.jsonl` by kind, oldest first."""
+
+    stages: tuple[StageStart, ...] = ()
+    steps: tuple[TrainStep, ...] = ()
+    evaluations: tuple[EpochEvaluation, ...] = ()
+    checkpoints: tuple[CheckpointWritten, ...] = ()
+    ends: tuple[End, ...] = ()
+    n_damaged: int = 0
+    """Lines that are no whole event, but for the last one of a run that is still writing it."""
+
+
+def read_metrics(path: Path) -> Metrics:
+    """The events of a `metrics.jsonl`; events of kinds not known here do not count as damaged.
+
+    Raises InputError where the file is missing or cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; it comes with the first optimizer step") from None
+    events: list[_Event] = []
+    n_damaged = 0
+    # What follows the last newline is empty, or a line that is still being written.
+    for line in lines[:-1]:
+        try:
+            events.append(_EVENT.validate_json(line))
+        except ValidationError as error:
+            is_of_another_kind = error.errors()[0]["type"] == "union_tag_invalid"
+            n_damaged += not is_of_another_kind
+    return Metrics(
+        _of_kind(StageStart, events),
+        _of_kind(TrainStep, events),
+        _of_kind(EpochEvaluation, events),
+        _of_kind(CheckpointWritten, events),
+        _of_kind(End, events),
+        n_damaged,
+    )
+
+
+def _of_kind(kind: type[_Kind], events: list[_Event]) -> tuple[_Kind, ...]:
+    return tuple(event for event in events if isinstance(event, kind))
