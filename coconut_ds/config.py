@@ -145,7 +145,7 @@ class RunConfig(_Section):
     only_eval: bool = False
     """Evaluate `load_model_path` on `test_path` (or `val_path`) and stop."""
     debug: bool = False
-    """At most 5000 training and 32 validation examples, no checkpoints, no wandb, as published."""
+    """At most 5000 training and 32 validation examples, no checkpoints, no wandb, as published; no TensorBoard."""
 
     # Method
     method: Method = "coconut"
@@ -232,6 +232,9 @@ class RunConfig(_Section):
     """Seconds that an optimizer step, a batch of an evaluation or a part of a checkpoint may take."""
     log_every_steps: int = Field(1, ge=1)
     wandb: Literal["online", "offline", "disabled"] = "disabled"
+    """Neither wandb nor TensorBoard ever stops a run. A run that goes on continues its wandb run."""
+    tensorboard: bool = False
+    """Event files in `tensorboard/` of the run folder; needs the extra `tensorboard`."""
 
     @field_validator("reset_optimizer", mode="before")
     @classmethod

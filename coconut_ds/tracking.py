@@ -1,46 +1,44 @@
-"""Records of a run: JSON lines always, wandb when asked for. The only importer of wandb."""
+"""Records of a run: JSON lines always, wandb and TensorBoard when asked for."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import platform
-import subprocess
-import sys
-import warnings
+import textwrap
+import time
 from collections.abc import Callable
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from coconut_ds.config import RunConfig
 from coconut_ds.console import say
+from coconut_ds.dashboards import Dashboard, dashboards_of, forget_earlier_run
 from coconut_ds.errors import InputError
 
-_WANDB_WAIT_S = 20
+_LONGEST_REASON = 200
 
 
 class Tracker:
     """Writes `metrics.jsonl`, one object a line with its `event`; keeps quiet on every rank but the first.
 
-    wandb never stops a run: where it cannot be reached the run goes on with one warning.
+    `rewind` starts wandb and TensorBoard where the run asks for them. Neither ever stops a run: it goes on without the
+    one that fails, with a line that says so.
     """
 
     def __init__(self, config: RunConfig, is_main: bool):
         self.path = config.run_folder / "metrics.jsonl"
+        self._config = config
         self._file = None
-        self._wandb: Any = None
+        self._dashboards: list[Dashboard] = []
+        self._summary = _Summary()
         if is_main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-            if config.wandb != "disabled" and not config.debug:
-                self._wandb = _guarded(lambda: _start_wandb(config))
 
     def log(self, event: str, **values: Any) -> None:
-        """Write one event; a dict among the values goes to the file only."""
+        """Write one event; its numbers become curves."""
         if self._file is None:
             return
         try:
@@ -48,10 +46,13 @@ class Tracker:
             self._file.flush()
         except OSError as error:
             raise _unwritable(self.path, error) from None
-        if self._wandb is not None:
-            flat = {f"{event}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
-            if _guarded(lambda: self._wandb.log(flat) or True) is None:
-                self._wandb = None
+        self._summary.see({"event": event, **values})
+        self._draw(lambda dashboard: dashboard.log(event, values))
+
+    def log_predictions(self, epoch: int, stage: int, rows: list[dict[str, Any]]) -> None:
+        """Show the predictions of the evaluation after `epoch`, counted from 1; they are not in `metrics.jsonl`."""
+        step = self._summary.step
+        self._draw(lambda dashboard: dashboard.predictions(step, epoch, stage, rows))
 
     def position(self) -> int:
         """Length of the file in bytes, all of it on the disk; 0 on ranks that write none."""
@@ -64,9 +65,10 @@ class Tracker:
         return self.path.stat().st_size
 
     def rewind(self, position: int) -> None:
-        """Drop what an interrupted run wrote after `position`, which is done again.
+        """Begin with a run: drop what an interrupted run wrote after `position`, which is done again.
 
-        The record of the checkpoint made there, the first line after it, stays.
+        The record of the checkpoint made there, the first line after it, stays. At 0 the run starts anew, and what
+        dashboards show of an earlier one in the same folder is not continued.
         """
         if self._file is None:
             return
@@ -82,39 +84,86 @@ class Tracker:
         # Cut and not written anew: a process killed in between would leave nothing of it.
         os.truncate(self.path, len(kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._start_dashboards(_whole_events(kept), is_new=position == 0)
+
+    def _start_dashboards(self, earlier: list[dict[str, Any]], is_new: bool) -> None:
+        for event in earlier:
+            self._summary.see(event)
+        if is_new:
+            _guarded("dashboards of an earlier run", partial(forget_earlier_run, self._config.run_folder))
+        for kind in dashboards_of(self._config):
+            _guarded(_key(kind), partial(self._start, kind, earlier))
+
+    def _start(self, kind: type[Dashboard], earlier: list[dict[str, Any]]) -> None:
+        self._dashboards.append(kind(self._config, earlier))
+
+    def _draw(self, what: Callable[[Dashboard], None]) -> None:
+        self._dashboards = [
+            dashboard for dashboard in self._dashboards if _guarded(_key(type(dashboard)), partial(what, dashboard))
+        ]
 
     def close(self) -> None:
         if self._file is not None:
             # What a full disk did not take was reported when it was logged.
             with contextlib.suppress(OSError):
                 self._file.close()
-        if self._wandb is not None:
-            _guarded(self._wandb.finish)
-        self._file = self._wandb = None
+        self._file = None
+        self._draw(lambda dashboard: dashboard.finish(self._summary.figures()))
+        self._dashboards = []
 
 
-def _start_wandb(config: RunConfig) -> Any:
-    import wandb
+class _Summary:
+    """What a run came to, learnt from its events, those before an interruption included."""
 
-    if config.wandb == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        raise RuntimeError("no login found (`wandb login`, or WANDB_API_KEY)")
-    return wandb.init(
-        project=config.project,
-        name=config.name,
-        dir=str(config.run_folder),
-        mode=config.wandb,
-        config=config.model_dump(mode="json"),
-        settings=wandb.Settings(init_timeout=_WANDB_WAIT_S, silent=True),
-    )
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._evaluations: list[dict[str, Any]] = []
+        self._is_complete = False
+        self.step = 0
+
+    def see(self, event: dict[str, Any]) -> None:
+        self.step = event.get("step", self.step)
+        if event["event"] == "eval":
+            self._evaluations.append(event)
+        self._is_complete = self._is_complete or event["event"] == "end"
+
+    def figures(self) -> dict[str, float]:
+        """Accuracies from 0 to 1, epochs from 1, optimizer steps, and the seconds since this start of the run."""
+        figures = {
+            "complete": self._is_complete,
+            "steps": self.step,
+            "seconds_since_last_start": time.monotonic() - self._started,
+        }
+        if self._evaluations:
+            last, best = self._evaluations[-1], max(self._evaluations, key=lambda event: event["accuracy"])
+            figures |= {"best_accuracy": best["accuracy"], "best_epoch": best["epoch"]}
+            figures |= {"last_accuracy": last["accuracy"], "last_epoch": last["epoch"]}
+        return figures
 
 
-def _guarded(call: Callable[[], Any]) -> Any:
+def _whole_events(written: bytes) -> list[dict[str, Any]]:
+    """The events in lines of `metrics.jsonl`, without those that a disk has damaged."""
+    events = []
+    for line in written.splitlines():
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return [event for event in events if isinstance(event, dict) and "event" in event]
+
+
+def _key(kind: type[Dashboard]) -> str:
+    """The key of the run file that asks for it, which is also the library's name."""
+    return kind.__name__.lower()
+
+
+def _guarded(name: str, call: Callable[[], object]) -> bool:
+    """Whether `call` succeeded."""
     try:
-        return call()
-    except Exception as error:  # wandb raises many kinds, and none of them is worth a run
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"wandb: {reason}; the run goes on without it, metrics.jsonl has everything", stacklevel=2)
-        return None
+        call()
+    except Exception as error:  # these libraries raise many kinds, and none of them is worth a run
+        reason = textwrap.shorten(str(error) or type(error).__name__, _LONGEST_REASON)
+        say(f"{name}: {reason}; the run goes on without it, metrics.jsonl has everything")
+        return False
+    return True
 
 
 def write_record(path: Path, text: str) -> None:
@@ -131,31 +180,3 @@ def _unwritable(path: Path, error: OSError) -> InputError:
         f"{path} cannot be written: {error.strerror}; put that right and start the run again, it goes on from its "
         "newest checkpoint"
     )
-
-
-def read_events(path: Path, event: str) -> list[dict[str, Any]]:
-    """The records of one kind in a `metrics.jsonl`, oldest first."""
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [record for record in records if record["event"] == event]
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions, commit and hardware, for `environment.json`."""
-    packages = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "safetensors", "pydantic", "wandb")
-    return {
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
-        "commit": _commit(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "command": sys.argv,
-    }
-
-
-def _commit() -> str | None:
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -13,9 +13,20 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "coconut_ds"
 
 LAYERS = (
-    ("errors", "watchdog", "methods", "intervals", "figures", "comparison_tables", "training.sealed_folder"),
+    (
+        "errors",
+        "methods",
+        "intervals",
+        "pace",
+        "watchdog",
+        "environment",
+        "comparison_tables",
+        "figures.canvas",
+        "training.sealed_folder",
+    ),
+    ("extras", "predictions", "run_events", "figures.comparison", "figures.thoughts"),
     ("config", "distributed"),
-    ("console", "curriculum.stages", "interruption"),
+    ("console", "curriculum.stages", "interruption", "dashboards", "run_records"),
     (
         "curriculum.examples",
         "curriculum.collator",
@@ -26,11 +37,15 @@ LAYERS = (
         "memory",
         "engine.ds_config",
         "engine.model_states",
+        "figures.curves",
+        "report_tables",
     ),
-    ("model.weight_gradients", "model.kv_cache"),
+    ("model.weight_gradients", "model.kv_cache", "figures.training", "report_page"),
     ("model.thought_attention",),
-    ("model.generation", "model.checkpointing", "model.loss", "model.masks"),
-    ("model.coconut", "model.backbone", "curriculum.loaders"),
+    ("model.generation", "model.checkpointing", "model.loss", "model.masks", "model.backbone", "model.card"),
+    ("model.pretrained", "curriculum.loaders"),
+    ("model.coconut",),
+    ("model.thoughts",),
     (
         "engine.build",
         "engine.optimizer_states",
@@ -38,11 +53,11 @@ LAYERS = (
         "training.weights",
     ),
     ("engine.stage_boundary", "training.checkpoint", "training.evaluator"),
-    ("training.step", "training.activations"),
-    ("training.batch_size",),
-    ("training.trainer",),
+    ("training.step", "training.activations", "training.trained"),
+    ("training.batch_size", "training.materials"),
+    ("training.trainer", "training.summary"),
     ("training.session",),
-    ("train", "plan", "export", "compare", "sweep"),
+    ("train", "plan", "export", "compare", "sweep", "report"),
 )
 LEVEL = {f"coconut_ds.{name}": level for level, names in enumerate(LAYERS) for name in names}
 MODULES = {
@@ -87,10 +102,10 @@ def test_heavy_libraries_stay_in_their_place(module):
     roots = {name.split(".")[0] for name in imports(MODULES[module])}
     if "deepspeed" in roots:
         assert module.startswith("coconut_ds.engine.") or module == "coconut_ds.training.checkpoint"
-    if "wandb" in roots:
-        assert module == "coconut_ds.tracking"
+    if "wandb" in roots or "torch.utils.tensorboard" in imports(MODULES[module]):
+        assert module == "coconut_ds.dashboards"
     if "matplotlib" in roots:
-        assert module == "coconut_ds.figures"
+        assert module.startswith("coconut_ds.figures.")
     if module.startswith("coconut_ds.model."):
         assert "coconut_ds.config" not in imports(MODULES[module]), "the model takes plain arguments"
 
