@@ -54,10 +54,10 @@ LAYERS = (
     ),
     ("engine.stage_boundary", "training.checkpoint", "training.evaluator"),
     ("training.step", "training.activations", "training.trained"),
-    ("training.batch_size", "training.materials"),
+    ("training.batch_size", "training.materials", "answers"),
     ("training.trainer", "training.summary"),
     ("training.session",),
-    ("train", "plan", "export", "compare", "sweep", "report"),
+    ("train", "plan", "export", "compare", "sweep", "report", "ask"),
 )
 LEVEL = {f"coconut_ds.{name}": level for level, names in enumerate(LAYERS) for name in names}
 MODULES = {

@@ -114,6 +114,15 @@ def test_a_plain_model_is_no_coconut(tmp_path):
         Coconut.from_pretrained(tmp_path)
 
 
+def test_a_run_folder_and_a_missing_one_are_told_apart(tmp_path):
+    for epoch in (1, 12):
+        (tmp_path / "run" / "checkpoints" / f"epoch_{epoch:04d}").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"is a run folder; .* the newest is .*epoch_0012"):
+        Coconut.from_pretrained(tmp_path / "run")
+    with pytest.raises(InputError, match="there is no such folder"):
+        Coconut.from_pretrained(tmp_path / "nowhere")
+
+
 def test_the_backbone_works_in_a_pipeline(tmp_path):
     backbone = words()
     coconut(backbone).save_pretrained(tmp_path, backbone.tokenizer)

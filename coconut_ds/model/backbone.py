@@ -72,7 +72,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone, as `load_backbone` loads it."""
     tokenizer = _load(name, AutoTokenizer.from_pretrained)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"model_id: the tokenizer of {name} has no EOS token, which ends every answer")
+        raise ModelError(f"the tokenizer of {name} has no EOS token, which ends every answer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -92,14 +92,14 @@ def _load(name: str, load: Callable[..., Any], **options: Any) -> Any:
         return load(name, local_files_only=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
         if Path(name).is_dir():
-            raise ModelError(f"model_id: folder {name} is not a model for transformers: {_first_line(error)}") from None
+            raise ModelError(f"folder {name} is not a model for transformers: {_first_line(error)}") from None
     try:
         # One request with a time limit first: loading alone would retry for minutes where the hub cannot be reached.
         HfApi().model_info(name, timeout=10)
         return load(name, **options)
     except Exception as error:
         raise ModelError(
-            f"model_id: {name!r} is neither a folder here nor in the cache, and the hub did not give it "
+            f"{name!r} is neither a folder here nor in the cache, and the hub did not give it "
             f"({type(error).__name__}); download it elsewhere and set model_id to its folder, or use model_id: scratch"
         ) from None
 
@@ -111,9 +111,9 @@ def _first_line(error: Exception) -> str:
 def _check(model: PreTrainedModel, name: str) -> None:
     for key in _PROCESSED_LOGITS:
         if getattr(model.config, key, None) not in (None, 1.0):
-            raise ModelError(f"model_id: {name} changes its logits after the LM head ({key}); not supported")
+            raise ModelError(f"{name} changes its logits after the LM head ({key}); not supported")
     if model.get_output_embeddings() is None or model.base_model is model:
-        raise ModelError(f"model_id: {name} has no separate LM head; not supported")
+        raise ModelError(f"{name} has no separate LM head; not supported")
 
 
 def scratch_backbone(architecture: str, tokenizer: PreTrainedTokenizerBase, **shape: Any) -> Backbone:

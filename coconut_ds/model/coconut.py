@@ -135,10 +135,7 @@ class Coconut(nn.Module):
         name = str(name)
         settings = pretrained.stored_settings(name)
         if settings is None:
-            raise InputError(
-                f"{name} has no coconut.json: it is no Coconut model, or cannot be reached; build one around a plain "
-                "model with Coconut(base_causallm, latent_token_id=..., ...)"
-            )
+            raise InputError(pretrained.where_it_is(name))
         folder = str(pretrained.model_folder(name))
         ids = settings.get("token_ids") or _token_ids(load_tokenizer(folder), settings)
         model = cls(load_model(folder), **ids, latent_context=pretrained.latent_context(settings))

@@ -35,6 +35,19 @@ def model_folder(name: str) -> Path:
     return folder / MODEL_FOLDER if (folder / MODEL_FOLDER).is_dir() else folder
 
 
+def where_it_is(name: str) -> str:
+    """What is wrong with a name that holds no Coconut model, and the way out."""
+    newest = sorted(Path(name, "checkpoints").glob("epoch_*[0-9]"))
+    if newest:
+        return f"{name} is a run folder; name one of its checkpoints, the newest is {newest[-1]}"
+    if Path(name).exists():
+        return (
+            f"{name} has no coconut.json, so it is no Coconut model; build one around a plain model with "
+            "Coconut(base_causallm, latent_token_id=..., ...)"
+        )
+    return f"{name}: there is no such folder, and no Coconut model of that name could be had from the hub"
+
+
 def write_folder(
     folder: Path,
     base_causallm: PreTrainedModel,

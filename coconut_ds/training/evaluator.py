@@ -100,9 +100,8 @@ class Evaluator:
 
     def _prediction(self, index: int, ids: list[int], thoughts: Readings) -> dict[str, Any]:
         example = self.examples[index]
-        eos = self.tokenizer.eos_token_id
-        ids = ids[: ids.index(eos)] if eos in ids else ids
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        ids = before_eos(ids, self.tokenizer)
+        text = text_of(ids, self.tokenizer)
         given, expected = given_answer(text), clean_answer(example["answer"])
         return {
             "index": index,
@@ -126,6 +125,16 @@ def to_device(inputs: dict[str, Any], device: torch.device | None = None) -> dic
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in inputs.items()
     }
+
+
+def before_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Generated ids up to the first EOS."""
+    eos = tokenizer.eos_token_id
+    return ids[: ids.index(eos)] if eos in ids else ids
+
+
+def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def given_answer(text: str) -> str:

@@ -33,6 +33,7 @@ def origin(config: RunConfig) -> dict[str, Any]:
     return {
         "name": config.name,
         "data": {split: Path(path).name for split, path in paths.items() if path},
+        "max_new_tokens": config.max_new_tokens,
         "base_model": None if config.model_id == "scratch" or Path(config.model_id).exists() else config.model_id,
     }
 
@@ -72,7 +73,7 @@ def check_intact(source: Path) -> None:
     is_inside = source.name == MODEL_FOLDER and (source.parent / sealed_folder.MANIFEST).is_file()
     checkpoint = source.parent if is_inside else source
     if (checkpoint / MODEL_FOLDER).is_dir() and (faults := sealed_folder.faults(checkpoint)):
-        raise InputError(problem_list(f"load_model_path: {checkpoint} is damaged", faults))
+        raise InputError(problem_list(f"{checkpoint} is damaged", faults))
 
 
 def _load_state_dict(backbone: Backbone, path: str) -> None:
