@@ -67,12 +67,17 @@ def _span(first: int, last: int) -> str:
 
 def closing(config: RunConfig, evaluations: Sequence[EpochEvaluation]) -> str:
     """The table of stages, what was best, and the commands to go on with."""
-    # Of equal ones that of the later stage, which sees fewer steps.
-    best = max(evaluations, key=lambda row: (row.accuracy, row.stage))
-    last_stage = [row for row in evaluations if row.stage == evaluations[-1].stage]
+
+    def layout(row: EpochEvaluation) -> int:
+        """Later stages all have the layout of the first one in which no step is left."""
+        return min(row.stage, config.max_latent_stage + 1)
+
+    # Of equal ones that which sees fewer steps.
+    best = max(evaluations, key=lambda row: (row.accuracy, layout(row)))
+    last_stage = [row for row in evaluations if layout(row) == layout(evaluations[-1])]
     best_of_last = max(last_stage, key=lambda row: row.accuracy)
     lines = [summary_table(evaluations), ""]
-    if best.stage != best_of_last.stage:
+    if layout(best) != layout(best_of_last):
         lines.append(f"  best      {_best_text(best)}")
         lines.append(f"  at last   {_best_text(best_of_last)}, the best of the last stage")
     else:

@@ -1,0 +1,76 @@
+"""What a run says at its end, and how its stages are named at its start."""
+
+from __future__ import annotations
+
+import pytest
+
+from coconut_ds.config import RunConfig
+from coconut_ds.curriculum.stages import Curriculum
+from coconut_ds.run_events import EpochEvaluation
+from coconut_ds.training.summary import _stages_text, closing
+
+
+def evaluation(epoch: int, stage: int, n_correct: int) -> EpochEvaluation:
+    return EpochEvaluation(
+        event="eval",
+        epoch=epoch,
+        stage=stage,
+        step=10 * epoch,
+        valid_loss=0.5,
+        accuracy=n_correct / 100,
+        n_correct=n_correct,
+        n_total=100,
+        mean_new_tokens=4.0,
+        examples_per_s=10.0,
+    )
+
+
+def config(tmp_path, **values) -> RunConfig:
+    return RunConfig(method="coconut", max_latent_stage=2, save_path=str(tmp_path), name="run", **values)
+
+
+def closed(tmp_path, accuracies: list[tuple[int, int]], **values) -> list[str]:
+    rows = [evaluation(epoch, *row) for epoch, row in enumerate(accuracies, start=1)]
+    return closing(config(tmp_path, **values), rows).splitlines()
+
+
+def test_an_earlier_stage_that_was_better_is_told_from_the_last_one(tmp_path):
+    lines = closed(tmp_path, [(0, 90), (1, 80), (2, 70)])
+    assert "  best      accuracy 90.0% (90/100) after epoch 1, stage 0" in lines
+    assert "  at last   accuracy 70.0% (70/100) after epoch 3, stage 2, the best of the last stage" in lines
+
+
+def test_stages_without_a_step_left_count_as_one(tmp_path):
+    lines = closed(tmp_path, [(2, 70), (3, 95), (4, 94), (5, 93)])
+    assert "  best      accuracy 95.0% (95/100) after epoch 2, stage 3" in lines
+    assert not [line for line in lines if line.startswith("  at last")]
+
+
+def test_of_equal_evaluations_the_one_that_sees_fewer_steps_is_named(tmp_path):
+    assert "  best      accuracy 90.0% (90/100) after epoch 2, stage 2" in closed(tmp_path, [(0, 90), (2, 90), (2, 90)])
+
+
+def test_the_command_to_evaluate_names_a_checkpoint_that_is_there(tmp_path):
+    assert not [line for line in closed(tmp_path, [(0, 90)]) if line.startswith("  evaluate")]
+    (tmp_path / "run" / "checkpoints" / "epoch_0001").mkdir(parents=True)
+    checkpoint = tmp_path / "run" / "checkpoints" / "epoch_0001"
+    assert f"  evaluate  ./launch.sh eval {checkpoint}" in closed(tmp_path, [(0, 90)])
+    assert f"  evaluate  ./launch.sh eval {checkpoint} test_path=t.json" in closed(
+        tmp_path, [(0, 90)], test_path="t.json"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"num_epochs": 7, "epochs_per_stage": 2}, "0 in 1-2, 1 in 3-4, 2 in 5-6, no step left in 7 of 7 epochs"),
+        ({"num_epochs": 14}, "0 in 1, 1 in 2, 2 in 3, no step left in 4-14 of 14 epochs"),
+        ({"num_epochs": 3, "epochs_per_stage": 5}, "0 in 1-3 of 3 epochs"),
+        ({"num_epochs": 4, "resume": 2}, "2 in 3, no step left in 4 of 4 epochs"),
+        ({"num_epochs": 4, "method": "cot"}, "0 in 1-4 of 4 epochs"),
+        ({"num_epochs": 4, "method": "no_curriculum"}, "no step left in 1-4 of 4 epochs"),
+    ],
+)
+def test_stages_are_named_with_their_epochs(values, expected):
+    run = RunConfig(**{"method": "coconut", "max_latent_stage": 2, **values})
+    assert _stages_text(run, Curriculum.of(run), 10) == f"{expected}, 10 steps each"
