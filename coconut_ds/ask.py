@@ -77,7 +77,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--top-p", type=float, metavar="P", help="with --sample: draw from the best tokens that sum to P"
     )
     parser.add_argument("--seed", type=int, metavar="S", help="with --sample: the same answers again")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: as evaluated, or what positions are left")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="default: as evaluated, or what positions are left"
+    )
     parser.add_argument("--show-thoughts", action="store_true", help="what the LM head reads in each thought")
     parser.add_argument("--json", action="store_true", help="one JSON object a line and nothing else on stdout")
     parser.add_argument("--no-stream", action="store_true", help="print an answer when it is complete")

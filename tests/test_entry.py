@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,42 @@ def test_the_launcher_passes_the_status_on_and_the_message_comes_once(run, tmp_p
 
 
 @pytest.mark.ranks
+def test_a_port_in_use_is_named_with_the_way_out(run, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = launching.train_command(launching.write_run(run, tmp_path), 1)
+        command[command.index("--master_port") + 1] = str(taken.getsockname()[1])
+        done = launching.finish(launching.start(command))
+    assert done.returncode == 2, done.stdout
+    assert f"error: port {command[4]} is in use, perhaps by another run; give this one another" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+_OUT_OF_MEMORY = """
+import sys
+import torch
+from coconut_ds import train
+from coconut_ds.training import trainer
+
+def fails(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nMore of it.")
+
+trainer.accumulate_gradients = fails
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_out_of_memory_on_the_card_says_what_to_lower(run, tmp_path):
+    command = [sys.executable, "-c", _OUT_OF_MEMORY, "--run", str(launching.write_run(run, tmp_path))]
+    done = launching.finish(launching.start(command))
+    assert done.returncode == 2, done.stdout
+    said = "error: out of memory on the card, after optimizer step 0: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert f"{said} Lower batch_size_training" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.ranks
 def test_dry_run_prints_both_configurations_and_trains_nothing(run, tmp_path):
     output = launching.train(run, tmp_path, 2, "--dry-run", "lr=3e-4", "train_batch_size=64")
     _, run_text, ds_text = output.replace("# deepspeed", "# run").split("# run\n")
@@ -155,7 +192,7 @@ def test_started_by_path_from_anywhere_and_without_a_launcher(run, tmp_path):
         [*command, "debug=true"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "run folder:" in done.stdout
+    assert "  best      accuracy" in done.stdout
 
 
 def test_launch_sh_names_what_is_wrong():

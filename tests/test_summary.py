@@ -53,11 +53,9 @@ def test_of_equal_evaluations_the_one_that_sees_fewer_steps_is_named(tmp_path):
 def test_the_command_to_evaluate_names_a_checkpoint_that_is_there(tmp_path):
     assert not [line for line in closed(tmp_path, [(0, 90)]) if line.startswith("  evaluate")]
     (tmp_path / "run" / "checkpoints" / "epoch_0001").mkdir(parents=True)
-    checkpoint = tmp_path / "run" / "checkpoints" / "epoch_0001"
-    assert f"  evaluate  ./launch.sh eval {checkpoint}" in closed(tmp_path, [(0, 90)])
-    assert f"  evaluate  ./launch.sh eval {checkpoint} test_path=t.json" in closed(
-        tmp_path, [(0, 90)], test_path="t.json"
-    )
+    command = f"  evaluate  ./launch.sh eval {tmp_path}/run/checkpoints/epoch_0001"
+    assert command in closed(tmp_path, [(0, 90)])
+    assert f"{command} test_path=t.json" in closed(tmp_path, [(0, 90)], test_path="t.json")
 
 
 @pytest.mark.parametrize(

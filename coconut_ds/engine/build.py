@@ -19,6 +19,7 @@ from torch import nn
 from coconut_ds import distributed
 from coconut_ds.config import RunConfig
 from coconut_ds.engine.ds_config import Device, offloads_optimizer
+from coconut_ds.errors import InputError
 
 _LONGER = timedelta(minutes=1)
 
@@ -37,7 +38,15 @@ def start_process_group(hang_limit_s: float = 0) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.device())
     timeout = max(default_pg_timeout, timedelta(seconds=hang_limit_s) + _LONGER)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise InputError(
+            f"port {os.environ['MASTER_PORT']} is in use, perhaps by another run; give this one another: "
+            "MASTER_PORT=29501 ./launch.sh ..., or deepspeed --master_port 29501 ..."
+        ) from None
     # DeepSpeed's all-reduce between CPU ranks leaves 66 MiB a rank in shared memory, under a new name for every port.
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{os.environ['RANK']}"

@@ -21,6 +21,10 @@ class NonFiniteLossError(InputError):
     """The loss of an optimizer step was not a finite number; raised on every rank, before anything is updated."""
 
 
+class LossScaleError(InputError):
+    """Training in fp16 that cannot go on."""
+
+
 @dataclass(frozen=True)
 class Pending:
     """Figures of a step that are still on the device; `fetch` brings them to the host."""
@@ -87,8 +91,22 @@ def optimizer_step(
     """Gradients of `window`, their check and the update. Raises NonFiniteLossError before anything is updated."""
     pending = accumulate_gradients(engine, window, normalization)
     figures = fetch(pending, engine.global_steps + 1)
-    engine.step()
+    update(engine)
     return figures
+
+
+def update(engine: deepspeed.DeepSpeedEngine) -> None:
+    """The optimizer's step; raises LossScaleError on every rank where fp16 has no smaller loss scale left."""
+    try:
+        engine.step()
+    except Exception as error:
+        # DeepSpeed raises a bare one.
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise LossScaleError(
+            f"fp16: gradients overflow at the smallest loss scale, after {engine.global_steps} optimizer steps; lower "
+            "lr, set warmup_steps or max_grad_norm, or use bf16 or fp32"
+        ) from None
 
 
 def _counts(window: list[Batch]) -> torch.Tensor:

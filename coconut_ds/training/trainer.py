@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import Dataset
 
 from coconut_ds import distributed, watchdog
@@ -27,7 +28,7 @@ from coconut_ds.pace import Pace
 from coconut_ds.tracking import Tracker, write_record
 from coconut_ds.training.checkpoint import Checkpoints, Progress, Stored, read_stored, restore
 from coconut_ds.training.evaluator import Evaluation, Evaluator
-from coconut_ds.training.step import accumulate_gradients, fetch
+from coconut_ds.training.step import accumulate_gradients, fetch, update
 from coconut_ds.training.weights import latent_settings, origin
 
 if TYPE_CHECKING:
@@ -84,6 +85,12 @@ class Trainer:
         try:
             with Interruption() as self.interruption:
                 is_complete = self._run_epochs()
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"out of memory on the card, after optimizer step {self.progress.step}: {str(error).splitlines()[0]} "
+                "Lower batch_size_training, or eval_batch_size where it was evaluating, or switch on "
+                "activation_checkpointing; python -m coconut_ds.plan says what fits"
+            ) from error
         finally:
             watchdog.stop()
         if is_complete:
@@ -189,7 +196,7 @@ class Trainer:
         pending = accumulate_gradients(self.engine, window, self.config.loss_normalization)
         # Before the update: a loss that is no number must not reach the weights.
         figures = fetch(pending, number)
-        self.engine.step()
+        update(self.engine)
         if self.engine.was_step_applied():
             self.schedule.step()
         self.progress = replace(self.progress, step=number, windows=self.progress.windows + 1)
