@@ -17,7 +17,6 @@ from coconut_ds.model.thoughts import Readings, read_thoughts, top_tokens
 from coconut_ds.training.evaluator import before_eos, clean_answer, given_answer, text_of
 from coconut_ds.training.trained import TrainedModel
 
-_NEW_TOKENS = 128
 _QUOTED = 60
 
 
@@ -139,8 +138,7 @@ class Answerer:
         batch = self.trained.prompts([question.text], [n_thoughts])
         length = batch.inputs["input_ids"].shape[1]
         positions = self.trained.model.base_causallm.config.max_position_embeddings
-        usual = self.trained.model.training_settings.get("max_new_tokens", _NEW_TOKENS)
-        n_new = self.max_new_tokens or min(usual, max(1, positions - length))
+        n_new = self.max_new_tokens or min(self.trained.usual_new_tokens, max(1, positions - length))
         if length + n_new > positions:
             raise InputError(
                 f"question {_quoted(question.text)}: a prompt of {length} tokens ({n_thoughts} of them thoughts) and "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from coconut_ds.text_tables import Rows, aligned
+
 
 def report(comparison: dict[str, Any], markdown: bool = False) -> str:
     """The tables and notes as text, or as GitHub markdown."""
@@ -13,12 +15,9 @@ def report(comparison: dict[str, Any], markdown: bool = False) -> str:
     tables = [_group_table(groups), _steps_table(groups)]
     if pairs:
         tables += [_difference_table(pairs), _mcnemar_table(pairs)]
-    parts += [_layout(rows, markdown) for rows in tables if len(rows) > 1]
+    parts += [aligned(rows, markdown) for rows in tables if len(rows) > 1]
     parts.append("\n".join(f"- {note}" for note in comparison["notes"]))
     return "\n\n".join(parts)
-
-
-Rows = list[list[str]]
 
 
 def _group_table(groups: list[dict[str, Any]]) -> Rows:
@@ -61,15 +60,3 @@ def _mcnemar_table(pairs: list[dict[str, Any]]) -> Rows:
             p_values = [f"{test[key]:.2g}" for key in ("p", "p_holm")]
             rows.append([f"{pair['first']}, {pair['second']}", *counts, *p_values])
     return rows
-
-
-def _layout(rows: Rows, markdown: bool) -> str:
-    """Rows under a header, the first column flush left and the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [[cell.rjust(width) for cell, width in zip(row, widths)] for row in rows]
-    for line, row in zip(lines, rows):
-        line[0] = row[0].ljust(widths[0])
-    if not markdown:
-        return "\n".join("  ".join(line).rstrip() for line in lines)
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])

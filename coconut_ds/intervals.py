@@ -20,8 +20,10 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def bootstrap(hits: Mapping[str, NDArray[np.bool_]], draws: int, seed: int) -> dict[str, NDArray[np.float64]]:
-    """Mean accuracies of resampled groups, (draws,) each.
+def bootstrap(
+    hits: Mapping[str, NDArray[np.bool_ | np.floating]], draws: int, seed: int
+) -> dict[str, NDArray[np.float64]]:
+    """Mean accuracies of resampled groups, (draws,) each; or means of other numbers.
 
     `hits` are (seeds, questions) of each group, the same questions in the same order. Every draw takes as many
     questions and, crossed with them, as many seeds of each group as there are, with replacement (Owen 2007, the

@@ -20,10 +20,11 @@ LAYERS = (
         "pace",
         "watchdog",
         "environment",
-        "comparison_tables",
+        "text_tables",
         "figures.canvas",
         "training.sealed_folder",
     ),
+    ("comparison_tables", "inspection.prosqa_graph", "inspection.tables"),
     ("extras", "predictions", "run_events", "figures.comparison", "figures.thoughts"),
     ("config", "distributed"),
     ("console", "curriculum.stages", "interruption", "dashboards", "run_records"),
@@ -45,7 +46,7 @@ LAYERS = (
     ("model.generation", "model.checkpointing", "model.loss", "model.masks", "model.backbone", "model.card"),
     ("model.pretrained", "curriculum.loaders"),
     ("model.coconut",),
-    ("model.thoughts",),
+    ("model.thoughts", "inspection.continuations"),
     (
         "engine.build",
         "engine.optimizer_states",
@@ -54,10 +55,16 @@ LAYERS = (
     ),
     ("engine.stage_boundary", "training.checkpoint", "training.evaluator"),
     ("training.step", "training.activations", "training.trained"),
-    ("training.batch_size", "training.materials", "answers"),
-    ("training.trainer", "training.summary"),
+    (
+        "training.batch_size",
+        "training.materials",
+        "answers",
+        "inspection.readings",
+        "inspection.next_steps",
+    ),
+    ("training.trainer", "training.summary", "inspection.interventions", "inspection.averages"),
     ("training.session",),
-    ("train", "plan", "export", "compare", "sweep", "report", "ask"),
+    ("train", "plan", "export", "compare", "sweep", "report", "ask", "inspect_latents"),
 )
 LEVEL = {f"coconut_ds.{name}": level for level, names in enumerate(LAYERS) for name in names}
 MODULES = {

@@ -47,6 +47,11 @@ class TrainedModel:
         tokens = tokens_of(settings["method"], tokenizer)
         return cls(model, tokenizer, tokens, curriculum_of(settings), settings.get("stage"))
 
+    @property
+    def usual_new_tokens(self) -> int:
+        """Tokens an answer may have in the run's evaluations; 128, the trainer's default, where that is not known."""
+        return int(self.model.training_settings.get("max_new_tokens", 128))
+
     def n_thoughts(self, n_steps: int | None = None) -> int:
         """Thoughts in the prompt of a question of `n_steps` steps, as in the evaluation of the weights' stage.
 

@@ -1,0 +1,193 @@
+"""Look at the thoughts of a trained model.
+
+    python -m coconut_ds.inspect_latents CHECKPOINT --data FILE --index I [--top-k 5] [--json OUT] [--png OUT]
+    python -m coconut_ds.inspect_latents CHECKPOINT --data FILE --all [--intervene] [--json OUT] [--png OUT]
+
+CHECKPOINT is a checkpoint of a run, an exported folder or a hub id; FILE a data file. Prompts are those of the
+evaluation: as many thoughts as in the stage of the weights.
+
+thought      The tokens the LM head finds most probable in it, the entropy of that distribution, the L2 norm of what was
+             fed beside the norms of the question's token embeddings, and the share each earlier state has in it.
+next step    Of ProsQA questions, which carry their graph: the model is stopped after k thoughts, and the probability
+             that its next step starts from a node is read (arXiv 2412.06769, section 5), and of its answer the node it
+             names. `coconut_ds/inspection/next_steps.py` has the formulas. The picture is the graph.
+--all        The same averaged over the questions of the file, with 95% intervals: bootstrap over questions.
+--intervene  Every thought by itself, and all of them, replaced by zero, by the mean thought of the file, and by another
+             question's, and what that does to the answers. Thoughts that come later are made from what was fed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coconut_ds.console import progress, quiet_libraries
+from coconut_ds.curriculum.examples import read_records
+from coconut_ds.errors import InputError
+from coconut_ds.extras import demand_libraries
+from coconut_ds.inspection.averages import average_next_steps, average_readings, describe
+from coconut_ds.inspection.interventions import intervene
+from coconut_ds.inspection.next_steps import NextStep, next_steps
+from coconut_ds.inspection.prosqa_graph import ProsqaGraph, graph_of
+from coconut_ds.inspection.readings import (
+    Question,
+    QuestionReading,
+    answer,
+    questions_of,
+    read,
+    room_for_answers,
+    thoughts_of,
+)
+from coconut_ds.inspection.tables import file_tables, question_tables
+from coconut_ds.training.trained import TrainedModel
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when all is shown, 2 when the user has to put something right."""
+    options = _parse(arguments)
+    quiet_libraries()
+    try:
+        _check(options)
+        found = inspect(options)
+        if options.json:
+            _write(options.json, lambda path: path.write_text(json.dumps(found, indent=2) + "\n", "utf-8"))
+        if options.png and (options.all or not found["why_no_graph"]):
+            from coconut_ds.figures.canvas import save
+            from coconut_ds.figures.thoughts import draw_averages, draw_graphs
+
+            draw = draw_averages if options.all else draw_graphs
+            _write(options.png, lambda path: save(draw(found), path))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(file_tables(found) if options.all else question_tables(found))
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m coconut_ds.inspect_latents",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("--data", metavar="FILE", required=True, help="JSON list of records")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--index", type=int, metavar="I", help="one record, from 0")
+    which.add_argument("--all", action="store_true", help="averages over the file")
+    parser.add_argument("--limit", type=int, metavar="N", help="with --all: the first N records")
+    parser.add_argument("--intervene", action="store_true", help="with --all: replace thoughts")
+    parser.add_argument("--seed", type=int, default=0, help="of which question's thoughts replace which (default: 0)")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens of a thought (default: 5)")
+    parser.add_argument("--thoughts", type=int, metavar="N", help="thoughts of every question (default: as evaluated)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="default: as evaluated, or what positions are left"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows at once (default: 16)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, shares from 0 to 1")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the graph, with --all the averages")
+    return parser.parse_args(arguments)
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("limit", "intervene"):
+        if getattr(options, name) and not options.all:
+            raise InputError(f"--{name} is for a whole file; add --all")
+    for name in ("limit", "top_k", "thoughts", "max_new_tokens", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if options.png:
+        demand_libraries(["matplotlib"], extra="report")
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def inspect(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is printed, drawn and written as JSON."""
+    records = list(enumerate(read_records(options.data, options.limit)))
+    if not options.all:
+        if not 0 <= options.index < len(records):
+            raise InputError(f"--index {options.index}: {options.data} has records 0 to {len(records) - 1}")
+        records = records[options.index : options.index + 1]
+    trained = TrainedModel.load(options.checkpoint)
+    questions = questions_of(trained, records, options.thoughts)
+    room = room_for_answers(trained, questions, options.max_new_tokens)
+    graphs, why_no_graph = _graphs(questions)
+    readings, fed = _readings(trained, questions, options, room)
+    steps = _next_steps(trained, graphs, questions, options.batch_size)
+    found = {"checkpoint": options.checkpoint, "data": options.data, "why_no_graph": why_no_graph}
+    if not options.all:
+        found |= asdict(readings[0])
+        if graphs:
+            found |= _described_graph(graphs[0], steps[0])
+        return found
+    found |= average_readings(readings)
+    if graphs:
+        found["next_steps"] = average_next_steps(graphs, steps)
+    if options.intervene:
+        given = [each.given for each in readings]
+        sizes = {"new_tokens": room, "batch_size": options.batch_size}
+        found["interventions"] = [
+            asdict(each) for each in intervene(trained, questions, fed, given, **sizes, seed=options.seed)
+        ]
+    return found
+
+
+def _graphs(questions: Sequence[Question]) -> tuple[list[ProsqaGraph], str | None]:
+    """The graphs of all questions; none of them, with the reason, where a question has none."""
+    graphs = []
+    for question in questions:
+        graph = graph_of(question.record)
+        if isinstance(graph, str):
+            return [], f"record {question.index} {graph}"
+        graphs.append(graph)
+    return graphs, None
+
+
+def _readings(
+    trained: TrainedModel, questions: Sequence[Question], options: argparse.Namespace, room: int
+) -> tuple[list[QuestionReading], list[torch.Tensor]]:
+    """What is read in the thoughts of each question, and what was fed in their places, (thoughts, D) each."""
+    readings: list[QuestionReading] = []
+    fed: list[torch.Tensor] = []
+    starts = range(0, len(questions), options.batch_size)
+    for start in progress(starts, len(starts), "thoughts"):
+        some = questions[start : start + options.batch_size]
+        answered = answer(trained, some, room)
+        thoughts = thoughts_of(trained, answered)
+        readings += read(trained, some, answered, thoughts, options.top_k)
+        fed += [row[: each.n_thoughts] for row, each in zip(thoughts.fed, some)]
+    return readings, fed
+
+
+def _next_steps(
+    trained: TrainedModel, graphs: Sequence[ProsqaGraph], questions: Sequence[Question], batch_size: int
+) -> list[list[NextStep]]:
+    found: list[list[NextStep]] = []
+    starts = range(0, len(graphs), batch_size)
+    for start in progress(starts, len(starts), "next steps"):
+        these = slice(start, start + batch_size)
+        found += next_steps(trained, graphs[these], [each.n_thoughts for each in questions[these]], batch_size)
+    return found
+
+
+def _described_graph(graph: ProsqaGraph, steps: Sequence[NextStep]) -> dict[str, Any]:
+    shown = graph.model_dump(exclude={"question"})
+    return {"graph": {**shown, "distances": graph.distances}, "next_steps": [describe(graph, each) for each in steps]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
