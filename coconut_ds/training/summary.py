@@ -32,7 +32,7 @@ def opening(
         "data": f"{len(materials.train_set)} training examples, {len(materials.valid_set)} for validation",
         "batch": (
             f"{sizes.total} examples a step = {sizes.micro} a micro-batch x {sizes.accumulation} accumulated x "
-            f"{sizes.world} ranks"
+            f"{sizes.world} rank{'s' * (sizes.world > 1)}"
         ),
         "stages": _stages_text(config, materials.curriculum, windows_per_epoch(len(materials.train_set), sizes)),
         "memory": f"{kept:.2f} GiB of model states + {activations:.2f} GiB of activations {where}, planned",
