@@ -210,7 +210,7 @@ sweep() {
 
 # A checkpoint lies in RUN_FOLDER/checkpoints/, and the run folder says how it was trained.
 evaluate() {
-  [[ $# -ge 1 && -d "$1" ]] || fail "eval: name a checkpoint folder, such as runs/demo/checkpoints/epoch_0014"
+  [[ $# -ge 1 && -d "$1" ]] || fail "eval: ${1:-nothing} is no checkpoint folder; name one such as runs/demo/checkpoints/epoch_0014"
   local checkpoint=${1%/} run_file
   shift
   run_file=$(dirname "$(dirname "$checkpoint")")/run_config.yaml

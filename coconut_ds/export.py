@@ -50,7 +50,9 @@ def export(checkpoint: str, out: Path, model_id: str, with_markers: bool = True)
     if out.exists():
         raise InputError(f"{out} exists already; name a new folder")
     settings = stored_settings(checkpoint)
-    has_thoughts = with_markers if settings is None else METHODS[settings["method"]].thoughts != "none"
+    # A model that was saved outside of a run names no method.
+    method = (settings or {}).get("method")
+    has_thoughts = with_markers if method is None else METHODS[method].thoughts != "none"
     config = RunConfig(method="coconut" if has_thoughts else "cot", model_id=model_id, load_model_path=checkpoint)
     backbone = load_initial(config)
     write_folder(out, backbone.model, backbone.tokenizer, settings, window=stored_window(checkpoint))

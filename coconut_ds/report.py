@@ -2,8 +2,8 @@
 
     python -m coconut_ds.report RUN [RUN ...] [--out FOLDER]
 
-RUN is a run folder, finished, still going on or cut off. Several runs are drawn into the same pictures, one colour
-each. The report is `report.html` in FOLDER, by default `RUN/report`; of several runs FOLDER has to be named.
+RUN is a run folder, finished, still going on or cut off. Several runs, seven at most, are drawn into the same pictures,
+one colour each. The report is `report.html` in FOLDER, by default `RUN/report`; of several runs FOLDER has to be named.
 """
 
 from __future__ import annotations
@@ -66,12 +66,17 @@ def write_report(runs: Mapping[str, RunRecords], folder: Path) -> Path:
     """Write `report.html` and a PNG for each picture to `folder`, and return the former's path.
 
     `runs` go by the names they are shown with. A picture of an earlier report that has nothing to draw now is removed.
-    Raises InputError where something cannot be written.
+    Raises InputError for more runs than there are colours, and where something cannot be written.
     """
     # Loaded here, so that a missing matplotlib can be said in one line.
     from coconut_ds.figures.canvas import DARK, LIGHT, png
     from coconut_ds.figures.training import pictures
 
+    if len(runs) > (most := len(LIGHT.series)):
+        raise InputError(
+            f"{len(runs)} runs: a report has {most} colours to tell runs apart; name {most} at most, or compare groups "
+            "of runs with python -m coconut_ds.compare"
+        )
     page = folder / "report.html"
     shown = []
     try:

@@ -78,11 +78,11 @@ def verdict(runs: Sequence[RunRecords]) -> str:
 def _verdict(run: RunRecords) -> str:
     last, best = run.last, run.best
     if last is None or best is None:
-        begun = (
-            f"{run.steps_done:,} optimizer steps are recorded" if run.steps_done else "No optimizer step is recorded"
-        )
+        steps = run.steps_done
+        begun = f"{steps:,} optimizer step{'s' * (steps > 1)} so far" if steps else "No optimizer step is recorded"
         return f"{begun}, and no evaluation: the first one comes at the end of the first epoch."
-    sentence = f"{last.accuracy:.1%} of {last.n_total:,} validation questions answered right after epoch {last.epoch}"
+    correct = f"{last.accuracy:.1%} of {last.n_total:,} validation questions were answered correctly"
+    sentence = f"After epoch {last.epoch}, {correct}"
     if best.accuracy > last.accuracy:
         # A stage with visible steps is easier, so a better accuracy there is no loss since.
         where = f"epoch {best.epoch}" if best.stage == last.stage else f"epoch {best.epoch}, in stage {best.stage}"
@@ -91,7 +91,7 @@ def _verdict(run: RunRecords) -> str:
 
 
 def _seconds(run: RunRecords) -> dict[str, float]:
-    """Seconds by what they were spent on; records of steps can be left out (`log_every_steps`), so by their mean."""
+    """Seconds by what they were spent on; steps that are not recorded count as the mean of those that are."""
     steps = [step.step_time_s for step in run.metrics.steps]
     return {
         "steps": sum(steps) / len(steps) * run.steps_done if steps else 0.0,

@@ -14,14 +14,16 @@ from coconut_ds.errors import InputError
 class _Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
+    step: int
+    """Optimizer steps taken by then."""
+
 
 class StageStart(_Record):
-    """Epochs count from 1; `step` is the number of optimizer steps before it."""
+    """Epochs count from 1."""
 
     event: Literal["stage"]
     epoch: int
     stage: int
-    step: int
     n_thoughts: int
 
 
@@ -31,7 +33,6 @@ class TrainStep(_Record):
     event: Literal["train_step"]
     epoch: int
     stage: int
-    step: int
     loss: float
     step_time_s: float
     peak_memory_gib: float | None = None
@@ -45,7 +46,6 @@ class EpochEvaluation(_Record):
     event: Literal["eval"]
     epoch: int
     stage: int
-    step: int
     valid_loss: float
     accuracy: float
     n_correct: int
@@ -60,14 +60,12 @@ class EpochEvaluation(_Record):
 class CheckpointWritten(_Record):
     event: Literal["checkpoint"]
     epoch: int
-    step: int
     seconds: float
 
 
 class End(_Record):
     event: Literal["end"]
     epochs: int
-    step: int
 
 
 _Event = StageStart | TrainStep | EpochEvaluation | CheckpointWritten | End

@@ -49,7 +49,10 @@ class RunRecords:
 
     @property
     def steps_done(self) -> int:
-        return self.metrics.steps[-1].step if self.metrics.steps else 0
+        """The highest of all events: the last steps can be left out of the records (`log_every_steps`)."""
+        metrics = self.metrics
+        events = (*metrics.steps, *metrics.evaluations, *metrics.checkpoints, *metrics.ends)
+        return max((event.step for event in events), default=0)
 
     @property
     def is_finished(self) -> bool:
@@ -92,10 +95,9 @@ def read_config(folder: Path) -> RunConfig:
 def _read_predictions(folder: Path, metrics: Metrics, problems: list[str]) -> dict[str, tuple[Prediction, ...]]:
     """Predictions of the last epoch and of other sets."""
     names = prediction_names(folder)
-    last = last_epoch(names)
     # A run that was started anew in its folder has not come as far as the files of the former one.
-    if metrics.evaluations and (evaluated := f"epoch_{metrics.evaluations[-1].epoch:04d}") in names:
-        last = evaluated
+    evaluated = {evaluation.epoch for evaluation in metrics.evaluations}
+    last = last_epoch([name for name in names if epoch_of(name) in evaluated])
     chosen = [*([last] if last else []), *(name for name in names if epoch_of(name) is None)]
     found = {}
     for name in chosen:
@@ -119,12 +121,18 @@ def _read_environment(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _count_parameters(checkpoints: Path) -> int | None:
-    """Numbers in the `model/` folder of one checkpoint, read from the files' headers; all have as many."""
-    for folder in sorted(checkpoints.glob("*/model")):
+    """Numbers in the `model/` folder of one checkpoint, a learned window's included; all have as many.
+
+    They are read from the files' headers. None where no checkpoint is whole.
+    """
+    # Not those that are being written, `epoch_NNNN.tmp`, nor those set aside as damaged.
+    for folder in sorted(checkpoints.glob("epoch_*[0-9]/model")):
         try:
-            return sum(_numbers_in(path) for path in folder.glob("*.safetensors"))
-        except (OSError, SafetensorError):  # one that is still being written, or damaged: another one tells as much
+            counts = [_numbers_in(path) for path in folder.glob("*.safetensors")]
+        except (OSError, SafetensorError):  # damaged, or just being removed: another one tells as much
             continue
+        if counts:
+            return sum(counts)
     return None
 
 

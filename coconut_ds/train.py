@@ -28,7 +28,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--verbose", action="store_true", help="show what libraries print, in place of run.log")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # inserted by the launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the YAML")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # options may stand between overrides
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -29,7 +29,7 @@ from coconut_ds.engine.stage_boundary import new_schedule, reset_optimizer_state
 from coconut_ds.model.backbone import Backbone, word_tokenizer
 from coconut_ds.training.checkpoint import Checkpoints, Progress, Stored, read_stored, restore
 from coconut_ds.training.step import NonFiniteLossError, optimizer_step
-from coconut_ds.training.weights import load_window
+from coconut_ds.model.pretrained import load_window
 
 # DeepSpeed's CPU Adam asks for the processor's name each time it is made, which takes a second.
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
@@ -266,7 +266,7 @@ def _four_a_step(name: str, precision: str, weights: Path | None = None, done: i
     model = tiny.coconut(context=CONTEXT)
     if weights is not None:
         model.base_causallm.load_state_dict(load_file(weights / "model" / "model.safetensors"), strict=False)
-        load_window(model, str(weights))
+        load_window(model.latent_window.logits, str(weights))
     backbone = Backbone(model.base_causallm, word_tokenizer(["a b"], 96))
     engine = build_engine(model, config, ds_config(name, config, sizes))
     schedule = new_schedule(engine, config, 10, done)

@@ -13,7 +13,14 @@ from coconut_ds.config import RunConfig
 from coconut_ds.curriculum.collator import Tokens, TokenSequence
 from coconut_ds.model.latents import _constant
 from coconut_ds.training import batch_size
-from coconut_ds.training.activations import ActivationCost, batch_of, measure, measured_peak, widest_sequence
+from coconut_ds.training.activations import (
+    ActivationCost,
+    batch_of,
+    measure,
+    measured_peak,
+    predicted_peak,
+    widest_sequence,
+)
 from coconut_ds.training.batch_size import choose_eval_batch, distinct_stages, largest_divisor, tried
 
 TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
@@ -67,6 +74,25 @@ def test_both_measurements_take_the_same_operations():
         tiny.coconut("gpt2", LatentContext((0.7, 0.3))), TokenSequence([5] * 6 + [tiny.LATENT] + [5] * 3, 6, 1, 8)
     )
     assert len(cost.two) == len(cost.three)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    "context",
+    [None, LatentContext((0.6, 0.3, 0.1)), LatentContext((0.5, 0.3, 0.2), learned=True, norm="embedding")],
+    ids=["plain", "window", "learned and scaled"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_has_to_be_computed_to_know_the_peak(family, checkpointed, context, dtype):
+    model = tiny.coconut(family, context, dropout=0.1, n_layer=3)
+    if checkpointed:
+        model.enable_activation_checkpointing()
+    batch = batch_of(TokenSequence([5] * 30 + [tiny.LATENT] * 4 + [6] * 20, 30, 4, 44), 3)
+    # In a cold process too, where what is made once is not there yet.
+    _constant.cache_clear()
+    predicted = predicted_peak(model, batch, dtype)
+    assert predicted == measured_peak(model.to(dtype), batch)
 
 
 def test_measuring_leaves_the_model_as_it_was():

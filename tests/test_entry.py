@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -109,6 +110,12 @@ def test_a_port_in_use_is_named_with_the_way_out(run, tmp_path):
     assert done.returncode == 2, done.stdout
     assert f"error: port {command[4]} is in use, perhaps by another run; give this one another" in done.stdout
     assert "Traceback" not in done.stdout
+
+
+@pytest.mark.ranks
+def test_gradients_that_are_not_finite_stop_a_run_in_fp32(run, tmp_path):
+    output = launching.train(run, tmp_path, 1, "lr=1e30", "model.architecture=llama", "batch_size_training=2", expect=2)
+    assert re.search(r"error: gradients are not finite at optimizer step \d, nothing was updated", output), output
 
 
 _OUT_OF_MEMORY = """

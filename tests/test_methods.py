@@ -30,7 +30,7 @@ from coconut_ds.curriculum.loaders import TrainingWindows
 from coconut_ds.curriculum.stages import Curriculum, Layout
 from coconut_ds.methods import METHODS, Method
 from coconut_ds.model.backbone import add_markers, scratch_backbone, word_tokenizer
-from coconut_ds.training.session import _tokens
+from coconut_ds.training.materials import _tokens
 
 EXAMPLE = {"question": "a b | b c | c d | ? a d e", "steps": ["a b", "b c", "c d"], "answer": "d"}
 LINE = re.compile(r"\| `(\w+)` \| (\d) \| `(.+)` \|")

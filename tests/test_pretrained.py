@@ -41,11 +41,11 @@ SETTINGS = {
 INPUTS = torch.tensor([[7, 8, 9, tiny.START, tiny.LATENT, tiny.LATENT, tiny.END, 11, 12]])
 
 
-def words() -> Backbone:
+def words(n_embd: int = 16) -> Backbone:
     """A model with a tokenizer, so that its folder is complete."""
     torch.manual_seed(0)
     tokenizer = word_tokenizer(["Alex is a wumpus. Is Alex a wumpus or a lempus?"], 64)
-    backbone = scratch_backbone("gpt2", tokenizer, n_layer=1, n_embd=16, n_head=2, n_positions=64, dropout=0.0)
+    backbone = scratch_backbone("gpt2", tokenizer, n_layer=1, n_embd=n_embd, n_head=2, n_positions=64, dropout=0.0)
     add_markers(backbone)
     return backbone
 
@@ -64,6 +64,12 @@ def coconut(backbone: Backbone, **settings: Any) -> Coconut:
     return model
 
 
+def write_run_folder(folder: Path, backbone: Backbone, **settings: Any) -> None:
+    """As a run writes it."""
+    window = {"latent_context": {"weights": [0.6, 0.3, 0.1], "scope": "sequence", "learned": False}}
+    pretrained.write_folder(folder, backbone.model, backbone.tokenizer, SETTINGS | window | settings)
+
+
 @pytest.mark.parametrize("context", WINDOWS.values(), ids=WINDOWS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_model_that_was_saved_and_loaded_has_equal_logits(tmp_path, family, context):
@@ -79,13 +85,42 @@ def test_a_model_that_was_saved_and_loaded_has_equal_logits(tmp_path, family, co
     assert torch.equal(Coconut.from_pretrained(tmp_path / "again")(INPUTS).logits, model(INPUTS).logits)
 
 
-def test_what_is_known_of_the_training_travels_with_the_weights(tmp_path):
+def test_what_is_known_of_the_training_travels_with_the_weights_but_for_results(tmp_path):
     backbone = words()
-    coconut(backbone).save_pretrained(tmp_path / "one", backbone.tokenizer)
-    Coconut.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two", backbone.tokenizer)
-    one, two = (json.loads((tmp_path / name / "coconut.json").read_text()) for name in ("one", "two"))
-    assert one == two
-    assert one.items() >= SETTINGS.items()
+    write_run_folder(tmp_path / "run", backbone)
+    Coconut.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "saved", backbone.tokenizer)
+    stored = json.loads((tmp_path / "saved" / "coconut.json").read_text())
+    assert stored.items() >= {key: value for key, value in SETTINGS.items() if key != "results"}.items()
+    # They may have been trained since they were evaluated.
+    assert "results" not in stored
+    assert "have not been evaluated" in (tmp_path / "saved" / "README.md").read_text()
+
+
+def test_a_folder_that_is_written_again_keeps_nothing_of_the_model_before(tmp_path):
+    learned = tiny.coconut("gpt2", WINDOWS["learned"])
+    learned.save_pretrained(tmp_path)
+    assert (tmp_path / "latent_window.safetensors").is_file()
+    tiny.coconut("gpt2").save_pretrained(tmp_path)
+    assert pretrained.stored_window(str(tmp_path)) == {}
+    pretrained.write_folder(tmp_path, tiny.backbone("gpt2"), None, None)
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_learned_window_that_is_missing_is_not_passed_over(tmp_path):
+    tiny.coconut("gpt2", WINDOWS["learned"]).save_pretrained(tmp_path)
+    (tmp_path / "latent_window.safetensors").unlink()
+    with pytest.raises(InputError, match=r"learned its latent window, and latent_window.safetensors is missing"):
+        Coconut.from_pretrained(tmp_path)
+
+
+def test_a_model_saved_outside_of_a_run_can_be_exported(tmp_path):
+    backbone = words()
+    coconut(backbone).save_pretrained(tmp_path / "model", backbone.tokenizer)
+    settings = json.loads((tmp_path / "model" / "coconut.json").read_text())
+    del settings["method"]
+    (tmp_path / "model" / "coconut.json").write_text(json.dumps(settings))
+    assert export.main([str(tmp_path / "model"), str(tmp_path / "out")]) == 0
+    assert "continuous thoughts" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -134,8 +169,7 @@ def test_the_backbone_works_in_a_pipeline(tmp_path):
 
 
 def test_the_card_names_data_stage_thoughts_window_and_results(tmp_path):
-    backbone = words()
-    coconut(backbone).save_pretrained(tmp_path, backbone.tokenizer)
+    write_run_folder(tmp_path, words())
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "openai-community/gpt2"
     assert card.data.library_name == "transformers"
@@ -152,11 +186,41 @@ def test_the_card_names_data_stage_thoughts_window_and_results(tmp_path):
 
 
 def test_the_card_of_weights_without_an_evaluation_says_so(tmp_path):
-    backbone = words()
-    coconut(backbone, results=None, base_model=None).save_pretrained(tmp_path, backbone.tokenizer)
+    write_run_folder(tmp_path, words(), results=None, base_model=None)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.eval_results is None
     assert "have not been evaluated" in card.content
+
+
+@pytest.mark.parametrize(
+    ("method", "about"),
+    [
+        ("coconut", "trained to reason in continuous thoughts"),
+        ("no_curriculum", "trained to reason in continuous thoughts"),
+        ("pause_as_thought", "trained with pauses before its answer"),
+        ("cot", "trained without continuous thoughts, by the method `cot`"),
+        ("icot", "trained without continuous thoughts, by the method `icot`"),
+    ],
+)
+def test_the_card_says_what_kind_of_model_it_is(tmp_path, method, about):
+    write_run_folder(tmp_path, words(), method=method)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert about in card.content
+    has_thoughts = about.startswith("trained to reason")
+    assert ("coconut" in card.data.tags) is has_thoughts
+    assert ("latent stages" in card.content) is (not about.startswith("trained without"))
+
+
+def test_the_card_counts_the_weights_that_are_written(tmp_path):
+    backbone = words(n_embd=256)
+    weights = {name: value.clone() for name, value in backbone.model.named_parameters()}
+    expected = sum(value.numel() for value in weights.values())
+    with torch.no_grad():
+        for parameter in backbone.model.parameters():
+            parameter.data = torch.empty(0)  # as ZeRO-3 leaves them
+    pretrained.write_folder(tmp_path, backbone.model, backbone.tokenizer, SETTINGS, weights)
+    assert expected > 500_000
+    assert f"{expected / 1e6:.2f} M parameters" in (tmp_path / "README.md").read_text()
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -192,7 +256,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(tmp_path, monkeypatch):
     """A server of this machine in place of the hub, with the model of `words` as someone/small."""
     backbone = words()
-    coconut(backbone).save_pretrained(tmp_path / "served", backbone.tokenizer)
+    write_run_folder(tmp_path / "served", backbone)
     handler = type("ThisHub", (Hub,), {"folder": tmp_path / "served"})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

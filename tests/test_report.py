@@ -67,6 +67,16 @@ def test_runs_of_one_name_go_by_their_folder_and_none_is_taken_twice(tmp_path, c
     assert "named more than once" in refusal([str(first), f"{first}/../same", "--out", str(tmp_path)], capsys)
 
 
+def test_more_runs_than_there_are_colours_are_refused(tmp_path, capsys):
+    runs = [str(recorded.write_run(tmp_path, f"run{number}", epochs=1)) for number in range(8)]
+    error = refusal([*runs, "--out", str(tmp_path / "out")], capsys)
+    assert error == (
+        "error: 8 runs: a report has 7 colours to tell runs apart; name 7 at most, or compare groups of runs with "
+        "python -m coconut_ds.compare\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_done_is_one_line(tmp_path, capsys, monkeypatch):
     assert "missing is no run folder, it has no run_config.yaml" in refusal([str(tmp_path / "missing")], capsys)
     folder = recorded.write_run(tmp_path)
@@ -114,6 +124,9 @@ def test_steps_left_out_of_the_records_count_in_the_time(tmp_path):
     folder = recorded.write_run(tmp_path, epochs=0, log_every_steps=5)
     recorded.write_events(folder, [recorded.train_step(1, step, step_time_s=2.0) for step in (5, 10)])
     assert head_of(folder).time == "20 s"
+    # Two more steps were taken before the evaluation, which are not among the recorded ones.
+    recorded.write_events(folder, [recorded.train_step(1, 10, step_time_s=2.0), recorded.evaluation(1, step=12)])
+    assert (head_of(folder).steps, head_of(folder).time_parts) == ("12", "steps 24 s, answers 2.0 s")
 
 
 @pytest.mark.parametrize(
@@ -134,13 +147,9 @@ def test_a_window_in_words(context, learned, text, tmp_path):
 @pytest.mark.parametrize(
     ("shares", "finished", "sentence"),
     [
-        ([0.5, 0.9], True, "90.0% of 100 validation questions answered right after epoch 2, the best of the run."),
-        ([0.5, 0.9], False, "90.0% of 100 validation questions answered right after epoch 2, the best so far."),
-        (
-            [0.9, 0.5],
-            True,
-            "50.0% of 100 validation questions answered right after epoch 2; 90.0% at best, after epoch 1, in stage 0.",
-        ),
+        ([0.5, 0.9], True, "After epoch 2, 90.0% of 100 {}, the best of the run."),
+        ([0.5, 0.9], False, "After epoch 2, 90.0% of 100 {}, the best so far."),
+        ([0.9, 0.5], True, "After epoch 2, 50.0% of 100 {}; 90.0% at best, after epoch 1, in stage 0."),
         (
             [],
             False,
@@ -153,7 +162,15 @@ def test_the_verdict_on_a_run(shares, finished, sentence, tmp_path):
     events = [recorded.evaluation(epoch, accuracy=share) for epoch, share in enumerate(shares, start=1)]
     end = [{"event": "end", "epochs": 2, "step": 8}] if finished else []
     recorded.write_events(folder, [*events, *end])
-    assert report_tables.verdict([read_run(folder)]) == sentence
+    answered = "validation questions were answered correctly"
+    assert report_tables.verdict([read_run(folder)]) == sentence.format(answered)
+
+
+@pytest.mark.parametrize(("steps", "begun"), [(1, "1 optimizer step so far"), (2, "2 optimizer steps so far")])
+def test_the_verdict_on_a_run_that_has_taken_its_first_steps(steps, begun, tmp_path):
+    folder = recorded.write_run(tmp_path, epochs=0, finished=False)
+    recorded.write_events(folder, [recorded.train_step(1, step) for step in range(1, steps + 1)])
+    assert report_tables.verdict([read_run(folder)]).startswith(f"{begun}, and no evaluation: ")
 
 
 def test_the_verdict_on_several_runs(tmp_path):

@@ -34,7 +34,7 @@ def curves(axes, colour: str):
 
 
 def test_a_block_of_steps_is_its_mean_with_its_lowest_and_highest():
-    curve = averaged([2, 4, 6, 8, 10], [1.0, 3.0, 5.0, 5.0, 9.0], size=2)
+    curve = averaged([2, 4, 6, 8, 10], [1.0, 3.0, 5.0, 5.0, 9.0], [1.0, 1.0, 2.0, 2.0, 5.0], size=2)
     assert curve.steps.tolist() == [3, 7, 10]
     assert curve.means.tolist() == [2, 5, 9]
     assert curve.lows.tolist() == [1, 5, 9]
@@ -114,6 +114,13 @@ def test_several_runs_lie_over_each_other_in_their_colours(runs):
     assert axes.get_ylim() == (40, 101)
 
 
+def test_runs_are_told_apart_by_the_marks_of_their_evaluations_too(runs):
+    axes = axes_of("accuracy", runs)
+    drawn = [line.get_marker() for line in axes.lines if line.get_color() in LIGHT.series[:2]]
+    named = [handle.get_marker() for handle in axes.figure.legends[0].legend_handles]
+    assert drawn == named == ["o", "s"]
+
+
 def test_a_long_name_keeps_its_end(runs):
     (name, _) = (
         axes_of("accuracy", {"prosqa_contextual_embedding_norm_seed12": runs["a"], "b": runs["b"]})
@@ -149,6 +156,23 @@ def test_values_of_steps(name, value, runs):
     assert np.ravel([y for _, y in drawn]).tolist() == [value] * 12
     assert axes.get_ylim()[0] == 0
     assert axes.get_ylim()[1] > value
+
+
+def test_a_slow_step_counts_in_the_tokens_per_second_for_as_long_as_it_took(tmp_path):
+    folder = recorded.write_run(tmp_path, epochs=0)
+    steps = [recorded.train_step(1, step, step_time_s=0.5 if step % 2 else 4.5) for step in range(1, 241)]
+    recorded.write_events(folder, steps)
+    run = {"a": read_run(folder)}
+    ((_, rates),) = curves(axes_of("throughput", run), LIGHT.series[0])
+    # 200 tokens in 5 seconds; the mean of 200 and 22.2 tokens a second would be 111.
+    assert rates == pytest.approx([40] * 120)
+    (band,) = axes_of("throughput", run).collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((100 / 4.5, 200))
+    assert picture("throughput", run).caption == (
+        "Tokens of a step over all ranks, without padding; all tokens of 2 recorded steps over all their seconds, in a "
+        "band from the lowest to the highest."
+    )
 
 
 def test_what_a_record_lacks_is_said_and_left_empty(tmp_path, runs):

@@ -125,9 +125,10 @@ def visit(browser, tmp_path):
     contexts = []
     file = tmp_path / "page.html"
 
-    def open_page(text: str, width: int = 1280, scheme: str = "light"):
+    def open_page(text: str, width: int = 1280, scheme: str = "light", javascript: bool = True):
         file.write_text(text, encoding="utf-8")
-        contexts.append(browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme))
+        size = {"width": width, "height": 800}
+        contexts.append(browser.new_context(viewport=size, color_scheme=scheme, java_script_enabled=javascript))
         page = contexts[-1].new_page()
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -213,6 +214,72 @@ def test_an_opened_question_shows_what_the_model_wrote_and_thought(visit, tmp_pa
     assert opened.locator(".alternatives").count() == 2
     assert opened.locator(".alternatives .token").count() == 6
     assert page.evaluate("window.hit") is None
+
+
+def test_one_of_a_kind_is_in_the_singular(visit, tmp_path):
+    folder = recorded.write_run(tmp_path, epochs=1)
+    rows = [
+        recorded.prediction(0, True, n_new_tokens=1, n_thoughts=2),
+        recorded.prediction(1, True, n_new_tokens=3, n_thoughts=1),
+    ]
+    recorded.write_predictions(folder, "epoch_0001", rows)
+    page = visit(page_of(folder))
+    page.evaluate("document.querySelectorAll('.question').forEach(each => { each.open = true; })")
+    page.locator(".question pre").nth(1).wait_for()
+    titles = page.locator(".question h4:first-of-type").all_inner_texts()
+    assert titles == ["The model wrote 1 token after 2 thoughts", "The model wrote 3 tokens after 1 thought"]
+
+
+CONTRAST = """field => {
+    const luminance = (colour) => {
+        const parts = colour.match(/\\d+/g).map(Number).map(each => each / 255)
+            .map(each => each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2] + 0.05;
+    };
+    const border = luminance(getComputedStyle(field).borderTopColor);
+    return [getComputedStyle(field).backgroundColor, getComputedStyle(document.body).backgroundColor]
+        .map(luminance).map(ground => Math.max(border, ground) / Math.min(border, ground));
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_borders_of_fields_can_be_seen(scheme, visit, tmp_path):
+    page = visit(page_of(recorded.write_run(tmp_path)), scheme=scheme)
+    for field in ("#text", "#verdict"):
+        # Against what is in the field and what is around it; 3 is what WCAG 2.1 asks of the edge of a control.
+        assert min(page.locator(field).evaluate(CONTRAST)) >= 3
+
+
+def test_boxes_that_scroll_can_be_reached_and_have_a_name(visit, tmp_path):
+    runs = [recorded.write_run(tmp_path, name) for name in ("a", "b")]
+    recorded.write_predictions(runs[0], "eval_test", [recorded.prediction(0, True)])
+    page = visit(page_of(*runs))
+    page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")
+    names = ["Runs", "Accuracy by stage", "Other sets"]
+    names += ["Configuration: Differs between the runs", "Configuration: The same in all runs"]
+    names += ["Environment: The same in all runs"]
+    for name in names:
+        page.get_by_role("region", name=name, exact=True).focus()
+        assert page.evaluate("document.activeElement.getAttribute('aria-label')") == name
+    assert page.locator(".scroll").count() == len(names)
+
+
+def test_a_question_that_opens_has_a_mark_that_turns(visit, tmp_path):
+    page = visit(page_of(recorded.write_run(tmp_path)))
+    mark = "summary => ['content', 'width', 'rotate'].map(key => getComputedStyle(summary, '::before')[key])"
+    question = page.locator(".question summary").first
+    content, width, closed = question.evaluate(mark)
+    assert content == '""'
+    assert float(width.removesuffix("px")) > 0
+    question.click()
+    assert (closed, question.evaluate(mark)[2]) == ("none", "90deg")
+
+
+def test_without_javascript_there_is_no_dead_form(visit, tmp_path):
+    text = page_of(recorded.write_run(tmp_path))
+    parts = ("filter", "table", "unscripted")
+    shown = {use: [visit(text, javascript=use).is_visible(f"#{part}") for part in parts] for use in (True, False)}
+    assert shown == {True: [True, True, False], False: [False, False, True]}
 
 
 def test_a_phone_does_not_scroll_sideways(visit, tmp_path):

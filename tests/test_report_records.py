@@ -135,6 +135,28 @@ def test_predictions_are_not_those_of_a_former_run_that_came_further(tmp_path):
     assert list(read_run(folder).predictions) == ["epoch_0002"]
 
 
+def test_a_run_started_anew_shows_nothing_of_the_former_one(tmp_path):
+    folder = recorded.write_run(tmp_path, epochs=9)
+    recorded.write_predictions(folder, "eval_test", [recorded.prediction(0, True)])
+    recorded.write_events(folder, [recorded.train_step(1, 1)])
+    assert list(read_run(folder).predictions) == ["eval_test"]
+    # Its first evaluation is recorded, and the predictions file of that is gone.
+    recorded.write_events(folder, recorded.training(1))
+    assert list(read_run(folder).predictions) == ["eval_test"]
+
+
+def test_a_run_has_taken_as_many_steps_as_any_of_its_events_says(tmp_path):
+    folder = recorded.write_run(tmp_path, epochs=0)
+    step, evaluated = recorded.train_step(1, 5), recorded.evaluation(1, step=7)
+    written = {"event": "checkpoint", "epoch": 1, "step": 8, "path": "there", "seconds": 0.5}
+    end = {"event": "end", "epochs": 1, "step": 9}
+    done = []
+    for events in ([step], [step, evaluated], [step, evaluated, written], [step, evaluated, written, end]):
+        recorded.write_events(folder, events)
+        done.append(read_run(folder).steps_done)
+    assert done == [5, 7, 8, 9]
+
+
 def test_epochs_are_told_apart_by_number_and_not_by_name():
     assert last_epoch(["epoch_10000", "epoch_9999", "eval_test"]) == "epoch_10000"
     assert last_epoch(["eval_test"]) is None
@@ -150,6 +172,16 @@ def test_parameters_are_counted_in_the_first_checkpoint_that_can_be_read(tmp_pat
     save_file({"a": np.zeros((3, 4), np.float32), "b": np.zeros(5, np.float32)}, model / "model.safetensors")
     save_file({"logits": np.zeros(3, np.float32)}, model / "latent_window.safetensors")
     assert read_run(folder).n_parameters == 12 + 5 + 3
+
+
+def test_a_checkpoint_that_is_being_written_does_not_count_as_one_without_parameters(tmp_path):
+    folder = recorded.write_run(tmp_path, epochs=1)
+    for name in ("epoch_0001", "epoch_0002.tmp", "epoch_0003.damaged"):
+        (folder / "checkpoints" / name / "model").mkdir(parents=True)
+        if name != "epoch_0001":
+            weights = {"a": np.zeros(3, np.float32)}
+            save_file(weights, folder / "checkpoints" / name / "model" / "model.safetensors")
+    assert read_run(folder).n_parameters is None
 
 
 def test_reading_a_run_loads_nothing_heavy(tmp_path):

@@ -26,7 +26,8 @@ def evaluation(epoch: int, stage: int, n_correct: int) -> EpochEvaluation:
 
 
 def config(tmp_path, **values) -> RunConfig:
-    return RunConfig(method="coconut", max_latent_stage=2, save_path=str(tmp_path), name="run", **values)
+    values = {"method": "coconut", "max_latent_stage": 2, **values}
+    return RunConfig(save_path=str(tmp_path), name="run", **values)
 
 
 def closed(tmp_path, accuracies: list[tuple[int, int]], **values) -> list[str]:
@@ -58,6 +59,21 @@ def test_the_command_to_evaluate_names_a_checkpoint_that_is_there(tmp_path):
     assert f"{command} test_path=t.json" in closed(tmp_path, [(0, 90)], test_path="t.json")
 
 
+def test_where_the_last_stage_was_not_kept_the_best_checkpoint_is_named(tmp_path):
+    (tmp_path / "run" / "checkpoints" / "epoch_0001").mkdir(parents=True)
+    lines = closed(tmp_path, [(0, 90), (1, 80), (2, 70)])
+    assert f"  evaluate  ./launch.sh eval {tmp_path}/run/checkpoints/epoch_0001" in lines
+
+
+def test_stages_of_icot_stay_apart(tmp_path):
+    lines = closed(tmp_path, [(0, 95), (1, 90), (2, 40)], method="icot", max_latent_stage=0)
+    assert "  at last   accuracy 40.0% (40/100) after epoch 3, stage 2, the best of the last stage" in lines
+
+
+def test_without_an_evaluation_there_is_still_a_report_to_name(tmp_path):
+    assert closed(tmp_path, []) == [f"  report    python -m coconut_ds.report {tmp_path}/run"]
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -66,6 +82,7 @@ def test_the_command_to_evaluate_names_a_checkpoint_that_is_there(tmp_path):
         ({"num_epochs": 3, "epochs_per_stage": 5}, "0 in 1-3 of 3 epochs"),
         ({"num_epochs": 4, "resume": 2}, "2 in 3, no step left in 4 of 4 epochs"),
         ({"num_epochs": 4, "method": "cot"}, "0 in 1-4 of 4 epochs"),
+        ({"num_epochs": 3, "method": "icot", "max_latent_stage": 0}, "0 in 1, 1 in 2, 2 in 3 of 3 epochs"),
         ({"num_epochs": 4, "method": "no_curriculum"}, "no step left in 1-4 of 4 epochs"),
     ],
 )

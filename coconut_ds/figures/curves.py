@@ -20,17 +20,26 @@ from coconut_ds.run_records import RunRecords
 
 Runs = Mapping[str, RunRecords]
 """Runs by the name they are shown with; their colours follow this order."""
-Value = Callable[[TrainStep], float | None]
-"""What is drawn of a training step; None where its record does not have it."""
 
 _POINTS = 120  # of a curve: more could not be told apart in a picture of this size
-_LARGE_MARKS = 20  # with more evaluations the circles would run together
+_LARGE_MARKS = 20  # with more evaluations the marks would run together
 _LONGEST_NAME, _LEGEND_ROW_INCHES = 26, 0.2
 
 
 @dataclass(frozen=True)
+class Quantity:
+    """What is drawn of training steps."""
+
+    of_step: Callable[[TrainStep], float | None]
+    """None where its record does not have it."""
+    weight: Callable[[TrainStep], float] = lambda step: 1.0
+    """What a step counts for in the mean of its block."""
+    of_block: str = "means of {} recorded steps"
+
+
+@dataclass(frozen=True)
 class Curve:
-    """Means of blocks of neighbouring steps, with the lowest and highest value of each; all (points,)."""
+    """Weighted means of blocks of neighbouring steps, with the lowest and highest value of each; all (points,)."""
 
     steps: NDArray[np.float64]
     means: NDArray[np.float64]
@@ -38,41 +47,42 @@ class Curve:
     highs: NDArray[np.float64]
 
 
-def averaged(steps: Sequence[int], values: Sequence[float], size: int) -> Curve:
+def averaged(steps: Sequence[int], values: Sequence[float], weights: Sequence[float], size: int) -> Curve:
     """Blocks of `size` values, the last one of what is left; a block stands at the mean of its steps."""
     starts = np.arange(0, len(values), size)
     counts = np.diff([*starts, len(values)])
-    x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+    x, y, w = (np.asarray(each, dtype=float) for each in (steps, values, weights))
     return Curve(
         np.add.reduceat(x, starts) / counts,
-        np.add.reduceat(y, starts) / counts,
+        np.add.reduceat(w * y, starts) / np.add.reduceat(w, starts),
         np.minimum.reduceat(y, starts),
         np.maximum.reduceat(y, starts),
     )
 
 
-def draw_training(axes: Axes, runs: Runs, value: Value, theme: Theme) -> None:
+def draw_training(axes: Axes, runs: Runs, quantity: Quantity, theme: Theme) -> None:
     """One averaged curve a run, interrupted where a stage ends, since values jump there."""
     size = _block_size(runs)
     for index, run in enumerate(runs.values()):
         colour, _ = theme.look(index)
-        pairs = [(step, drawn) for step in run.metrics.steps if (drawn := value(step)) is not None]
+        pairs = [(step, drawn) for step in run.metrics.steps if (drawn := quantity.of_step(step)) is not None]
         for _, part in groupby(pairs, key=lambda pair: pair[0].stage):
             steps, values = zip(*part)
-            curve = averaged([step.step for step in steps], values, size)
+            weights = [quantity.weight(step) for step in steps]
+            curve = averaged([step.step for step in steps], values, weights, size)
             marker = "." if len(curve.steps) == 1 else ""
             axes.plot(curve.steps, curve.means, color=colour, linewidth=1.3, marker=marker)
             if len(runs) == 1 and size > 1:
                 axes.fill_between(curve.steps, curve.lows, curve.highs, color=colour, alpha=0.2, linewidth=0)
 
 
-def how_averaged(runs: Runs) -> str:
+def how_averaged(runs: Runs, quantity: Quantity) -> str:
     """What a point of `draw_training` is, as the end of a sentence."""
     size = _block_size(runs)
     if size == 1:
         return "one point a recorded step"
     band = ", in a band from the lowest to the highest" if len(runs) == 1 else ""
-    return f"means of {size} recorded steps{band}"
+    return f"{quantity.of_block.format(size)}{band}"
 
 
 def _block_size(runs: Runs) -> int:
@@ -80,14 +90,20 @@ def _block_size(runs: Runs) -> int:
     return max(1, *(math.ceil(len(run.metrics.steps) / _POINTS) for run in runs.values()))
 
 
-def draw_evaluations(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str, line_width: float) -> None:
-    """A filled circle an evaluation, joined by a line where `line_width` is not 0; in points."""
+def draw_evaluations(
+    axes: Axes, steps: Sequence[int], values: Sequence[float], look: tuple[str, str], line_width: float
+) -> None:
+    """A filled mark an evaluation, joined by a line where `line_width` is not 0; in points.
+
+    `look` is the colour and the marker.
+    """
+    colour, marker = look
     axes.plot(
         steps,
         values,
         color=colour,
         linewidth=line_width,
-        marker="o",
+        marker=marker,
         markersize=4.5 if len(steps) <= _LARGE_MARKS else 2.8,
         markeredgecolor=axes.get_facecolor(),
         markeredgewidth=0.7 if len(steps) <= _LARGE_MARKS else 0.0,
@@ -135,7 +151,7 @@ def steps_panel(runs: Runs, theme: Theme, has_kinds: bool = False) -> tuple[Figu
     `has_kinds`: it shows training and validation, which the legend has to tell apart.
     """
     figure, axes = panel(theme, legend_inches(runs, has_kinds))
-    furthest = max(max(run.steps_done, *(row.step for row in run.metrics.evaluations), 1) for run in runs.values())
+    furthest = max(1, *(run.steps_done for run in runs.values()))
     axes.set_xlim(-0.01 * furthest, 1.02 * furthest)
     axes.set_xlabel("optimizer steps")
     axes.xaxis.set_major_formatter(lambda number, _: f"{number:,.0f}")
@@ -150,7 +166,8 @@ def add_legend(figure: Figure, runs: Runs, theme: Theme, has_kinds: bool = False
     entries = []
     if len(runs) > 1:
         for index, name in enumerate(runs):
-            entries.append(Line2D([], [], color=theme.look(index)[0], linewidth=3, label=_shortened(name)))
+            colour, marker = theme.look(index)
+            entries.append(Line2D([], [], color=colour, linewidth=2, marker=marker, label=_shortened(name)))
     if has_kinds:
         colour = theme.look(0)[0] if len(runs) == 1 else theme.text
         entries.append(Line2D([], [], color=colour, linewidth=1.3, label="training"))

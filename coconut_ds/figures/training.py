@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from coconut_ds.figures.canvas import Theme, panel
 from coconut_ds.figures.curves import (
+    Quantity,
     Runs,
-    Value,
     add_legend,
     draw_evaluations,
     draw_training,
@@ -48,26 +48,26 @@ def pictures(runs: Runs) -> list[Picture]:
         _loss(runs),
         _accuracy(runs),
         _accuracy_by_steps(runs),
-        _step_value(runs, "throughput", "Tokens per second", _tokens_per_s, "tokens per second", _ABOUT_TOKENS),
-        _step_value(runs, "memory", "Memory", lambda step: step.peak_memory_gib, "GiB", _ABOUT_MEMORY),
-        _step_value(runs, "padding", "Padding", _padding_percent, "padding (% of cells)", _ABOUT_PADDING),
+        _step_value(runs, "throughput", "Tokens per second", _SPEED, "tokens per second", _ABOUT_TOKENS),
+        _step_value(runs, "memory", "Memory", _MEMORY, "GiB", _ABOUT_MEMORY),
+        _step_value(runs, "padding", "Padding", _PADDING, "padding (% of cells)", _ABOUT_PADDING),
     ]
 
 
 def _loss(runs: Runs) -> Picture:
     if not any(run.metrics.steps or run.metrics.evaluations for run in runs.values()):
         return Picture("loss", "Loss", _NO_STEP, None)
-    caption = f"Training: {how_averaged(runs)}. Validation: at the end of each epoch. {how_marked(runs)}"
+    caption = f"Training: {how_averaged(runs, _LOSS)}. Validation, marks: at the end of each epoch. {how_marked(runs)}"
     return Picture("loss", "Loss", caption, partial(_draw_loss, runs))
 
 
 def _draw_loss(runs: Runs, theme: Theme) -> Figure:
     figure, axes = steps_panel(runs, theme, has_kinds=True)
-    draw_training(axes, runs, lambda step: step.loss, theme)
+    draw_training(axes, runs, _LOSS, theme)
     for index, run in enumerate(runs.values()):
         rows = run.metrics.evaluations
-        colour, _ = theme.look(index)
-        draw_evaluations(axes, [row.step for row in rows], [row.valid_loss for row in rows], colour, line_width=0)
+        losses = [row.valid_loss for row in rows]
+        draw_evaluations(axes, [row.step for row in rows], losses, theme.look(index), line_width=0)
     axes.set_ylabel("loss")
     _scale_loss(axes, runs)
     return figure
@@ -89,7 +89,9 @@ def _scale_loss(axes: Axes, runs: Runs) -> None:
 def _accuracy(runs: Runs) -> Picture:
     if not any(run.metrics.evaluations for run in runs.values()):
         return Picture("accuracy", "Accuracy", _NO_EVALUATION, None)
-    caption = f"Validation questions answered right after each epoch; the best is ringed. {how_marked(runs)}"
+    caption = (
+        f"Validation questions answered correctly, measured after each epoch; the best is ringed. {how_marked(runs)}"
+    )
     return Picture("accuracy", "Accuracy", caption, partial(_draw_accuracy, runs))
 
 
@@ -97,12 +99,12 @@ def _draw_accuracy(runs: Runs, theme: Theme) -> Figure:
     figure, axes = steps_panel(runs, theme)
     lowest = 100.0
     for index, run in enumerate(runs.values()):
-        colour, _ = theme.look(index)
+        look = theme.look(index)
         shares = [100 * row.accuracy for row in run.metrics.evaluations]
-        draw_evaluations(axes, [row.step for row in run.metrics.evaluations], shares, colour, line_width=1.4)
+        draw_evaluations(axes, [row.step for row in run.metrics.evaluations], shares, look, line_width=1.4)
         if run.best:
             place = ([run.best.step], [100 * run.best.accuracy])
-            axes.scatter(*place, s=90, facecolors="none", edgecolors=colour, linewidths=1.4, zorder=4, clip_on=False)
+            axes.scatter(*place, s=90, facecolors="none", edgecolors=look[0], linewidths=1.4, zorder=4, clip_on=False)
         lowest = min([lowest, *shares])
     # From a round number below the lowest one: a scale from 0 would hide how a good run gets better.
     axes.set_ylim(max(0, 10 * math.floor((lowest - 2) / 10)), 101)
@@ -169,20 +171,33 @@ def _padding_percent(step: TrainStep) -> float | None:
     return None if step.padding_share is None else 100 * step.padding_share
 
 
-def _step_value(runs: Runs, name: str, title: str, value: Value, unit: str, about: str) -> Picture:
-    """A curve of one value of each training step."""
+_LOSS = Quantity(lambda step: step.loss)
+_MEMORY = Quantity(lambda step: step.peak_memory_gib)
+_PADDING = Quantity(_padding_percent)
+# By their time, or slow steps would hardly count: so it is all tokens over all seconds.
+_SPEED = Quantity(
+    _tokens_per_s,
+    weight=lambda step: step.step_time_s,
+    of_block="all tokens of {} recorded steps over all their seconds",
+)
+
+
+def _step_value(runs: Runs, name: str, title: str, quantity: Quantity, unit: str, about: str) -> Picture:
+    """A curve of one quantity of training steps."""
     begun = {label: run for label, run in runs.items() if run.metrics.steps}
-    without = [label for label, run in begun.items() if all(value(step) is None for step in run.metrics.steps)]
+    without = [
+        label for label, run in begun.items() if all(quantity.of_step(step) is None for step in run.metrics.steps)
+    ]
     if len(without) == len(begun):
         return Picture(name, title, _OLD if begun else _NO_STEP, None)
     missing = f" Not in the records of {', '.join(without)}." if without else ""
-    caption = f"{about}; {how_averaged(runs)}.{missing}"
-    return Picture(name, title, caption, partial(_draw_step_value, runs, value, unit))
+    caption = f"{about}; {how_averaged(runs, quantity)}.{missing}"
+    return Picture(name, title, caption, partial(_draw_step_value, runs, quantity, unit))
 
 
-def _draw_step_value(runs: Runs, value: Value, unit: str, theme: Theme) -> Figure:
+def _draw_step_value(runs: Runs, quantity: Quantity, unit: str, theme: Theme) -> Figure:
     figure, axes = steps_panel(runs, theme)
-    draw_training(axes, runs, value, theme)
+    draw_training(axes, runs, quantity, theme)
     axes.set_ylim(0, 1.08 * axes.get_ylim()[1] or 1)
     axes.set_ylabel(unit)
     axes.yaxis.set_major_formatter(lambda number, _: f"{number:,.10g}")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from transformers import PreTrainedModel
+
+from coconut_ds.methods import METHODS
 
 _TITLES = {
     "method": "method",
@@ -19,16 +20,37 @@ _TITLES = {
 }
 
 
-def model_card(settings: Mapping[str, Any], base_causallm: PreTrainedModel) -> str:
-    """Markdown with the hub's metadata block, from the contents of `coconut.json`."""
+def model_card(settings: Mapping[str, Any], backbone: str) -> str:
+    """Markdown with the hub's metadata block, from the contents of `coconut.json`; `backbone` describes it."""
     name = str(settings.get("name") or "Coconut model")
     return (
-        f"---\n{_metadata(name, settings).to_yaml()}\n---\n\n# {name}\n\n"
-        "A causal language model trained to reason in continuous thoughts (Coconut, "
-        "[arXiv 2412.06769](https://arxiv.org/abs/2412.06769)): the positions of `<|latent|>` are fed "
-        f"{_window_text(settings)}.\n\n## Training\n\n{_training_table(settings, base_causallm)}\n\n"
+        f"---\n{_metadata(name, settings).to_yaml()}\n---\n\n# {name}\n\n{_about(settings)}\n\n"
+        f"## Training\n\n{_training_table(settings, backbone)}\n\n"
         f"## Results\n\n{_results_text(settings)}\n\n## Use\n\n{_USE}"
     )
+
+
+def _kind_of_thoughts(settings: Mapping[str, Any]) -> str:
+    """As in `methods.Traits`; a model that was saved outside of a run is a Coconut."""
+    return METHODS[settings["method"]].thoughts if "method" in settings else "continuous"
+
+
+def _about(settings: Mapping[str, Any]) -> str:
+    paper = "Coconut, [arXiv 2412.06769](https://arxiv.org/abs/2412.06769)"
+    return {
+        "continuous": (
+            f"A causal language model trained to reason in continuous thoughts ({paper}): the positions of "
+            f"`<|latent|>` are fed {_window_text(settings)}."
+        ),
+        "pause": (
+            "A causal language model trained with pauses before its answer: positions of `<|latent|>`, which has a "
+            f"learned embedding like any token. A control of {paper}."
+        ),
+        "none": (
+            "A causal language model trained without continuous thoughts, by the method "
+            f"`{settings.get('method')}`. A baseline of {paper}."
+        ),
+    }[_kind_of_thoughts(settings)]
 
 
 def _metadata(name: str, settings: Mapping[str, Any]) -> ModelCardData:
@@ -42,7 +64,7 @@ def _metadata(name: str, settings: Mapping[str, Any]) -> ModelCardData:
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["coconut", "latent-reasoning"],
+        tags=["coconut", "latent-reasoning"] if _kind_of_thoughts(settings) == "continuous" else [],
         base_model=settings.get("base_model"),
         model_name=name,
         eval_results=found,
@@ -62,9 +84,11 @@ def _window_text(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _training_table(settings: Mapping[str, Any], base_causallm: PreTrainedModel) -> str:
-    rows = {"backbone": f"{base_causallm.config.model_type}, {base_causallm.num_parameters() / 1e6:.2f} M parameters"}
-    rows |= {title: str(settings[key]) for key, title in _TITLES.items() if settings.get(key) is not None}
+def _training_table(settings: Mapping[str, Any], backbone: str) -> str:
+    # Of a method without thoughts the rest means nothing.
+    titles = _TITLES if _kind_of_thoughts(settings) != "none" else {"method": "method", "epochs": "epochs trained"}
+    rows = {"backbone": backbone}
+    rows |= {title: str(settings[key]) for key, title in titles.items() if settings.get(key) is not None}
     rows |= {f"{split} data": str(file) for split, file in (settings.get("data") or {}).items()}
     return "\n".join(["| | |", "|---|---|", *(f"| {title} | {value} |" for title, value in rows.items())])
 

@@ -154,12 +154,13 @@ class Coconut(nn.Module):
     ) -> None:
         """Write what `from_pretrained` loads: the backbone as plain transformers has it, latent settings, a model card.
 
-        With the `tokenizer` the folder is complete. `push_to_hub` uploads it to `repo_id`, by default the folder's
+        With the `tokenizer` the folder is complete. Results of an evaluation are left out: they were those of the
+        weights loaded, which may have been trained since. `push_to_hub` uploads the folder to `repo_id`, by default its
         name. Raises InputError when the hub does not take it.
         """
         folder = Path(folder)
         settings = {
-            **self.training_settings,
+            **{key: value for key, value in self.training_settings.items() if key != "results"},
             "latent_context": pretrained.context_settings(self.latent_context),
             "latent_norm": self.latent_context.norm,
             "token_ids": {

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,14 +61,21 @@ def write_folder(
 
     A learned `window` gets a file of its own, since transformers has no place for it.
     """
+    # Under ZeRO-3 the model itself holds nothing; saving empties `weights`.
+    held = weights.values() if weights is not None else base_causallm.parameters()
+    n_parameters = sum(each.numel() for each in held)
     base_causallm.save_pretrained(folder, state_dict=weights, max_shard_size=_ONE_FILE)
+    # What an earlier model left there would be taken for this one's.
+    for left in (WINDOW_FILE, _SETTINGS_FILE, _CARD_FILE):
+        (folder / left).unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if window:
         save_file(window, folder / WINDOW_FILE)
     if settings is not None:
         (folder / _SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        (folder / _CARD_FILE).write_text(model_card(settings, base_causallm), encoding="utf-8")
+        backbone = f"{base_causallm.config.model_type}, {n_parameters / 1e6:.2f} M parameters"
+        (folder / _CARD_FILE).write_text(model_card(settings, backbone), encoding="utf-8")
 
 
 def stored_settings(name: str) -> dict[str, Any] | None:
@@ -78,14 +86,21 @@ def stored_settings(name: str) -> dict[str, Any] | None:
     # Early checkpoints do not name what there was no choice in.
     settings = {"latent_norm": "none", **json.loads(file.read_text(encoding="utf-8"))}
     if settings.get("latent_context"):
-        settings["latent_context"] = {"learned": False, **settings["latent_context"]}
+        settings["latent_context"] = context_settings(LatentContext(**settings["latent_context"]))
     return settings
 
 
 def stored_window(name: str) -> dict[str, torch.Tensor]:
-    """What was learned of the latent window, by parameter name; empty for other weights."""
+    """What was learned of the latent window, by parameter name; empty for other weights.
+
+    Raises InputError where the settings say that it was learned and it is not there.
+    """
     file = _stored_file(name, WINDOW_FILE)
-    return load_file(file) if file is not None else {}
+    if file is not None:
+        return load_file(file)
+    if ((stored_settings(name) or {}).get("latent_context") or {}).get("learned"):
+        raise InputError(f"{name} learned its latent window, and {WINDOW_FILE} is missing; copy the folder again")
+    return {}
 
 
 def load_window(logits: torch.Tensor | None, name: str) -> None:
@@ -93,7 +108,7 @@ def load_window(logits: torch.Tensor | None, name: str) -> None:
 
     Raises InputError for a window of another size.
     """
-    window = stored_window(name)
+    window = stored_window(name) if logits is not None else {}
     if logits is None or not window:
         return
     stored = window[_WINDOW_NAME]
@@ -110,7 +125,15 @@ def _stored_file(name: str, file: str) -> Path | None:
         path = model_folder(name) / file
         return path if path.is_file() else None
     try:
-        return Path(hf_hub_download(name, file, etag_timeout=_HUB_WAIT_S))
+        return Path(hf_hub_download(name, file, local_files_only=True))
+    except HFValidationError:  # a path
+        return None
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        # One request with a time limit first: a download alone tries for half a minute where there is no hub.
+        HfApi().model_info(name, timeout=_HUB_WAIT_S)
+        return Path(hf_hub_download(name, file))
     except Exception:  # no such file, no such repository, no hub: whoever needs the weights says which
         return None
 

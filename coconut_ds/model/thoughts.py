@@ -77,9 +77,9 @@ def top_tokens(
     readings: list[Readings] = [[] for _ in thoughts.counts]
     # Thought by thought: the probabilities of all of them would take K times the memory.
     for number, averages in enumerate(thoughts.averages.unbind(dim=1)):
-        values, ids = vocabulary_reading(model, averages).topk(top_k, dim=-1)
+        values, ids = (each.tolist() for each in vocabulary_reading(model, averages).topk(top_k, dim=-1))
+        texts = {token: str(tokenizer.decode([token])) for token in {token for row in ids for token in row}}
         for row, count in enumerate(thoughts.counts.tolist()):
             if number < count:
-                texts = [str(tokenizer.decode([token])) for token in ids[row].tolist()]
-                readings[row].append(list(zip(texts, values[row].tolist())))
+                readings[row].append([(texts[token], value) for token, value in zip(ids[row], values[row])])
     return readings

@@ -16,6 +16,9 @@
     return node;
   };
 
+  const number = (count) => count.toLocaleString("en");
+  const counted = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
+
   const offer = (select, entries) => {
     for (const [value, label] of entries) {
       const option = make("option", "", label);
@@ -38,7 +41,7 @@
     // Filled when it is opened: a page of closed ones stays small.
     box.addEventListener("toggle", () => {
       if (!box.open || box.childElementCount > 1) return;
-      box.append(make("h4", "", `The model wrote ${row.tokens} tokens after ${row.n_thoughts} thoughts`));
+      box.append(make("h4", "", `The model wrote ${counted(row.tokens, "token")} after ${counted(row.n_thoughts, "thought")}`));
       box.append(make("pre", "", row.text === "" ? "(nothing)" : row.text));
       row.thoughts.forEach((top, place) => {
         box.append(make("h4", "", `Thought ${place + 1}`));
@@ -88,7 +91,7 @@
     shown += next.length;
     const left = found.length - shown;
     element("more").hidden = left === 0;
-    element("more").textContent = `Show ${Math.min(AT_ONCE, left)} more of ${left.toLocaleString("en")}`;
+    element("more").textContent = `Show ${Math.min(AT_ONCE, left)} more of ${number(left)}`;
   };
 
   const search = () => {
@@ -102,9 +105,8 @@
         (wanted === "" || row.searched.includes(wanted)),
     );
     const wrong = found.filter((row) => !row.correct).length;
-    const number = (count) => count.toLocaleString("en");
     element("count").textContent =
-      `${number(found.length)} of ${number(data.rows.length)} examples: ` +
+      `${number(found.length)} of ${counted(data.rows.length, "example")}: ` +
       `${number(found.length - wrong)} right, ${number(wrong)} wrong`;
     element("rows").replaceChildren();
     shown = 0;
@@ -124,4 +126,6 @@
   element("more").addEventListener("click", showMore);
   // A reload keeps what was typed before.
   search();
+  element("browse").hidden = false;
+  element("unscripted").hidden = true;
 })();

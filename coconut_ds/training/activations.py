@@ -1,17 +1,22 @@
 """Memory of one forward and backward as a function of the micro-batch: measured on two rows and on three, then scaled.
 
-What is counted is live tensor bytes (`memory.LiveTensorMeter`), so it works without a GPU. Every operation is counted
-apart: the two runs do the same operations in the same order, each operation's live bytes grow linearly with the rows,
-and the peak for any number of rows is the largest of those lines, also where it moves to another operation. One row
-would not do: some copies of more rows are views there.
+What is counted is live tensor bytes (`memory.LiveTensorMeter`), so it works without a GPU, and on tensors that have
+shapes and no data (torch's fake tensors), so nothing is computed. Every operation is counted apart: the two runs do the
+same operations in the same order, each operation's live bytes grow linearly with the rows, and the peak for any number
+of rows is the largest of those lines, also where it moves to another operation. One row would not do: some copies of
+more rows are views there.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coconut_ds.curriculum.collator import Batch, Tokens, TokenSequence, collate_training, training_sequence
 from coconut_ds.curriculum.loaders import ID_COLUMNS
@@ -48,13 +53,16 @@ class ActivationCost:
         return low
 
 
-def measure(model: Coconut, sequence: TokenSequence) -> ActivationCost:
-    """The cost of micro-batches whose rows are all as long as `sequence`, on the device of `model`."""
-    # What is made once and kept, such as the window's weights, must not count as an operation of the first run alone.
-    with torch.no_grad():
-        model(**to_device(batch_of(sequence, 1).inputs, next(model.parameters()).device))
-    histories = [torch.tensor(_live_bytes(model, batch_of(sequence, rows))) for rows in (2, 3)]
-    return ActivationCost(*histories)
+def measure(model: Coconut, sequence: TokenSequence, dtype: torch.dtype | None = None) -> ActivationCost:
+    """The cost of micro-batches whose rows are all as long as `sequence`, in `dtype` or that of `model`."""
+    histories = _predicted(model, [batch_of(sequence, rows) for rows in (2, 3)], dtype)
+    return ActivationCost(*map(torch.tensor, histories))
+
+
+def predicted_peak(model: Coconut, batch: Batch, dtype: torch.dtype | None = None) -> int:
+    """What `measured_peak` finds for a model in `dtype`, without computing it."""
+    (history,) = _predicted(model, [batch], dtype)
+    return max(history)
 
 
 def measured_peak(model: Coconut, batch: Batch) -> int:
@@ -81,6 +89,40 @@ def widest_sequence(examples: Dataset, curriculum: Curriculum, stage: int, token
     latent = [] if tokens.latent is None else [tokens.latent] * thoughts
     ids = [0] * prefix + latent + [0] * (middle + targets)
     return TokenSequence(ids, prefix, thoughts, len(ids) - targets)
+
+
+def _predicted(model: Coconut, batches: Sequence[Batch], dtype: torch.dtype | None) -> list[list[int]]:
+    """Live bytes after each operation of a forward and backward over each batch."""
+    # What is made once and kept, such as the window's weights, has to be made of real numbers.
+    with torch.no_grad():
+        model(**to_device(_short_batch(model).inputs, next(model.parameters()).device))
+    # What was made once is real.
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        twins = {id(each): _twin(each, mode, dtype) for each in (*model.parameters(), *model.buffers())}
+        # Of the weights only shapes are copied.
+        fake = copy.deepcopy(model, dict(twins))
+        return [_live_bytes(fake, _without_data(batch, mode)) for batch in batches]
+
+
+def _short_batch(model: Coconut) -> Batch:
+    thoughts = [] if model.latent_token_id is None else [model.latent_token_id]
+    return batch_of(TokenSequence([0, *thoughts, 0], 1, len(thoughts), 1 + len(thoughts)), 1)
+
+
+def _twin(tensor: torch.Tensor, mode: FakeTensorMode, dtype: torch.dtype | None) -> torch.Tensor:
+    fake: torch.Tensor = mode.from_tensor(tensor).detach()
+    if tensor.is_floating_point():
+        fake = fake.to(dtype or tensor.dtype)
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def _without_data(batch: Batch, mode: FakeTensorMode) -> Batch:
+    return batch._replace(
+        inputs={
+            key: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.inputs.items()
+        }
+    )
 
 
 def _live_bytes(model: Coconut, batch: Batch) -> list[int]:

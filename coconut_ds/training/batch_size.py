@@ -19,7 +19,7 @@ from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.engine.model_states import model_states
 from coconut_ds.errors import InputError
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.training.activations import batch_of, measure, widest_sequence
+from coconut_ds.training.activations import batch_of, measure, predicted_peak, widest_sequence
 from coconut_ds.training.evaluator import to_device
 
 USABLE_SHARE = 0.9
@@ -60,11 +60,12 @@ def choose_micro_batch(
     kept = kept_between_steps(model, ds_config)
     budget = memory_budget() - kept
     deciding = deciding_sequences(config, examples, curriculum, tokens)
-    probe = in_width_of_run(model, ds_config)
-    rows = min(measure(probe, sequence).most_rows(budget) for sequence in deciding)
+    width = width_of_run(ds_config)
+    rows = min(measure(model, sequence, width).most_rows(budget) for sequence in deciding)
     micro = largest_divisor(per_rank, rows)
     if torch.cuda.is_available():
-        micro = tried(probe, deciding, micro, per_rank, kept)
+        # A copy: the weights to train keep their precision.
+        micro = tried(copy.deepcopy(model).to(width), deciding, micro, per_rank, kept)
     micro = distributed.min_over_ranks(micro)
     if micro == 0:
         raise InputError(
@@ -79,8 +80,8 @@ def planned_peak(
     model: Coconut, ds_config: dict[str, Any], sequences: Sequence[TokenSequence], micro: int
 ) -> tuple[int, int]:
     """Bytes of a rank: what is kept between steps, and what a forward and backward over `micro` rows adds at most."""
-    probe = in_width_of_run(model, ds_config)
-    activations = max(measure(probe, sequence).peak(micro) for sequence in sequences)
+    width = width_of_run(ds_config)
+    activations = max(predicted_peak(model, batch_of(sequence, micro), width) for sequence in sequences)
     return kept_between_steps(model, ds_config), activations
 
 
@@ -101,10 +102,10 @@ def deciding_sequences(
     return [longest] if longest == most_passes else [longest, most_passes]
 
 
-def in_width_of_run(model: Coconut, ds_config: dict[str, Any]) -> Coconut:
-    """A copy to measure with; bf16 stands for fp16, and the weights to train keep their precision."""
+def width_of_run(ds_config: dict[str, Any]) -> torch.dtype:
+    """What a run computes in, as far as memory goes: bf16 stands for fp16."""
     is_wide = not (ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"])
-    return copy.deepcopy(model).to(torch.float32 if is_wide else torch.bfloat16)
+    return torch.float32 if is_wide else torch.bfloat16
 
 
 def largest_divisor(number: int, limit: int) -> int:

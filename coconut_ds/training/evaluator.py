@@ -24,7 +24,10 @@ from coconut_ds.model.thoughts import Readings, read_thoughts, top_tokens
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one set in one stage. `mean_new_tokens` counts thoughts and generated tokens before EOS."""
+    """Figures of one set in one stage. `mean_new_tokens` counts thoughts and generated tokens before EOS.
+
+    `examples_per_s` is that of decoding, by the slowest rank.
+    """
 
     valid_loss: float
     accuracy: float
@@ -58,18 +61,16 @@ class Evaluator:
         self.model.eval()
         try:
             loss = self.loss(stage)
-            started = time.monotonic()
             prompts = self._prompts(stage)
-            batches = progress(prompts, len(prompts), "evaluating, answers")
-            share = [row for batch in batches for row in self._predict(batch)]
-            shares = distributed.gather_to_main(share)
-            seconds = time.monotonic() - started
+            predicted = [self._predict(batch) for batch in progress(prompts, len(prompts), "evaluating, answers")]
+            rows = [row for some, _ in predicted for row in some]
+            shares = distributed.gather_to_main((rows, sum(seconds for _, seconds in predicted)))
         finally:
             self.model.train(was_training)
         if shares is None:
             return None
-        predictions = sorted((row for part in shares for row in part), key=lambda row: row["index"])
-        return summarize(predictions, loss, seconds), predictions
+        predictions = sorted((row for part, _ in shares for row in part), key=lambda row: row["index"])
+        return summarize(predictions, loss, max(seconds for _, seconds in shares)), predictions
 
     def loss(self, stage: int) -> float:
         """Mean loss over all supervised tokens of the set in the layout of `stage`, the same on every rank."""
@@ -87,16 +88,20 @@ class Evaluator:
         world, rank = distributed.world_size(), distributed.rank()
         return prompt_loader(self.examples, self.curriculum, self.tokens, stage, self.batch_size, rank, world)
 
-    def _predict(self, batch: Batch) -> list[dict[str, Any]]:
+    def _predict(self, batch: Batch) -> tuple[list[dict[str, Any]], float]:
+        """A batch's predictions, and the seconds that decoding them took."""
         watchdog.alive()
+        started = time.monotonic()
         inputs = to_device(batch.inputs)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         decoded = decode(self.model, ids, mask, self.max_new_tokens, inputs["thought_span"])
+        new_tokens = decoded.tokens.tolist()
+        seconds = time.monotonic() - started
         thoughts: list[Readings] = [[] for _ in batch.indices]
         if inputs["thought_span"] and decoded.encoded is not None:
             thoughts = top_tokens(self.model, read_thoughts(self.model, decoded.encoded, ids, mask), self.tokenizer)
-        rows = zip(batch.indices, decoded.tokens.tolist(), thoughts)
-        return [self._prediction(*row) for row in rows]
+        rows = zip(batch.indices, new_tokens, thoughts)
+        return [self._prediction(*row) for row in rows], seconds
 
     def _prediction(self, index: int, ids: list[int], thoughts: Readings) -> dict[str, Any]:
         example = self.examples[index]

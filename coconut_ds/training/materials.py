@@ -34,6 +34,8 @@ class Materials:
     tokens: Tokens
     train_set: Dataset
     valid_set: Dataset
+    n_parameters: int
+    """Counted before an engine divides them."""
 
 
 def load_materials(config: RunConfig) -> Materials:
@@ -47,7 +49,8 @@ def load_materials(config: RunConfig) -> Materials:
     valid_set = tokenized(val_path, valid_records, backbone, curriculum, config.max_new_tokens)
     model, tokens = build_coconut(config, backbone)
     _demand_facts(config, tokens, train_set)
-    return Materials(curriculum, backbone, model, tokens, train_set, valid_set)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Materials(curriculum, backbone, model, tokens, train_set, valid_set, n_parameters)
 
 
 def _scratch(config: RunConfig, records: list[dict[str, Any]]) -> Backbone:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from coconut_ds.tracking import Tracker, write_record
 from coconut_ds.training.batch_size import choose_eval_batch, choose_micro_batch, deciding_sequences, planned_peak
 from coconut_ds.training.checkpoint import Checkpoints
 from coconut_ds.training.evaluator import Evaluator
-from coconut_ds.training.materials import DEBUG_EXAMPLES, build_coconut, load_materials, tokenized
+from coconut_ds.training.materials import DEBUG_EXAMPLES, Materials, build_coconut, load_materials, tokenized
 from coconut_ds.training.summary import closing, evaluation_text, opening
 from coconut_ds.training.trainer import Parts, Trainer, write_predictions
 from coconut_ds.training.weights import latent_settings, load_initial
@@ -53,12 +54,11 @@ def train(config: RunConfig, resolve: Callable[[RunConfig, BatchSizes], dict[str
         config = config.model_copy(update={"batch_size_training": micro})
     sizes = batch_sizes(config, world)
     ds_config = resolve(config, sizes)
-    planned = (0, 0)
+    planned = None
     if distributed.is_main():
         _write_description(config, ds_config)
         # Before the engine takes the weights apart; the other ranks wait in it.
-        sequences = deciding_sequences(config, materials.train_set, curriculum, tokens)
-        planned = planned_peak(model, ds_config, sequences, sizes.micro)
+        planned = _planned(config, ds_config, materials, sizes.micro)
     # Ranks draw their own dropout from here on; weights and order were drawn from the seed they share.
     torch.manual_seed(config.seed + 1_000_003 * distributed.rank())
     engine = build_engine(model, config, ds_config)
@@ -80,6 +80,16 @@ def train(config: RunConfig, resolve: Callable[[RunConfig, BatchSizes], dict[str
         return
     if distributed.is_main():
         say(closing(config, read_metrics(tracker.path).evaluations))
+
+
+def _planned(config: RunConfig, ds_config: dict[str, Any], materials: Materials, micro: int) -> tuple[int, int] | None:
+    """What `planned_peak` says, for a line to read: a run does not fail for want of it."""
+    try:
+        sequences = deciding_sequences(config, materials.train_set, materials.curriculum, materials.tokens)
+        return planned_peak(materials.model, ds_config, sequences, micro)
+    except Exception:
+        traceback.print_exc()
+        return None
 
 
 def _going_on_from(newest: Path | None, config: RunConfig) -> RunConfig:
@@ -134,11 +144,15 @@ def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:
     if stored is None:
         return curriculum.stage(config.resume)
     asked = latent_settings(config)
-    differing = [key for key, value in asked.items() if stored[key] != value]
+    # A folder that was not written by a run knows less.
+    differing = [key for key, value in asked.items() if key in stored and stored[key] != value]
     if differing:
         lines = "\n".join(f"  - {key}: trained with {stored[key]!r}, the run says {asked[key]!r}" for key in differing)
-        raise InputError(f"{config.load_model_path} was trained otherwise than it would be evaluated\n{lines}")
-    return curriculum.stage(config.resume) if config.resume else stored["stage"]
+        raise InputError(
+            f"{config.load_model_path} was trained otherwise than it would be evaluated; ./launch.sh eval CHECKPOINT "
+            f"takes the run file it was trained by, or change these:\n{lines}"
+        )
+    return stored["stage"] if "stage" in stored and not config.resume else curriculum.stage(config.resume)
 
 
 def _write_description(config: RunConfig, ds_config: dict[str, Any]) -> None:

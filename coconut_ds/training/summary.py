@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from coconut_ds import distributed
@@ -14,20 +15,23 @@ from coconut_ds.memory import GIB
 from coconut_ds.run_events import EpochEvaluation
 from coconut_ds.training.evaluator import Evaluation
 from coconut_ds.training.materials import Materials
+from coconut_ds.training.weights import source
 
 
 def opening(
-    config: RunConfig, sizes: BatchSizes, ds_config: dict[str, Any], materials: Materials, planned: tuple[int, int]
+    config: RunConfig,
+    sizes: BatchSizes,
+    ds_config: dict[str, Any],
+    materials: Materials,
+    planned: tuple[int, int] | None,
 ) -> str:
     """The block at the start. `planned`: bytes of a rank kept between steps, and added by a forward and backward."""
+    size = f"{materials.n_parameters / 1e6:.2f} M parameters"
     precision = next((name for name in ("bf16", "fp16") if ds_config[name]["enabled"]), "fp32")
     backbone = materials.backbone.model
-    millions = sum(parameter.numel() for parameter in materials.model.parameters()) / 1e6
-    kept, activations = (n_bytes / GIB for n_bytes in planned)
-    where = "a card" if distributed.device().type == "cuda" else "of host memory a rank"
     lines = {
         "method": f"{config.method}{_window_text(config)}",
-        "model": f"{config.model_id} ({backbone.config.model_type}), {millions:.2f} M parameters, {precision}",
+        "model": f"{source(config)} ({backbone.config.model_type}), {size}, {precision}",
         "devices": f"{sizes.world} x {distributed.device().type}, {config.deepspeed}",
         "data": f"{len(materials.train_set)} training examples, {len(materials.valid_set)} for validation",
         "batch": (
@@ -35,10 +39,18 @@ def opening(
             f"{sizes.world} rank{'s' * (sizes.world > 1)}"
         ),
         "stages": _stages_text(config, materials.curriculum, windows_per_epoch(len(materials.train_set), sizes)),
-        "memory": f"{kept:.2f} GiB of model states + {activations:.2f} GiB of activations {where}, planned",
+        "memory": _memory_text(planned),
         "folder": f"{config.run_folder} (run.log has what libraries say)",
     }
     return "\n".join([config.name, *(f"  {title:<8}  {text}" for title, text in lines.items())])
+
+
+def _memory_text(planned: tuple[int, int] | None) -> str:
+    if planned is None:
+        return "could not be planned, see run.log"
+    kept, activations = (n_bytes / GIB for n_bytes in planned)
+    where = "a card" if distributed.device().type == "cuda" else "of host memory a rank"
+    return f"{kept:.2f} GiB of model states + {activations:.2f} GiB of activations {where}, planned"
 
 
 def _window_text(config: RunConfig) -> str:
@@ -51,13 +63,11 @@ def _window_text(config: RunConfig) -> str:
 
 def _stages_text(config: RunConfig, curriculum: Curriculum, steps_per_epoch: int) -> str:
     epochs = range(config.resume, config.num_epochs)
-    runs = [(stage, list(group)) for stage, group in groupby(epochs, curriculum.stage)]
-    # Beyond the last latent stage the layout stays.
-    beyond = [group for stage, group in runs if stage > curriculum.max_latent_stage]
-    runs = [(stage, group) for stage, group in runs if stage <= curriculum.max_latent_stage]
-    texts = [f"{stage} in {_span(group[0], group[-1])}" for stage, group in runs]
-    if beyond:
-        texts.append(f"no step left in {_span(beyond[0][0], beyond[-1][-1])}")
+    runs = [
+        (stage, list(group)) for stage, group in groupby(epochs, lambda epoch: _layout(config, curriculum.stage(epoch)))
+    ]
+    names = {} if config.traits.steps == "dropped by token" else {config.max_latent_stage + 1: "no step left"}
+    texts = [f"{names.get(stage, stage)} in {_span(group[0], group[-1])}" for stage, group in runs]
     return f"{', '.join(texts)} of {config.num_epochs} epochs, {steps_per_epoch} steps each"
 
 
@@ -67,27 +77,35 @@ def _span(first: int, last: int) -> str:
 
 def closing(config: RunConfig, evaluations: Sequence[EpochEvaluation]) -> str:
     """The table of stages, what was best, and the commands to go on with."""
+    report = f"  report    python -m coconut_ds.report {config.run_folder}"
+    if not evaluations:
+        return report
 
     def layout(row: EpochEvaluation) -> int:
-        """Later stages all have the layout of the first one in which no step is left."""
-        return min(row.stage, config.max_latent_stage + 1)
+        return _layout(config, row.stage)
 
     # Of equal ones that which sees fewer steps.
     best = max(evaluations, key=lambda row: (row.accuracy, layout(row)))
     last_stage = [row for row in evaluations if layout(row) == layout(evaluations[-1])]
     best_of_last = max(last_stage, key=lambda row: row.accuracy)
-    lines = [summary_table(evaluations), ""]
+    lines = [summary_table(evaluations), "", f"  best      {_best_text(best)}"]
     if layout(best) != layout(best_of_last):
-        lines.append(f"  best      {_best_text(best)}")
         lines.append(f"  at last   {_best_text(best_of_last)}, the best of the last stage")
-    else:
-        lines.append(f"  best      {_best_text(best_of_last)}")
-    checkpoint = config.run_folder / "checkpoints" / f"epoch_{best_of_last.epoch:04d}"
-    if checkpoint.is_dir():
+    # Not every run keeps them all.
+    kept = [row for row in (best_of_last, best, *reversed(evaluations)) if _checkpoint(config, row).is_dir()]
+    if kept:
         test_set = f" test_path={config.test_path}" if config.test_path else ""
-        lines.append(f"  evaluate  ./launch.sh eval {checkpoint}{test_set}")
-    lines.append(f"  report    python -m coconut_ds.report {config.run_folder}")
-    return "\n".join(lines)
+        lines.append(f"  evaluate  ./launch.sh eval {_checkpoint(config, kept[0])}{test_set}")
+    return "\n".join([*lines, report])
+
+
+def _layout(config: RunConfig, stage: int) -> int:
+    """Later stages all have the layout of the first one in which no step is left; icot goes by tokens."""
+    return stage if config.traits.steps == "dropped by token" else min(stage, config.max_latent_stage + 1)
+
+
+def _checkpoint(config: RunConfig, row: EpochEvaluation) -> Path:
+    return config.run_folder / "checkpoints" / f"epoch_{row.epoch:04d}"
 
 
 def _best_text(row: EpochEvaluation) -> str:

@@ -28,7 +28,7 @@ from coconut_ds.pace import Pace
 from coconut_ds.tracking import Tracker, write_record
 from coconut_ds.training.checkpoint import Checkpoints, Progress, Stored, read_stored, restore
 from coconut_ds.training.evaluator import Evaluation, Evaluator
-from coconut_ds.training.step import accumulate_gradients, fetch, update
+from coconut_ds.training.step import NonFiniteLossError, accumulate_gradients, fetch, update
 from coconut_ds.training.weights import latent_settings, origin
 
 if TYPE_CHECKING:
@@ -199,6 +199,11 @@ class Trainer:
         update(self.engine)
         if self.engine.was_step_applied():
             self.schedule.step()
+        elif not loss_scale(self.engine):
+            raise NonFiniteLossError(
+                f"gradients are not finite at optimizer step {number}, nothing was updated (loss {figures.loss:.4g}); "
+                "lower lr, or set max_grad_norm"
+            )
         self.progress = replace(self.progress, step=number, windows=self.progress.windows + 1)
         seconds = time.monotonic() - started
         self.pace.stepped(self.parts.sizes.total, seconds)

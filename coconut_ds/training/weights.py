@@ -11,7 +11,8 @@ import torch
 from coconut_ds.config import RunConfig
 from coconut_ds.errors import InputError, problem_list
 from coconut_ds.model.backbone import MARKERS, Backbone, add_markers, load_backbone
-from coconut_ds.model.pretrained import MODEL_FOLDER, model_folder
+from coconut_ds.model.latents import LatentContext
+from coconut_ds.model.pretrained import MODEL_FOLDER, context_settings, model_folder, stored_settings
 from coconut_ds.training import sealed_folder
 
 _WRAPPER_PREFIXES = ("module.", "_fsdp_wrapped_module.")
@@ -23,7 +24,7 @@ def latent_settings(config: RunConfig) -> dict[str, Any]:
     context = config.latent_context
     window = None
     if context is not None:
-        window = {"weights": list(context.newest_first), "scope": context.scope, "learned": context.learned}
+        window = context_settings(LatentContext(context.newest_first, context.scope, context.learned))
     return {"method": config.method, "c_thought": config.thoughts_per_step, "latent_context": window, **values}
 
 
@@ -34,8 +35,22 @@ def origin(config: RunConfig) -> dict[str, Any]:
         "name": config.name,
         "data": {split: Path(path).name for split, path in paths.items() if path},
         "max_new_tokens": config.max_new_tokens,
-        "base_model": None if config.model_id == "scratch" or Path(config.model_id).exists() else config.model_id,
+        "base_model": _base_model(config),
     }
+
+
+def source(config: RunConfig) -> str:
+    """Where the weights come from: `scratch`, a folder or a hub id; of a `.pt` the model it was trained from."""
+    path = config.load_model_path
+    return config.model_id if path is None or Path(path).is_file() else path
+
+
+def _base_model(config: RunConfig) -> str | None:
+    """The hub id that the weights come from; None where there is none, or where nobody knows."""
+    name = source(config)
+    if Path(name).exists():
+        return (stored_settings(name) or {}).get("base_model")
+    return None if name == "scratch" else name
 
 
 def load_initial(config: RunConfig, from_scratch: Callable[[], Backbone] | None = None) -> Backbone:
@@ -44,12 +59,13 @@ def load_initial(config: RunConfig, from_scratch: Callable[[], Backbone] | None 
     `load_model_path` may be a checkpoint of ours, an HF folder or hub id, or a `.pt` state dict as the published code
     saves it. `from_scratch` makes the model of `model_id: scratch`. Raises InputError for a damaged checkpoint.
     """
-    source = config.load_model_path
-    if source is not None:
-        check_intact(Path(source))
-    is_state_dict = source is not None and Path(source).is_file()
-    if source is not None and not is_state_dict:
-        backbone = load_backbone(str(model_folder(source)))
+    path = config.load_model_path
+    if path is not None:
+        _demand_there(Path(path))
+        check_intact(Path(path))
+    is_state_dict = path is not None and Path(path).is_file()
+    if path is not None and not is_state_dict:
+        backbone = load_backbone(str(model_folder(path)))
     elif config.model_id == "scratch":
         if from_scratch is None:
             raise InputError(
@@ -59,10 +75,18 @@ def load_initial(config: RunConfig, from_scratch: Callable[[], Backbone] | None 
     else:
         backbone = load_backbone(config.model_id)
     if is_state_dict:
-        _load_state_dict(backbone, str(source))
+        _load_state_dict(backbone, str(path))
     if config.traits.thoughts != "none":
         add_markers(backbone)
     return backbone
+
+
+def _demand_there(path: Path) -> None:
+    """Raise InputError for what can be no hub id, which has two parts at most, and is not there."""
+    if len(path.parts) > 2 and not path.exists():
+        beside = sorted(each.name for each in path.parent.glob("*/")) if path.parent.is_dir() else []
+        there = f"{path.parent} has {', '.join(beside)}" if beside else f"nor is there anything in {path.parent}"
+        raise InputError(f"load_model_path: {path} is not there; {there}")
 
 
 def check_intact(source: Path) -> None:
@@ -73,7 +97,7 @@ def check_intact(source: Path) -> None:
     is_inside = source.name == MODEL_FOLDER and (source.parent / sealed_folder.MANIFEST).is_file()
     checkpoint = source.parent if is_inside else source
     if (checkpoint / MODEL_FOLDER).is_dir() and (faults := sealed_folder.faults(checkpoint)):
-        raise InputError(problem_list(f"{checkpoint} is damaged", faults))
+        raise InputError(problem_list(f"{checkpoint} is damaged, name another checkpoint or copy it again", faults))
 
 
 def _load_state_dict(backbone: Backbone, path: str) -> None:
