@@ -87,10 +87,10 @@ RULES = (
     Rule(r"^python -m coconut_ds\.ask runs/demo/", replaced=(FOURTH_EPOCH,)),
     Rule(r"^python -m coconut_ds\.inspect_latents runs/demo\w*/", replaced=(FOURTH_EPOCH,)),
     Rule(r"^\./launch\.sh sweep run_configs/demo_comparison\.txt"),
-    Rule(r"run_configs/(mine|sums)\.yaml .*model_id=openai", appended=f"{ONE_EPOCH} model_id={GPT2}"),
-    Rule(r"^\./launch\.sh run_configs/(mine|sums)\.yaml", appended=ONE_EPOCH),
+    Rule(r"run_configs/sums\.yaml .*model_id=openai", appended=f"{ONE_EPOCH} model_id={GPT2}"),
+    Rule(r"^\./launch\.sh run_configs/sums\.yaml", appended=ONE_EPOCH),
     Rule(r"^python -m coconut_ds\.export", replaced=(FIRST_EPOCH,), says="written"),
-    Rule(r"^python -m coconut_ds\.plan .*run_configs/mine\.yaml", appended=SMALL, says="largest micro-batch"),
+    Rule(r"^python -m coconut_ds\.plan .*run_configs/sums\.yaml", appended=SMALL, says="largest micro-batch"),
     Rule(r"^python -m coconut_ds\.plan", appended=f"{SMALL} model_id={GPT2}", says="largest micro-batch"),
     Rule(r"run_configs/prosqa_symbolic\.yaml", appended=f"{SMALL} model.n_embd=16 model.n_head=2"),
     Rule(r"gsm_coconut\.yaml", replaced=(FIRST_EPOCH,), appended=f"{SMALL} model_id={GPT2} num_epochs=4"),
@@ -278,7 +278,9 @@ def test_every_path_a_page_names_is_there(page):
     folders = "coconut_ds|docs|tests|benchmarks|preprocessing|ds_configs|run_configs"
     named = set(re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*[\w/]", text))
     # Words in capitals stand for a name.
-    made = {match for _, block in blocks(page, "yaml") for match in re.findall(r"^# (\S+\.yaml)", block)}
+    made = {
+        match for each in PAGES for _, block in blocks(each, "yaml") for match in re.findall(r"^# (\S+\.yaml)", block)
+    }
     missing = [
         name for name in named - made if not (ROOT / name).exists() and not re.search(r"[A-Z]{3,}\b(?!\.md)", name)
     ]
