@@ -21,9 +21,9 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from coconut_ds import Coconut, LatentContext, distributed
 from coconut_ds.console import quiet_libraries
 from coconut_ds.curriculum.collator import Tokens, TokenSequence
+from coconut_ds.environment import describe_environment
 from coconut_ds.memory import GIB
 from coconut_ds.model.backbone import END_LATENT, LATENT, START_LATENT, Backbone, add_markers
-from coconut_ds.environment import describe_environment
 
 WINDOW = LatentContext((0.6, 0.3, 0.1))
 PROSQA_COLUMNS = 382

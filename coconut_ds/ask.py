@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +25,7 @@ from pathlib import Path
 import torch
 
 from coconut_ds.answers import Answer, Answerer, Question, sampled
-from coconut_ds.console import quiet_libraries
+from coconut_ds.console import quiet_libraries, stop_printing
 from coconut_ds.curriculum.examples import read_records
 from coconut_ds.errors import InputError
 from coconut_ds.training.trained import TrainedModel
@@ -57,9 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # What is still buffered would fail once more when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return stop_printing()
     return 0
 
 

@@ -119,6 +119,13 @@ def say(text: str) -> None:
         stream.flush()
 
 
+def stop_printing() -> int:
+    """The exit status of a command whose reader has left, as `head` does; to be called on BrokenPipeError."""
+    # What is still buffered would fail once more when the interpreter ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
 def progress(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
     """Pass `items` on, with a bar on a terminal that goes when they end."""
     bars = _streams().bars

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 
-from coconut_ds.console import progress, quiet_libraries
+from coconut_ds.console import progress, quiet_libraries, stop_printing
 from coconut_ds.curriculum.examples import read_records
 from coconut_ds.errors import InputError
 from coconut_ds.extras import demand_libraries
@@ -50,24 +51,21 @@ from coconut_ds.training.trained import TrainedModel
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when all is shown, 2 when the user has to put something right."""
+    """0 when all is shown, 2 when the user has to put something right, 1 when nobody reads on."""
     options = _parse(arguments)
     quiet_libraries()
     try:
         _check(options)
         found = inspect(options)
-        if options.json:
-            _write(options.json, lambda path: path.write_text(json.dumps(found, indent=2) + "\n", "utf-8"))
-        if options.png and (options.all or not found["why_no_graph"]):
-            from coconut_ds.figures.canvas import save
-            from coconut_ds.figures.thoughts import draw_averages, draw_graphs
-
-            draw = draw_averages if options.all else draw_graphs
-            _write(options.png, lambda path: save(draw(found), path))
+        try:
+            print(file_tables(found) if options.all else question_tables(found, bool(options.png)), flush=True)
+        finally:  # A reader of the tables who has left takes no file along.
+            _write_files(options, found)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(file_tables(found) if options.all else question_tables(found))
+    except BrokenPipeError:
+        return stop_printing()
     return 0
 
 
@@ -96,16 +94,37 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+_LOWEST = {"limit": 1, "top_k": 1, "thoughts": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0}
+
+
 def _check(options: argparse.Namespace) -> None:
     for name in ("limit", "intervene"):
         if getattr(options, name) and not options.all:
             raise InputError(f"--{name} is for a whole file; add --all")
-    for name in ("limit", "top_k", "thoughts", "max_new_tokens", "batch_size"):
+    for name, lowest in _LOWEST.items():
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if value is not None and value < lowest:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
+    for name in ("json", "png"):
+        path = getattr(options, name)
+        # Of pathlib's own is_dir a folder that may not be looked into makes an error.
+        if path and not os.path.isdir(path.parent):
+            raise InputError(f"--{name} {path}: there is no folder {path.parent}; make it, or name another")
+        if path and os.path.isdir(path):
+            raise InputError(f"--{name} {path}: is a folder; name a file in it")
     if options.png:
         demand_libraries(["matplotlib"], extra="report")
+
+
+def _write_files(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    if options.json:
+        _write(options.json, lambda path: path.write_text(json.dumps(found, indent=2) + "\n", "utf-8"))
+    if options.png and (options.all or not found["why_no_graph"]):
+        from coconut_ds.figures.canvas import save
+        from coconut_ds.figures.thoughts import draw_averages, draw_graphs
+
+        draw = draw_averages if options.all else draw_graphs
+        _write(options.png, lambda path: save(draw(found), path))
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
@@ -122,6 +141,8 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
         if not 0 <= options.index < len(records):
             raise InputError(f"--index {options.index}: {options.data} has records 0 to {len(records) - 1}")
         records = records[options.index : options.index + 1]
+    if options.intervene and len(records) < 2:
+        raise InputError("--intervene: needs two questions or more, to put thoughts of one in place of another's")
     trained = TrainedModel.load(options.checkpoint)
     questions = questions_of(trained, records, options.thoughts)
     room = room_for_answers(trained, questions, options.max_new_tokens)

@@ -1,7 +1,8 @@
 """Memory of a run before it is started: `python -m coconut_ds.plan --run RUN.yaml --memory 11 [key=value ...]`.
 
 Reads the run's data and model, measures the activations of every stage on tensors that have shapes and no data (about
-ten seconds a stage for GPT-2 on 2 CPU cores), and prints what a card of that size holds: per stage with the run's DeepSpeed file, and for every file of `ds_configs/`.
+ten seconds a stage for GPT-2 on 2 CPU cores), and prints what a card of that size holds: per stage with the run's
+DeepSpeed file, and for every file of `ds_configs/`.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ from coconut_ds.engine.optimizer_states import gather, loss_scale, updates_done
 from coconut_ds.engine.optimizer_states import restore as restore_states
 from coconut_ds.engine.stage_boundary import new_schedule, reset_optimizer_state
 from coconut_ds.model.backbone import Backbone, word_tokenizer
+from coconut_ds.model.pretrained import load_window
 from coconut_ds.training.checkpoint import Checkpoints, Progress, Stored, read_stored, restore
 from coconut_ds.training.step import NonFiniteLossError, optimizer_step
-from coconut_ds.model.pretrained import load_window
 
 # DeepSpeed's CPU Adam asks for the processor's name each time it is made, which takes a second.
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import asdict
 
 import naive
 import prosqa
@@ -14,10 +15,12 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from coconut_ds import Coconut, LatentContext
+from coconut_ds.inspection.averages import average_readings
 from coconut_ds.inspection.continuations import Continuation, exclusive_probabilities, token_log_probs
 from coconut_ds.inspection.next_steps import among_nodes, masses, next_steps
 from coconut_ds.inspection.prosqa_graph import ProsqaGraph, graph_of
 from coconut_ds.inspection.readings import answer, questions_of, read, thoughts_of
+from coconut_ds.inspection.tables import question_tables
 from coconut_ds.model.backbone import Backbone, add_markers, word_tokenizer
 from coconut_ds.training.trained import TrainedModel, curriculum_of, tokens_of
 
@@ -169,7 +172,7 @@ def test_every_step_of_a_generated_record_begins_with_a_text_of_its_node(form):
     ("changes", "reason"),
     [
         ({"edges": None}, "edges: Input should be a valid tuple"),
-        ({"target": 9}, "Value error, node 9 has no name in idx_to_symbol"),
+        ({"target": 9}, "names no node 9 in idx_to_symbol"),
         ({"root": "x"}, "root: Input should be a valid integer"),
     ],
 )
@@ -313,6 +316,15 @@ def test_a_window_of_the_last_pass_holds_one_state_after_the_first_thought():
     assert window(long, 0) == {"<|start-latent|>": 0.1, "\n": 0.3, "n1": 0.6}
     assert window(long, 1) == {"thought 1": 1.0}
     assert window(short, 0) == {"<|start-latent|>": 0.1, "\n": 0.3, "n1": 0.6}
+
+
+def test_a_state_whose_weight_is_0_keeps_its_place_in_the_window_and_is_not_printed():
+    trained = trained_on(words_of(SYMBOLIC), LatentContext((0.6, 0.0, 0.4)))
+    found = readings(trained, [PLAIN, SHORT], [1, 1])
+    assert [share for _, share in found[0].thoughts[0].window] == pytest.approx([0.6, 0, 0.4])
+    shares = [share["mean"] for share in average_readings(found)["thoughts"][0]["window"]]
+    assert shares == pytest.approx([0.6, 0, 0.4])
+    assert "window:  <|start-latent|> 60.0%, n1 40.0%" in question_tables({**asdict(found[0]), "why_no_graph": "no"})
 
 
 @torch.no_grad()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import sys
 from pathlib import Path
 
 import prosqa
@@ -12,7 +14,7 @@ from test_inspection import EDGES, trained_on
 
 from coconut_ds import LatentContext
 from coconut_ds.curriculum.examples import tokenize
-from coconut_ds.figures.thoughts import layered
+from coconut_ds.figures.thoughts import draw_averages, layered
 from coconut_ds.inspect_latents import main
 from coconut_ds.model.backbone import word_tokenizer
 from coconut_ds.training.evaluator import Evaluator
@@ -118,7 +120,7 @@ def test_answers_are_those_of_the_evaluation(checkpoint, data, tmp_path):
         assert json.loads((tmp_path / "one.json").read_text())["given"] == predictions[index]["given"]
 
 
-def test_records_with_fewer_thoughts_than_others_are_averaged_over_those_that_have_them(data, tmp_path):
+def test_records_with_fewer_thoughts_than_others_are_averaged_over_those_that_have_them(data, tmp_path, capsys):
     folder = write_checkpoint(tmp_path / "model", data, pad_latent_to_max=False)
     assert run(folder, data, "--all", "--intervene", "--json", str(tmp_path / "found.json")) == 0
     found = json.loads((tmp_path / "found.json").read_text())
@@ -126,6 +128,14 @@ def test_records_with_fewer_thoughts_than_others_are_averaged_over_those_that_ha
     assert 0 < n_long < 6
     assert [each["n_questions"] for each in found["thoughts"]] == [6, n_long]
     assert [each["n_questions"] for each in found["next_steps"]] == [6, 6, n_long]
+    tables = capsys.readouterr().out.split("\n\n")
+    rows = {table.split()[0]: [line.split()[:2] for line in table.splitlines()] for table in tables[2:5]}
+    for title, lines in rows.items():
+        counted = [line for line in lines if line[0] in "k012"]
+        assert counted == [["k", "questions"], ["0", "6"], ["1", "6"], ["2", f"{n_long}"]], title
+    labels = [[tick.get_text() for tick in axes.get_xticklabels()] for axes in draw_averages(found).axes]
+    by_thought, by_k = ["1\nn=6", f"2\nn={n_long}"], ["0\nn=6", "1\nn=6", f"2\nn={n_long}"]
+    assert labels == [by_thought] * 3 + [by_k] * 2 + [[*by_thought, "all\nn=6"]]
 
 
 def test_without_a_graph_one_line_says_why(checkpoint, tmp_path, capsys):
@@ -133,7 +143,8 @@ def test_without_a_graph_one_line_says_why(checkpoint, tmp_path, capsys):
     file.write_text(json.dumps([{key: EDGES[key] for key in ("question", "steps", "answer")}] * 2))
     for which in (("--index", "0"), ("--all",)):
         assert run(checkpoint, file, *which, "--png", str(tmp_path / f"{which[0]}.png")) == 0
-        assert "for want of a graph: record 0 has no key idx_to_symbol" in capsys.readouterr().out
+        consequence = "; so no picture was drawn" if which[0] == "--index" else ""
+        assert f"for want of a graph: record 0 has no key idx_to_symbol{consequence}.\n" in capsys.readouterr().out
     assert not (tmp_path / "--index.png").exists()
     assert size_of(tmp_path / "--all.png")[0] > 1000
 
@@ -146,16 +157,39 @@ def test_without_a_graph_one_line_says_why(checkpoint, tmp_path, capsys):
         (("--index", "0", "--intervene"), "--intervene is for a whole file; add --all"),
         (("--all", "--limit", "0"), "--limit 0: must be at least 1"),
         (("--all", "--limit", "1", "--intervene"), "two questions or more"),
-        (("--index", "0", "--max-new-tokens", "95"), "record 0: a prompt of"),
-        (("--index", "0", "--json", "/"), "/ cannot be written"),
+        (("--all", "--seed", "-1"), "--seed -1: must be at least 0"),
+        (("--index", "0", "--json", "nodir/a.json"), "--json nodir/a.json: there is no folder nodir"),
+        (("--index", "0", "--png", "nodir/a.png"), "--png nodir/a.png: there is no folder nodir"),
+        (("--index", "0", "--json", "/"), "--json /: is a folder"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(checkpoint, data, capsys, arguments, message):
-    assert run(checkpoint, data, *arguments) == 2
+def test_what_cannot_be_done_is_said_in_one_line_before_the_model_is_loaded(data, capsys, arguments, message):
+    assert run(Path("no_checkpoint"), data, *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_prompt_too_long_is_named(checkpoint, data, capsys):
+    assert run(checkpoint, data, "--index", "0", "--max-new-tokens", "95") == 2
+    assert capsys.readouterr().err.startswith("error: record 0: a prompt of")
+
+
+def test_the_tables_are_printed_also_where_a_file_cannot_be_written(checkpoint, data, capsys):
+    assert run(checkpoint, data, "--index", "0", "--json", "/dev/full") == 2
+    captured = capsys.readouterr()
+    assert "Next step after k steps' worth of thoughts" in captured.out
+    assert captured.err == "error: /dev/full cannot be written: No space left on device\n"
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly_with_its_files_written(checkpoint, data, tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert run(checkpoint, data, "--index", "0", "--json", str(tmp_path / "found.json")) == 1
+    assert json.loads((tmp_path / "found.json").read_text())["index"] == 0
 
 
 @pytest.mark.parametrize(

@@ -175,9 +175,15 @@ def _line(
     )
 
 
+def _set_ticks(axes: Axes, places: Sequence[int], names: Sequence[Any], counts: Sequence[int]) -> None:
+    """Name the places, with the number of questions each is of where it is not the same for all."""
+    differ = len(set(counts)) > 1
+    axes.set_xticks(places, [f"{name}\nn={count}" if differ else str(name) for name, count in zip(names, counts)])
+
+
 def _thought_places(axes: Axes, found: dict[str, Any]) -> list[int]:
     places = [each["thought"] for each in found["thoughts"]]
-    axes.set_xticks(places)
+    _set_ticks(axes, places, places, [each["n_questions"] for each in found["thoughts"]])
     axes.set_xlim(0.5, len(places) + 0.5)
     axes.set_xlabel("thought")
     return places
@@ -253,7 +259,7 @@ def _draw_answer_masses(axes: Axes, found: dict[str, Any]) -> None:
 
 def _k_places(axes: Axes, found: dict[str, Any]) -> list[int]:
     places = [each["n_replaced"] for each in found["next_steps"]]
-    axes.set_xticks(places)
+    _set_ticks(axes, places, places, [each["n_questions"] for each in found["next_steps"]])
     axes.set_xlim(-0.3, max(places) + 0.3)
     axes.set_ylim(-3, 140)
     axes.set_yticks(range(0, 101, 20))
@@ -263,7 +269,8 @@ def _k_places(axes: Axes, found: dict[str, Any]) -> list[int]:
 
 def _draw_interventions(axes: Axes, found: dict[str, Any]) -> None:
     names = {"zero": "zero", "mean": "mean thought", "other": "another question's"}
-    thoughts = list(dict.fromkeys(each["thought"] for each in found["interventions"]))
+    counts = {each["thought"]: each["n_replaced"] for each in found["interventions"]}
+    thoughts = list(counts)
     for look, (by, label) in enumerate(names.items()):
         these = [each for each in found["interventions"] if each["by"] == by]
         places = [thoughts.index(each["thought"]) + 0.16 * (look - 1) for each in these]
@@ -275,7 +282,8 @@ def _draw_interventions(axes: Axes, found: dict[str, Any]) -> None:
         ]
         axes.errorbar(places, changes, yerr=spread, color=colour, fmt=marker, markersize=5, capsize=3, label=label)
     axes.axhline(0, color=LIGHT.text, linewidth=0.7)
-    axes.set_xticks(range(len(thoughts)), ["all" if each is None else str(each) for each in thoughts])
+    labels = ["all" if each is None else each for each in thoughts]
+    _set_ticks(axes, range(len(thoughts)), labels, list(counts.values()))
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, -5), max(high, 5) + 0.25 * (max(high, 5) - min(low, -5)))
     axes.set_title("Accuracy with a thought replaced")

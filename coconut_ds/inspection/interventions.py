@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from coconut_ds.console import progress
-from coconut_ds.errors import InputError
 from coconut_ds.inspection.readings import Question, answer
 from coconut_ds.intervals import bootstrap, percentile_interval
 from coconut_ds.model.coconut import Intervention
@@ -24,13 +23,16 @@ DRAWS = 10_000
 
 @dataclass(frozen=True)
 class Outcome:
-    """Answers with one thought replaced, or all of them, beside those without; shares from 0 to 1."""
+    """Answers with one thought replaced, or all of them, beside those without; shares from 0 to 1.
+
+    Everything is over the questions that have the thought.
+    """
 
     by: str
     thought: int | None
     """From 1; None for all of them."""
     n_replaced: int
-    """Questions that have the thought."""
+    """How many questions have the thought."""
     accuracy: float
     change: float
     interval: tuple[float, float]
@@ -91,36 +93,36 @@ def intervene(
 ) -> list[Outcome]:
     """Every kind of replacement of every thought, and of all of them.
 
-    `fed` are the thoughts of each question as they were (its thoughts, D), `given` the answers. Raises InputError for
-    fewer than two questions, which leave nothing to exchange.
+    `fed` are the thoughts of each question as they were (its thoughts, D), `given` the answers. Of a thought that one
+    question alone has there is no mean and no other to put in its place.
     """
-    if len(questions) < 2:
-        raise InputError("--intervene: needs two questions or more, to put thoughts of one in place of another's")
     thoughts = stacked(fed)
     places = [*range(thoughts.shape[1]), None]
-    cases = [(by, place) for by in KINDS for place in places]
+    having = {
+        place: [row for row, question in enumerate(questions) if question.n_thoughts > (place or 0)] for place in places
+    }
+    cases = [(by, place) for by in KINDS for place in places if by == "zero" or len(having[place]) > 1]
     outcomes = []
     for by, place in progress(cases, len(cases), "interventions"):
         instead = replacements(by, thoughts, seed)
+        rows = having[place]
+        these = [questions[row] for row in rows]
         after: list[str] = []
-        for start in range(0, len(questions), batch_size):
-            these = slice(start, start + batch_size)
-            after += answer(trained, questions[these], new_tokens, replacing(instead[these], place)).given
-        n_replaced = sum(question.n_thoughts > (place or 0) for question in questions)
-        outcomes.append(outcome(by, place, n_replaced, [each.expected for each in questions], given, after))
+        for start in range(0, len(rows), batch_size):
+            batch = slice(start, start + batch_size)
+            after += answer(trained, these[batch], new_tokens, replacing(instead[rows[batch]], place)).given
+        outcomes.append(outcome(by, place, [each.expected for each in these], [given[row] for row in rows], after))
     return outcomes
 
 
-def outcome(
-    by: str, place: int | None, n_replaced: int, expected: Sequence[str], given: Sequence[str], after: Sequence[str]
-) -> Outcome:
+def outcome(by: str, place: int | None, expected: Sequence[str], given: Sequence[str], after: Sequence[str]) -> Outcome:
     """What replacing the thought `place`, from 0, did to the answers `given`, which came out as `after`."""
     before_hits = np.array([text == right for text, right in zip(given, expected)])
     after_hits = np.array([text == right for text, right in zip(after, expected)])
     return Outcome(
         by=by,
         thought=None if place is None else place + 1,
-        n_replaced=n_replaced,
+        n_replaced=len(after),
         accuracy=float(after_hits.mean()),
         change=float(after_hits.mean() - before_hits.mean()),
         interval=_interval_of_change(before_hits, after_hits),

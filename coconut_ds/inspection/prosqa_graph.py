@@ -33,7 +33,7 @@ class ProsqaGraph(BaseModel):
         numbers = {self.root, self.target, self.neg_target, *(node for edge in self.edges for node in edge)}
         unknown = sorted(numbers - set(range(len(self.idx_to_symbol))))
         if unknown:
-            raise ValueError(f"node {unknown[0]} has no name in idx_to_symbol")
+            raise ValueError(f"names no node {unknown[0]} in idx_to_symbol")
         return self
 
     @property
@@ -91,4 +91,5 @@ def graph_of(record: Mapping[str, Any]) -> ProsqaGraph | str:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        return "has no key " + key if first["type"] == "missing" else f"{key}: {first['msg']}".removeprefix(": ")
+        rule = first["msg"].removeprefix("Value error, ")
+        return "has no key " + key if first["type"] == "missing" else f"{key}: {rule}".removeprefix(": ")

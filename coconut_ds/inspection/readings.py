@@ -42,7 +42,7 @@ class ThoughtReading:
     top: list[tuple[str, float]]
     """The most probable tokens of that distribution."""
     window: list[tuple[str, float]]
-    """The earlier states, newest first: the token or thought each stands at, and its share."""
+    """The earlier states, newest first: the token or thought each stands at, and its share, 0 where its weight is."""
 
 
 @dataclass(frozen=True)
@@ -183,11 +183,12 @@ def _window(
     ids: list[int] = prompts.inputs["input_ids"][row].tolist()
     thought = trained.tokens.thought
     column = [place for place, token in enumerate(ids) if token == thought][number]
+    # Zeros at the end may be states that the row does not have.
+    reach = max((back for back, share in enumerate(shares, start=1) if share > 0), default=0)
     window = []
-    for back, share in enumerate(shares, start=1):
-        if share > 0:
-            before = ids[column - back]
-            window.append((f"thought {number + 1 - back}" if before == thought else _text(trained, before), share))
+    for back, share in enumerate(shares[:reach], start=1):
+        before = ids[column - back]
+        window.append((f"thought {number + 1 - back}" if before == thought else _text(trained, before), share))
     return window
 
 

@@ -21,8 +21,11 @@ _ABOUT_AMONG_NODES = "The same, made to start a step from some node; below each 
 _ABOUT_ANSWER = "Answer after k steps' worth of thoughts, begun for the model: probability that it names"
 
 
-def question_tables(found: dict[str, Any]) -> str:
-    """One question: the answer, its thoughts, the next steps."""
+def question_tables(found: dict[str, Any], misses_picture: bool = False) -> str:
+    """One question: the answer, its thoughts, the next steps.
+
+    With `misses_picture` the line that says why there is no graph says also that there is no picture of it.
+    """
     verdict = "right" if found["correct"] else "wrong"
     head = aligned(
         [
@@ -31,7 +34,8 @@ def question_tables(found: dict[str, Any]) -> str:
             ["given", f"{found['given'] or '(nothing)'} ({verdict})"],
         ]
     )
-    return "\n\n".join([_flush_left(head), _thought_lines(found), *_next_step_tables(found, _share)])
+    steps = _next_step_tables(found, _share, "; so no picture was drawn" if misses_picture else "")
+    return "\n\n".join([_flush_left(head), _thought_lines(found), *steps])
 
 
 def _flush_left(text: str) -> str:
@@ -46,7 +50,7 @@ def _thought_lines(found: dict[str, Any]) -> str:
     ]
     for number, thought in enumerate(found["thoughts"], start=1):
         top = ", ".join(f"{_visible(token)} {share:.1%}" for token, share in thought["top"])
-        window = ", ".join(f"{_visible(state)} {share:.1%}" for state, share in thought["window"])
+        window = ", ".join(f"{_visible(state)} {share:.1%}" for state, share in thought["window"] if share)
         lines += [
             f"thought {number}: norm {thought['norm']:.3g}, entropy {thought['entropy_bits']:.2f}",
             f"  LM head: {top}",
@@ -87,9 +91,9 @@ def _thought_rows(thoughts: Sequence[dict[str, Any]]) -> Rows:
     return rows
 
 
-def _next_step_tables(found: dict[str, Any], cell: Callable[[Any], str]) -> list[str]:
+def _next_step_tables(found: dict[str, Any], cell: Callable[[Any], str], consequence: str = "") -> list[str]:
     if found["why_no_graph"]:
-        return [f"No next steps, for want of a graph: {found['why_no_graph']}."]
+        return [f"No next steps, for want of a graph: {found['why_no_graph']}{consequence}."]
     steps, nodes = found["next_steps"], list(_MASSES)[:-1]
     return [
         f"{_ABOUT_STEP}\n{_mass_table(steps, 'step_masses', list(_MASSES), cell)}",
@@ -105,11 +109,14 @@ def _mass_table(
     cell: Callable[[Any], str],
     with_chance: bool = False,
 ) -> str:
-    rows = [["k", *(_MASSES[name] for name in names)]]
+    averaged = "n_questions" in steps[0]
+    rows = [["k", *["questions"] * averaged, *(_MASSES[name] for name in names)]]
     for after in steps:
-        rows.append([str(after["n_replaced"]), *(cell(after[key][name]) for name in names)])
+        counts = [str(after["n_questions"])] if averaged else []
+        rows.append([str(after["n_replaced"]), *counts, *(cell(after[key][name]) for name in names)])
         if with_chance:
-            rows.append(["  of the nodes", *(_mean(after["node_shares"][name]) for name in names)])
+            shares = (_mean(after["node_shares"][name]) for name in names)
+            rows.append(["  of the nodes", *[""] * averaged, *shares])
     return aligned(rows)
 
 
@@ -131,8 +138,9 @@ def _intervention_table(outcomes: Sequence[dict[str, Any]]) -> str:
             [name, str(each["n_replaced"]), f"{each['accuracy']:.1%}", change, f"{low:+.1f} to {high:+.1f}", *counts]
         )
     return (
-        "Interventions: change of the accuracy in points, paired bootstrap over questions; answers right before and\n"
-        "wrong after (lost), wrong before and right after (gained), other than before\n" + aligned(rows)
+        "Interventions, over the questions that have the thought: accuracy, its change in points, paired bootstrap;\n"
+        "answers right before and wrong after (lost), wrong before and right after (gained), other than before\n"
+        + aligned(rows)
     )
 
 
