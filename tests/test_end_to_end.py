@@ -100,10 +100,11 @@ def test_the_run_folder_keeps_its_contract(folder):
     run_folder = folder / "runs" / "unbroken"
     steps = launching.events(run_folder, "train_step")
     assert [event["step"] for event in steps] == list(range(1, 13)), "three steps an epoch, the last one smaller"
-    expected = {"epoch", "stage", "step", "loss", "lr", "grad_norm", "n_targets", "padding_share"}
+    expected = {"epoch", "stage", "step", "loss", "lr", "grad_norm", "n_targets", "n_tokens", "padding_share"}
     expected |= {"step_time_s", "peak_memory_gib"}
     assert set(steps[0]) - {"event"} == expected
     assert all(event["grad_norm"] > 0 and event["peak_memory_gib"] > 0 for event in steps)
+    assert all(event["n_tokens"] > event["n_targets"] > 0 for event in steps)
     # Warmup over two steps, then linear to the end of the stage; the reset starts it again.
     rates = [round(event["lr"] / 1e-3, 4) for event in steps]
     assert rates == [0.0, 0.5, 1.0, 0.75, 0.5, 0.25] * 2
