@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -263,6 +264,7 @@ def test_a_run_goes_on_where_the_folders_cannot_be_made(tmp_path, capsys):
 # The thread that writes for TensorBoard reports the error as well.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_run_goes_on_when_the_disk_fills_under_tensorboard(tmp_path, capsys, monkeypatch):
+    before = set(threading.enumerate())
     tracker = tracker_of(tmp_path, tensorboard=True)
     tracker.rewind(0)
 
@@ -272,6 +274,9 @@ def test_a_run_goes_on_when_the_disk_fills_under_tensorboard(tmp_path, capsys, m
     monkeypatch.setattr(RecordWriter, "write", full)
     train(tracker, range(1, 4), loss=2)
     tracker.close()
+    # What it reports after the test would be taken for the next test's.
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
     (line,) = capsys.readouterr().out.splitlines()
     assert "No space left on device; the run goes on without it" in line
     assert len(launching.events(tracker.path.parent, "train_step")) == 6
