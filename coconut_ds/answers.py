@@ -12,6 +12,7 @@ from transformers import TextStreamer
 
 from coconut_ds.curriculum.collator import Batch
 from coconut_ds.errors import InputError
+from coconut_ds.model.backbone import n_positions
 from coconut_ds.model.generation import Decoded, decode
 from coconut_ds.model.thoughts import Readings, read_thoughts, top_tokens
 from coconut_ds.training.evaluator import before_eos, clean_answer, given_answer, text_of
@@ -137,7 +138,7 @@ class Answerer:
         n_thoughts = self._thoughts_of(question)
         batch = self.trained.prompts([question.text], [n_thoughts])
         length = batch.inputs["input_ids"].shape[1]
-        positions = self.trained.model.base_causallm.config.max_position_embeddings
+        positions = n_positions(self.trained.model.base_causallm)
         n_new = self.max_new_tokens or min(self.trained.usual_new_tokens, max(1, positions - length))
         if length + n_new > positions:
             raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from textwrap import shorten
 
 
 class InputError(ValueError):
@@ -20,3 +21,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the nearest known name, or an empty string."""
     near = get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+class ModelError(InputError):
+    """A model that cannot be loaded or cannot carry Coconut."""
+
+
+def in_one_line(error: Exception, width: int = 200) -> str:
+    """What an error of a library says, shortened; its class where it says nothing."""
+    return shorten(str(error) or type(error).__name__, width)

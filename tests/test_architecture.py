@@ -34,6 +34,7 @@ LAYERS = (
         "model.latents",
         "model.few_rows",
         "model.deferred",
+        "model.state_dicts",
         "tracking",
         "memory",
         "engine.ds_config",
@@ -45,6 +46,7 @@ LAYERS = (
     ("model.thought_attention",),
     ("model.generation", "model.checkpointing", "model.loss", "model.masks", "model.backbone", "model.card"),
     ("model.pretrained", "curriculum.loaders"),
+    ("model.self_check",),
     ("model.coconut",),
     ("model.thoughts", "inspection.continuations"),
     (

@@ -10,10 +10,10 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from coconut_ds.errors import ModelError
 from coconut_ds.model.backbone import (
     MARKERS,
     Backbone,
-    ModelError,
     add_markers,
     load_backbone,
     scratch_backbone,

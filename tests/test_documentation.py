@@ -22,7 +22,8 @@ import prontoqa_generator
 import prosqa
 import pytest
 import tiny
-from transformers import GPT2Config, GPT2LMHeadModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, GPT2LMHeadModel
 from warm_commands import Shell
 
 from coconut_ds.curriculum.examples import read_records
@@ -210,6 +211,16 @@ def write_gpt2(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def write_bert(folder: Path) -> None:
+    """A causal language model with a head of several layers."""
+    tokenizer = word_tokenizer(["Alex is a wumpus"], 64)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    AutoModelForCausalLM.from_config(BertConfig(vocab_size=len(tokenizer), is_decoder=True, **shape)).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if any(commands(page))])
 def test_every_command_of_a_page_runs(shell, page):
     problems = [problem for command in commands(page) if (problem := problem_with(shell, command))]
@@ -323,6 +334,9 @@ MISTAKES = (
     f"{EVALUATE} load_model_path=copied",
     f"{RUN} save_path=one_cut",
     f"{RUN} save_path=all_unsealed",
+    "python -m coconut_ds.export incomplete out",
+    "python -m coconut_ds.export pieces out",
+    f"{RUN} model=null model_id=bert",
 )
 FILES = {
     "clash.json": """{"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2, "overlap_com": true},
@@ -352,6 +366,13 @@ def spoiled(shell) -> Shell:
     weights = tree / "copied" / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     os.truncate(tree / "one_cut" / newest / "model" / "model.safetensors", 100)
+    shutil.copytree(tree / "trained" / newest / "model", tree / "incomplete")
+    weights = load_file(tree / "incomplete" / "model.safetensors")
+    del weights["transformer.ln_f.weight"]
+    save_file(weights, tree / "incomplete" / "model.safetensors", {"format": "pt"})
+    (tree / "pieces" / "global_step10").mkdir(parents=True)
+    (tree / "pieces" / "global_step10" / "mp_rank_00_model_states.pt").touch()
+    write_bert(tree / "bert")
     for manifest in (tree / "all_unsealed").rglob("manifest.json"):
         manifest.unlink()
     return shell

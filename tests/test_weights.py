@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
 import prosqa
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from coconut_ds import export
+from coconut_ds import Coconut, ask, export
 from coconut_ds.config import RunConfig
 from coconut_ds.errors import InputError
 from coconut_ds.model.backbone import MARKERS, Backbone, add_markers, scratch_backbone, word_tokenizer
 from coconut_ds.model.pretrained import stored_settings, write_folder
 from coconut_ds.training import sealed_folder
+from coconut_ds.training.materials import build_coconut
+from coconut_ds.training.trained import TrainedModel
 from coconut_ds.training.weights import latent_settings, load_initial
 
 SHAPE = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 64, "dropout": 0.0}
@@ -204,3 +212,317 @@ def test_export_of_our_checkpoint_looks_at_its_manifest_first(tmp_path, capsys):
     (path / "model" / "config.json").write_text("{}")
     assert export.main([str(path), str(tmp_path / "other")]) == 2
     assert "model/config.json has 2 bytes" in capsys.readouterr().err
+
+
+def trained_folder(tmp_path) -> str:
+    """What `export` writes of a run: no manifest beside it."""
+    settings = {
+        "method": "coconut",
+        "c_thought": 1,
+        "max_latent_stage": 1,
+        "pad_latent_to_max": True,
+        "stage": 1,
+        "latent_context": {"weights": [0.5, 0.3, 0.2], "scope": "sequence", "learned": True},
+    }
+    backbone = make("llama", markers=True)
+    window = {"latent_window.logits": torch.zeros(3)}
+    write_folder(tmp_path / "model", backbone.model, backbone.tokenizer, settings, window=window)
+    return str(tmp_path / "model")
+
+
+def change_weights(folder: str, change) -> None:
+    file = Path(folder) / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def shard(folder: str) -> list[Path]:
+    """Write the weights anew as several files with an index, and name them."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (Path(folder) / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="10KB")
+    return sorted(Path(folder).glob("model-*.safetensors"))
+
+
+def drop_from_index(folder: str) -> None:
+    """As of an upload of which one file, and its place in the index, got lost."""
+    shard(folder)
+    index = Path(folder) / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    file = content["weight_map"]["model.norm.weight"]
+    content["weight_map"] = {key: name for key, name in content["weight_map"].items() if name != file}
+    index.write_text(json.dumps(content))
+
+
+def drop_from_shard(folder: str) -> None:
+    (file,) = [each for each in shard(folder) if "model.norm.weight" in load_file(each)]
+    save_file({key: value for key, value in load_file(file).items() if key != "model.norm.weight"}, file)
+
+
+def change_config(folder: str, **values) -> None:
+    file = Path(folder) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def as_bin(folder: str, change) -> None:
+    weights = load_file(Path(folder) / "model.safetensors")
+    (Path(folder) / "model.safetensors").unlink()
+    torch.save(change(weights), Path(folder) / "pytorch_model.bin")
+
+
+def without(*keys):
+    return lambda weights: {key: value for key, value in weights.items() if key not in keys}
+
+
+def put(**values):
+    return lambda weights: weights | {key.replace("__", "."): value for key, value in values.items()}
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+DAMAGES = {
+    "a missing weight": (
+        lambda folder: change_weights(folder, without(DOWN)),
+        rf"does not fit llama: missing \['{DOWN}'\]; a missing weight would be random",
+    ),
+    "no head, which is not tied": (
+        lambda folder: change_weights(folder, without("lm_head.weight")),
+        r"missing \['lm_head.weight'\]",
+    ),
+    "a prefix that nobody knows": (
+        lambda folder: change_weights(
+            folder, lambda weights: {f"student.{key}": each for key, each in weights.items()}
+        ),
+        r"missing \['lm_head.weight', .* and \d+ more, unexpected \['student.lm_head.weight'",
+    ),
+    "layers that config.json does not know": (
+        lambda folder: change_config(folder, num_hidden_layers=1),
+        r"unexpected \['model.layers.1.input_layernorm.weight'",
+    ),
+    "layers that are not there": (
+        lambda folder: change_config(folder, num_hidden_layers=3),
+        r"missing \['model.layers.2.input_layernorm.weight'",
+    ),
+    "another shape": (
+        lambda folder: change_weights(folder, put(model__norm__weight=torch.ones(7))),
+        r"of another shape \['model.norm.weight'\] \(\[7\], not \[32\]\)",
+    ),
+    "embeddings shorter than config.json says": (
+        lambda folder: change_weights(folder, lambda w: w | {key: w[key][:-1].clone() for key in TABLES}),
+        r"of another shape \['lm_head.weight', 'model.embed_tokens.weight'\]",
+    ),
+    "embeddings shorter than the tokenizer": (
+        lambda folder: (
+            change_weights(folder, lambda w: w | {key: w[key][:-1].clone() for key in TABLES}),
+            change_config(folder, vocab_size=len(load_file(Path(folder) / "model.safetensors")["lm_head.weight"])),
+        ),
+        r"(the tokenizer's highest id is|latent_token_id) \d+, the embedding has \d+ rows",
+    ),
+    "not finite": (
+        lambda folder: change_weights(folder, put(model__norm__weight=torch.full((32,), torch.nan))),
+        r"values that are not finite: \['model.norm.weight'\]",
+    ),
+    "a shard that is missing": (lambda folder: shard(folder)[1].unlink(), "No such file"),
+    "a weight that the index does not name": (drop_from_index, r"missing \[.*'model.norm.weight'\]"),
+    "a weight that is not in its shard": (drop_from_shard, r"missing \['model.norm.weight'\]"),
+    "an old .bin file without a weight": (
+        lambda folder: as_bin(folder, without("model.norm.weight")),
+        r"missing \['model.norm.weight'\]",
+    ),
+    "an old .bin file with its weights one level down": (
+        lambda folder: as_bin(folder, lambda weights: {"model": weights, "epoch": 3}),
+        r"missing \['lm_head.weight'.*unexpected \['epoch', 'model'\]",
+    ),
+    "quantized weights": (
+        lambda folder: change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "is not a model for transformers: Loading a GPTQ quantized model requires",
+    ),
+    "a configuration that cannot be": (lambda folder: change_config(folder, num_attention_heads=5), "not a multiple"),
+    "no tokenizer of its own": (
+        lambda folder: make("llama", markers=False).tokenizer.save_pretrained(folder),
+        "has no <|start-latent|>, <|end-latent|>, <|latent|>".replace("|", r"\|"),
+    ),
+    "settings that are no JSON": (
+        lambda folder: (Path(folder) / "coconut.json").write_text("{"),
+        "coconut.json cannot be used: Expecting property name",
+    ),
+    "a method of another version": (
+        lambda folder: (Path(folder) / "coconut.json").write_text('{"method": "telepathy"}'),
+        "method 'telepathy' is not one of coconut, cot",
+    ),
+    "a window under another name": (
+        lambda folder: save_file({"logits": torch.zeros(3)}, Path(folder) / "latent_window.safetensors"),
+        r"must hold latent_window.logits alone, found \['logits'\]",
+    ),
+}
+DOORS = {
+    "load_model_path": lambda folder, out: build_coconut(
+        run(
+            load_model_path=folder,
+            max_latent_stage=1,
+            pad_latent_to_max=True,
+            latent_context={"weights": [0.5, 0.3, 0.2], "learned": True},
+        ),
+        load_initial(run(load_model_path=folder)),
+    ),
+    "from_pretrained": lambda folder, out: Coconut.from_pretrained(folder),
+    "ask and inspect": lambda folder, out: TrainedModel.load(folder),
+    "export": lambda folder, out: export.export(folder, out, "unused"),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_folder_that_is_not_all_there_is_refused_at_every_door(tmp_path, damage, door):
+    folder = trained_folder(tmp_path)
+    DOORS[door](folder, tmp_path / "before")
+    harm, message = DAMAGES[damage]
+    harm(folder)
+    is_elsewhere = {
+        # Weights alone have no settings; markers that a tokenizer lacks are added.
+        "load_model_path": ("settings that are no JSON", "a method of another version", "no tokenizer of its own"),
+        "export": ("no tokenizer of its own",),
+    }
+    if damage in is_elsewhere.get(door, ()):
+        return
+    with pytest.raises(InputError, match=message) as caught:
+        DOORS[door](folder, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands_end_with_status_2_where_weights_are_missing(tmp_path, capsys):
+    folder = trained_folder(tmp_path)
+    change_weights(folder, without(DOWN))
+    assert export.main([folder, str(tmp_path / "out")]) == 2
+    assert ask.main([folder, "Is Alex a wumpus?"]) == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith(f"error: {folder} does not fit llama: missing ['{DOWN}']")
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        lambda folder: change_weights(folder, lambda w: {f"base_causallm.{key}": each for key, each in w.items()}),
+        lambda folder: change_weights(
+            folder, lambda w: {f"module.base_causallm.{key}": each for key, each in w.items()}
+        ),
+        lambda folder: change_weights(folder, lambda w: {f"_orig_mod.{key}": each for key, each in w.items()}),
+        lambda folder: change_weights(
+            folder, lambda w: {key.replace("layers.0.", "layers.0._fsdp_wrapped_module."): w[key] for key in w}
+        ),
+        lambda folder: change_weights(folder, lambda w: {key.removeprefix("model."): each for key, each in w.items()}),
+        lambda folder: change_weights(
+            folder, lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+        ),
+        lambda folder: shard(folder),
+        lambda folder: as_bin(folder, lambda weights: weights),
+    ],
+    ids=["published", "parallel", "compiled", "FSDP", "body alone", "old buffers", "sharded", "bin"],
+)
+def test_forms_of_a_folder_that_are_whole(tmp_path, harmless):
+    folder = trained_folder(tmp_path)
+    trained = load_initial(run(load_model_path=folder))
+    harmless(folder)
+    assert equal(load_initial(run(load_model_path=folder)), trained)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_head_may_be_absent_where_it_is_tied(tmp_path, is_tied):
+    folder = trained_folder(tmp_path)
+    change_config(folder, tie_word_embeddings=is_tied)
+    change_weights(folder, without("lm_head.weight"))
+    if is_tied:
+        model = load_initial(run(load_model_path=folder)).model
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    else:
+        with pytest.raises(InputError, match=r"missing \['lm_head.weight'\]"):
+            load_initial(run(load_model_path=folder))
+
+
+@pytest.mark.parametrize("absent", ["lm_head.weight", "transformer.wte.weight"])
+def test_one_name_of_a_tied_weight_is_enough_in_a_state_dict(tmp_path, absent):
+    trained = make("gpt2", markers=True, seed=1)
+    torch.save(without(absent)(trained.model.state_dict()), tmp_path / "tied.pt")
+    folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
+    assert equal(load_initial(run(model_id=folder, load_model_path=str(tmp_path / "tied.pt"))), trained)
+
+
+STATE_DICTS = {
+    "a weight is missing": (without("transformer.ln_f.bias"), r"missing \['transformer.ln_f.bias'\]"),
+    "a weight is not finite": (
+        put(transformer__ln_f__bias=torch.full((32,), torch.inf)),
+        r"values that are not finite: \['transformer.ln_f.bias'\]",
+    ),
+    "quantized": (
+        put(transformer__ln_f__bias=torch.ones(32, dtype=torch.int8)),
+        r"of another shape \['transformer.ln_f.bias'\] \(\[32\] of torch.int8, not \[32\] of torch.float32\)",
+    ),
+    "two heads for one": (
+        lambda state: state | {"lm_head.weight": state["lm_head.weight"] + 1},
+        "different values in transformer.wte.weight and lm_head.weight, which are one weight in gpt2",
+    ),
+    "twice": (
+        lambda state: state | {f"module.{key}": value for key, value in state.items()},
+        "has weights twice, with and without prefixes",
+    ),
+    "nested": (
+        lambda state: {"epoch": 3, "optimizer": {"step": torch.ones(1)}, "model_state_dict": state},
+        r"they are in \['model_state_dict'\]: take them out with `python -c 'import torch; torch.save\(torch.load\(",
+    ),
+    "nested twice": (
+        lambda state: {"state": {"module": state}, "lr": 0.1},
+        r"they are in \['state'\]\['module'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STATE_DICTS)
+def test_state_dicts_that_are_not_what_they_seem(tmp_path, kind):
+    change, message = STATE_DICTS[kind]
+    torch.save(change(make("gpt2", markers=False, seed=1).model.state_dict()), tmp_path / "some.pt")
+    folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
+    with pytest.raises(InputError, match=message):
+        load_initial(run(model_id=folder, load_model_path=str(tmp_path / "some.pt")))
+
+
+def test_the_printed_way_out_of_a_nested_state_dict_works(tmp_path, monkeypatch):
+    trained = make("gpt2", markers=False, seed=1)
+    torch.save({"model": trained.model.state_dict()}, tmp_path / "it's nested.pt")
+    folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
+    config = run(model_id=folder, load_model_path=str(tmp_path / "it's nested.pt"))
+    with pytest.raises(InputError) as caught:
+        load_initial(config)
+    command = str(caught.value).split("`")[1]
+    subprocess.run(shlex.split(command), cwd=tmp_path, check=True)
+    config = config.model_copy(update={"load_model_path": str(tmp_path / "weights.pt"), "method": "cot"})
+    assert equal(load_initial(config), trained)
+
+
+def test_a_single_safetensors_file_is_a_state_dict(tmp_path):
+    trained = make("llama", markers=True, seed=1)
+    save_file(
+        {f"base_causallm.{key}": value for key, value in trained.model.state_dict().items()}, tmp_path / "a.safetensors"
+    )
+    folder = save_plain(make("llama", markers=False), tmp_path / "base")
+    assert equal(load_initial(run(model_id=folder, load_model_path=str(tmp_path / "a.safetensors"))), trained)
+
+
+def test_checkpoints_of_deepspeed_are_refused_with_the_way_out(tmp_path):
+    shards = tmp_path / "a run" / "global_step10"
+    shards.mkdir(parents=True)
+    file = shards / "mp_rank_00_model_states.pt"
+    torch.save({"module": make("gpt2", markers=False).model.state_dict()}, file)
+    for named in (shards, shards.parent):
+        with pytest.raises(InputError, match="is a DeepSpeed checkpoint, whose weights lie in pieces") as caught:
+            load_initial(run(load_model_path=str(named)))
+        assert f"`python '{shards.parent}/zero_to_fp32.py' '{shards.parent}' OUT`" in str(caught.value)
+    folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
+    with pytest.raises(InputError, match=r"a piece of a DeepSpeed checkpoint: .* zero_to_fp32.py"):
+        load_initial(run(model_id=folder, load_model_path=str(file)))
+
+
+def test_an_adapter_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "gpt2"}')
+    save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="holds a LoRA adapter and not a model; merge it"):
+        load_initial(run(load_model_path=str(tmp_path)))

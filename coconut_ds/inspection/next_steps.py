@@ -25,6 +25,7 @@ import torch
 from coconut_ds.errors import InputError
 from coconut_ds.inspection.continuations import Continuation, exclusive_probabilities, token_log_probs
 from coconut_ds.inspection.prosqa_graph import ProsqaGraph
+from coconut_ds.model.backbone import n_positions
 from coconut_ds.training.trained import TrainedModel
 
 
@@ -110,7 +111,7 @@ def next_steps(
 
 
 def _check_positions(trained: TrainedModel, attention_mask: torch.Tensor, texts: Sequence[_Texts]) -> None:
-    positions = trained.model.base_causallm.config.max_position_embeddings
+    positions = n_positions(trained.model.base_causallm)
     for length, mine in zip(attention_mask.sum(dim=1).tolist(), texts):
         longest = max((len(tokens) for tokens in mine.all), default=0)
         if length + longest > positions:

@@ -11,6 +11,7 @@ import torch
 
 from coconut_ds.curriculum.collator import Batch
 from coconut_ds.errors import InputError
+from coconut_ds.model.backbone import n_positions
 from coconut_ds.model.coconut import Encoded, Intervention
 from coconut_ds.model.generation import Decoded, decode
 from coconut_ds.model.thoughts import Thoughts, read_thoughts, vocabulary_reading
@@ -83,7 +84,7 @@ def room_for_answers(trained: TrainedModel, questions: Sequence[Question], new_t
 
     Raises InputError for the first question that does not fit.
     """
-    positions = trained.model.base_causallm.config.max_position_embeddings
+    positions = n_positions(trained.model.base_causallm)
     lengths = [trained.prompts([each.record["question"]], [each.n_thoughts]).n_tokens for each in questions]
     room = new_tokens or max(1, min(trained.usual_new_tokens, positions - max(lengths)))
     for question, length in zip(questions, lengths):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -24,17 +27,15 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 
-from coconut_ds.errors import InputError
+from coconut_ds.errors import ModelError, in_one_line
+from coconut_ds.model.state_dicts import PLAIN_NAMES, demand_finite, demand_whole, plain_name
 
 START_LATENT, END_LATENT, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
 MARKERS = (START_LATENT, END_LATENT, LATENT)
 _MARKERS_START_FROM = "<<"
 
+_POSITION_LIMITS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 _PROCESSED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-
-
-class ModelError(InputError):
-    """A model that cannot be loaded or cannot carry Coconut."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +48,33 @@ class Backbone:
     @property
     def n_positions(self) -> int:
         """Longest sequence the model takes, in tokens."""
-        return int(self.model.config.max_position_embeddings)
+        return n_positions(self.model)
 
     def marker_ids(self) -> dict[str, int]:
-        """Ids of the marker tokens; raises KeyError when they were not added."""
+        """Ids of the marker tokens; raises ModelError when they were not added."""
         return marker_ids(self.tokenizer)
 
 
 def marker_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Ids of the marker tokens; raises KeyError when they were not added."""
+    """Ids of the marker tokens; raises ModelError when they were not added."""
     vocabulary = tokenizer.get_vocab()
+    missing = [marker for marker in MARKERS if marker not in vocabulary]
+    if missing:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no {', '.join(missing)}, so it is not the "
+            "one the weights were trained with; copy the tokenizer's files from the checkpoint's model/ folder"
+        )
     return {marker: vocabulary[marker] for marker in MARKERS}
 
 
 def load_backbone(name: str) -> Backbone:
     """Load a folder or a hub id; the hub is asked only for what neither the folder nor the cache has.
 
-    Raises ModelError, one line, when it cannot be had or cannot carry Coconut.
+    Raises ModelError, one line, when it cannot be had, is not whole, or cannot carry Coconut.
     """
-    return Backbone(load_model(name), load_tokenizer(name))
+    backbone = Backbone(load_model(name), load_tokenizer(name))
+    demand_rows(backbone.model, backbone.tokenizer, name)
+    return backbone
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -79,20 +88,54 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(name: str) -> PreTrainedModel:
-    """The model alone, in fp32, as `load_backbone` loads it."""
-    model = _load(name, AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
-    _check(model, name)
+    """The model alone, in fp32, as `load_backbone` loads it.
+
+    Prefixes of wrappers in the names of its weights are passed over. Raises ModelError naming each weight that is
+    missing, unexpected, misshaped or not finite: transformers itself fills in random ones.
+    """
+    load = partial(
+        _load,
+        name,
+        AutoModelForCausalLM.from_pretrained,
+        dtype=torch.float32,
+        output_loading_info=True,
+        # Else the names of misshaped weights would only be in a log.
+        ignore_mismatched_sizes=True,
+    )
+    model, report = load()
+    if any(plain_name(key) != key for key in report["unexpected_keys"]):
+        model, report = load(key_mapping=PLAIN_NAMES)
+    demand_plain_head(model, name)
+    misshaped = {key: f"{list(found)}, not {list(own)}" for key, found, own in sorted(report["mismatched_keys"])}
+    demand_whole(name, model, sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), misshaped)
+    demand_finite(name, dict(model.named_parameters()))
     return model
+
+
+def demand_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise ModelError where the tokenizer has ids that the embedding has no row for."""
+    embeddings: Any = model.get_input_embeddings()
+    n_rows, highest = len(embeddings.weight), max(tokenizer.get_vocab().values())
+    if highest >= n_rows:
+        raise ModelError(
+            f"{name}: the tokenizer's highest id is {highest}, the embedding has {n_rows} rows; they are not of one "
+            "model, or it was saved before tokens were added: call resize_token_embeddings and save it again"
+        )
 
 
 def _load(name: str, load: Callable[..., Any], **options: Any) -> Any:
     # Said, because transformers asks on the terminal where it is not.
     options["trust_remote_code"] = False
+    _demand_weights_of_transformers(Path(name))
     try:
         return load(name, local_files_only=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         if Path(name).is_dir():
-            raise ModelError(f"folder {name} is not a model for transformers: {_first_line(error)}") from None
+            raise ModelError(f"folder {name} is not a model for transformers: {in_one_line(error)}") from None
+        if not isinstance(error, OSError | ValueError | SafetensorError):  # not for want of files
+            raise ModelError(f"{name} cannot be loaded: {in_one_line(error)}") from None
     try:
         # One request with a time limit first: loading alone would retry for minutes where the hub cannot be reached.
         HfApi().model_info(name, timeout=10)
@@ -104,16 +147,45 @@ def _load(name: str, load: Callable[..., Any], **options: Any) -> Any:
         ) from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _demand_weights_of_transformers(folder: Path) -> None:
+    """Raise ModelError, with the way out, for folders of weights in forms that only their own tools read."""
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return
+    shards = [folder] if any(folder.glob("*_states.pt")) else sorted(folder.glob("global_step*/"))
+    if shards:
+        top = shards[-1].parent
+        command = f"python {quote(str(top / 'zero_to_fp32.py'))} {quote(str(top))} OUT"
+        raise ModelError(
+            f"{folder} is a DeepSpeed checkpoint, whose weights lie in pieces; put them together with the script that "
+            f"DeepSpeed left there, `{command}`, and name the file in OUT, with model_id the model it was trained from"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} holds a LoRA adapter and not a model; merge it into its base model with peft's merge_and_unload "
+            "and name the folder that is saved from it"
+        )
 
 
-def _check(model: PreTrainedModel, name: str) -> None:
+def n_positions(model: PreTrainedModel) -> int:
+    """Longest sequence a model takes, in tokens; `sys.maxsize` for a family without such a limit (ALiBi, Bloom)."""
+    config = model.config.get_text_config(decoder=True)
+    limits = (getattr(config, name, None) for name in _POSITION_LIMITS)
+    return next((int(limit) for limit in limits if limit and limit > 0), sys.maxsize)  # XLNet says -1
+
+
+def demand_plain_head(model: PreTrainedModel, name: str) -> None:
+    """Raise ModelError for a model whose logits are not its LM head applied to the states of a body of its own."""
+    config = model.config.get_text_config(decoder=True)
     for key in _PROCESSED_LOGITS:
-        if getattr(model.config, key, None) not in (None, 1.0):
+        if getattr(config, key, None) not in (None, 1.0):
             raise ModelError(f"{name} changes its logits after the LM head ({key}); not supported")
     if model.get_output_embeddings() is None or model.base_model is model:
         raise ModelError(f"{name} has no separate LM head; not supported")
+
+
+def keeps_recurrent_state(model: PreTrainedModel) -> bool:
+    """Whether the family says that it keeps more than keys and values of the columns before."""
+    return bool(getattr(model, "_is_stateful", False))
 
 
 def scratch_backbone(architecture: str, tokenizer: PreTrainedTokenizerBase, **shape: Any) -> Backbone:

@@ -29,7 +29,7 @@ from coconut_ds.model.backbone import (
 )
 from coconut_ds.model.checkpointing import checkpoint_layers, restore_layers
 from coconut_ds.model.deferred import Deferred
-from coconut_ds.model.generation import decode
+from coconut_ds.model.generation import decode, takes_static_cache
 from coconut_ds.model.kv_cache import TrainingCache
 from coconut_ds.model.latents import (
     LatentContext,
@@ -41,6 +41,7 @@ from coconut_ds.model.latents import (
 )
 from coconut_ds.model.loss import summed_cross_entropy
 from coconut_ds.model.masks import causal_mask, columns_of
+from coconut_ds.model.self_check import demand_fit
 from coconut_ds.model.thought_attention import gather_attention_gradients
 from coconut_ds.model.weight_gradients import Pass, gather_weight_gradients, within
 
@@ -98,6 +99,8 @@ class Coconut(nn.Module):
 
     The prefix (columns before the first thought of the batch) runs once, then one column per thought on the KV cache;
     the last thought column runs together with the tail. Chain of Continuous Thought, arXiv 2412.06769, section 3.
+
+    Raises ModelError for a `base_causallm` that these passes, or decoding, do not fit (model/self_check.py).
     """
 
     def __init__(
@@ -124,6 +127,9 @@ class Coconut(nn.Module):
         fuse_gelu(self.base_causallm)
         gather_weight_gradients(self.base_causallm.base_model)
         gather_attention_gradients(self.base_causallm)
+        self.decodes_on_static_cache = takes_static_cache(self.base_causallm)
+        """Else answers are decoded on a cache that grows."""
+        demand_fit(self)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> Coconut:
@@ -254,7 +260,7 @@ class Coconut(nn.Module):
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
         span = self._find_thoughts(input_ids) if thought_span is None else tuple(thought_span)
         embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (B, T, D)
-        keys = 0 if cache is None else cache.get_max_length()
+        keys = 0 if cache is None else cache.get_max_length()  # -1 where it grows
         if cache is None and span:
             cache = TrainingCache(input_ids.shape[1])
         mask = causal_mask(attention_mask, self.base_causallm.config)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers import StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 if TYPE_CHECKING:
     from coconut_ds.model.coconut import Coconut, Encoded, Intervention
@@ -22,6 +22,11 @@ class Decoded:
     """(B, max_new_tokens), EOS after EOS."""
     encoded: Encoded | None
     """Every column of the prompts but the last, T - 1 of them; None for prompts of one column."""
+
+
+def takes_static_cache(backbone: PreTrainedModel) -> bool:
+    """Whether the family says that it decodes on a cache of fixed size."""
+    return bool(getattr(backbone, "_can_compile_fullgraph", False))
 
 
 @torch.no_grad()
@@ -49,15 +54,45 @@ def decode(
             f"prompts {rows} end in a thought or in padding; pad on the left and end with an ordinary token, "
             "such as <|end-latent|>"
         )
-    backbone: Any = model.base_causallm
     cache = encoded = None
     if input_ids.shape[1] > 1:
-        # Of fixed size: one that grows is copied whole for every token.
-        cache = StaticCache(config=backbone.config, max_cache_len=input_ids.shape[1] + max_new_tokens)
+        cache = _cache(model, input_ids.shape[1] + max_new_tokens)
         # The thoughts never reach the last column, so the span found for the whole prompt holds for its head.
         head = slice(None, -1)
         encoded = model.encode(input_ids[:, head], attention_mask[:, head], None, thought_span, cache, intervene)
-    tokens = backbone.generate(
+    tokens = _generate(model, input_ids, attention_mask, cache, max_new_tokens, **{"do_sample": False, **sampling})
+    new_tokens = tokens[:, input_ids.shape[1] :]
+    padded = F.pad(new_tokens, (0, max_new_tokens - new_tokens.shape[1]), value=model.eos_token_id)
+    return Decoded(padded, encoded)
+
+
+@torch.no_grad()
+def next_token_logits(model: Coconut, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Logits (B, 1, V) that `decode` chooses the first new token of prompts (B, T) without thoughts from."""
+    cache = _cache(model, input_ids.shape[1] + 1)
+    model.encode(input_ids[:, :-1], attention_mask[:, :-1], None, (), cache)
+    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    return _generate(model, input_ids, attention_mask, cache, 1, **options).logits[0][:, None]
+
+
+def _cache(model: Coconut, n_columns: int) -> Cache:
+    """Of fixed size where the model takes it: one that grows is copied whole for every token."""
+    config = model.base_causallm.config
+    if model.decodes_on_static_cache:
+        return StaticCache(config=config, max_cache_len=n_columns)
+    return DynamicCache(config=config)
+
+
+def _generate(
+    model: Coconut,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    cache: Cache | None,
+    max_new_tokens: int,
+    **options: Any,
+) -> Any:
+    backbone: Any = model.base_causallm
+    return backbone.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
         past_key_values=cache,
@@ -67,8 +102,5 @@ def decode(
         disable_compile=True,
         eos_token_id=model.eos_token_id,
         pad_token_id=model.eos_token_id,
-        **{"do_sample": False, **sampling},
+        **options,
     )
-    new_tokens = tokens[:, input_ids.shape[1] :]
-    padded = F.pad(new_tokens, (0, max_new_tokens - new_tokens.shape[1]), value=model.eos_token_id)
-    return Decoded(padded, encoded)

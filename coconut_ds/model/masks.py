@@ -21,6 +21,8 @@ def causal_mask(attention_mask: torch.Tensor, config: PreTrainedConfig) -> torch
     Padding sees itself, so that no softmax is over nothing. Backbones that need something else, such as a sliding
     window or the floats of eager attention, get their padding mask back and make their own.
     """
+    # Models of several modalities keep the settings of their text part apart.
+    config = config.get_text_config(decoder=True)
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) is not None or layer_types != {"full_attention"}
     if config._attn_implementation not in ("sdpa", GATHERING_SDPA) or windowed:

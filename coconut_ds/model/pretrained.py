@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coconut_ds.errors import InputError
+from coconut_ds.errors import InputError, in_one_line
+from coconut_ds.methods import METHODS
 from coconut_ds.model.card import model_card
 from coconut_ds.model.latents import LatentContext
 
@@ -83,10 +85,15 @@ def stored_settings(name: str) -> dict[str, Any] | None:
     file = _stored_file(name, _SETTINGS_FILE)
     if file is None:
         return None
-    # Early checkpoints do not name what there was no choice in.
-    settings = {"latent_norm": "none", **json.loads(file.read_text(encoding="utf-8"))}
-    if settings.get("latent_context"):
-        settings["latent_context"] = context_settings(LatentContext(**settings["latent_context"]))
+    try:
+        # Early checkpoints do not name what there was no choice in.
+        settings = {"latent_norm": "none", **json.loads(file.read_text(encoding="utf-8"))}
+        if settings.get("latent_context"):
+            settings["latent_context"] = context_settings(LatentContext(**settings["latent_context"]))
+        if settings.get("method") not in (None, *METHODS):
+            raise ValueError(f"method {settings['method']!r} is not one of {', '.join(METHODS)}")
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file} cannot be used: {in_one_line(error)}; copy the folder again") from None
     return settings
 
 
@@ -97,7 +104,13 @@ def stored_window(name: str) -> dict[str, torch.Tensor]:
     """
     file = _stored_file(name, WINDOW_FILE)
     if file is not None:
-        return load_file(file)
+        try:
+            window = load_file(file)
+        except SafetensorError as error:
+            raise InputError(f"{file} cannot be read: {in_one_line(error)}; copy the folder again") from None
+        if set(window) != {_WINDOW_NAME}:
+            raise InputError(f"{file} must hold {_WINDOW_NAME} alone, found {sorted(window)}; copy the folder again")
+        return window
     if ((stored_settings(name) or {}).get("latent_context") or {}).get("learned"):
         raise InputError(f"{name} learned its latent window, and {WINDOW_FILE} is missing; copy the folder again")
     return {}

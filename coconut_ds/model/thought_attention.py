@@ -67,7 +67,7 @@ def _attention(
         scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     shares = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, H, G * N, P)
     mixed = _Product.apply(shares, value, of_values.leave)  # (B, H, G * N, d)
-    return mixed.reshape(len(key), -1, columns, size).transpose(1, 2).contiguous(), None
+    return mixed.reshape(len(key), -1, columns, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(GATHERING_SDPA, _attention)

@@ -14,7 +14,7 @@ from coconut_ds.curriculum.collator import Batch, Tokens, collate_prompts, promp
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.errors import InputError
 from coconut_ds.methods import METHODS, Method
-from coconut_ds.model.backbone import END_LATENT, LATENT, START_LATENT, load_tokenizer, marker_ids
+from coconut_ds.model.backbone import END_LATENT, LATENT, START_LATENT, demand_rows, load_tokenizer, marker_ids
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.pretrained import model_folder
 from coconut_ds.training.evaluator import to_device
@@ -44,6 +44,7 @@ class TrainedModel:
         if "method" not in settings:
             raise InputError(f"{name}: coconut.json names no method it was trained by; name a checkpoint of a run")
         tokenizer = load_tokenizer(str(model_folder(name)))
+        demand_rows(model.base_causallm, tokenizer, name)
         tokens = tokens_of(settings["method"], tokenizer)
         return cls(model, tokenizer, tokens, curriculum_of(settings), settings.get("stage"))
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from coconut_ds.config import RunConfig
 from coconut_ds.errors import InputError, problem_list
 from coconut_ds.model.backbone import MARKERS, Backbone, add_markers, load_backbone
 from coconut_ds.model.latents import LatentContext
 from coconut_ds.model.pretrained import MODEL_FOLDER, context_settings, model_folder, stored_settings
+from coconut_ds.model.state_dicts import demand_finite, demand_whole, plain_name
 from coconut_ds.training import sealed_folder
-
-_WRAPPER_PREFIXES = ("module.", "_fsdp_wrapped_module.")
 
 
 def latent_settings(config: RunConfig) -> dict[str, Any]:
@@ -101,39 +103,108 @@ def check_intact(source: Path) -> None:
 
 
 def _load_state_dict(backbone: Backbone, path: str) -> None:
-    """Load a published `.pt`: keys with or without `base_causallm.` and a wrapper's prefix, with or without markers."""
+    """Load a published state dict: keys with or without prefixes of wrappers, with or without marker tokens."""
     state = _read_state_dict(path)
     model: Any = backbone.model
-    name = next(name for name, value in model.named_parameters() if value is model.get_input_embeddings().weight)
-    n_rows = len(state[name]) if name in state else 0
+    table = model.get_input_embeddings().weight.data_ptr()
+    n_rows = next((len(state[key]) for key, place in _places(model) if place == table and key in state), 0)
     # Published Coconut has a row for each token and no more, also where the model it starts from has spare ones.
     n_with_markers = len(backbone.tokenizer) + len(MARKERS)
     if n_rows == n_with_markers:
         add_markers(backbone)
         model.resize_token_embeddings(n_with_markers, mean_resizing=False)
     own = model.state_dict()
-    tied = set(own) - {key for key, _ in model.named_parameters()}
-    missing = [key for key in own if key not in state and key not in tied]
+    _demand_one_head(path, model, state)
+    # Of names for one tensor one is enough.
+    there = {own[key].data_ptr() for key in state if key in own}
+    missing = [key for key, value in own.items() if key not in state and value.data_ptr() not in there]
     unexpected = [key for key in state if key not in own]
-    misshaped = [key for key in state if key in own and state[key].shape != own[key].shape]
-    if missing or unexpected or misshaped:
-        raise InputError(
-            f"load_model_path: {path} does not fit {model.config.model_type}: missing {missing[:3]}, "
-            f"unexpected {unexpected[:3]}, of another shape {misshaped[:3]}; set model_id to the model it was trained "
-            "from"
-        )
+    misshaped = {
+        key: f"{list(value.shape)} of {value.dtype}, not {list(own[key].shape)} of {own[key].dtype}"
+        for key, value in state.items()
+        if key in own and not _is_alike(value, own[key])
+    }
+    demand_whole(f"load_model_path: {path}", model, missing, unexpected, misshaped)
+    demand_finite(f"load_model_path: {path}", state)
     model.load_state_dict(state, strict=False)
+
+
+def _is_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether one can be copied into the other; numbers of quantized weights mean nothing by themselves."""
+    return one.shape == other.shape and one.is_floating_point() == other.is_floating_point()
+
+
+def _demand_one_head(path: str, model: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise InputError where a model whose head is its embedding would get two tables, of which one would win."""
+    tied = [[key for key in state if key in own] for own in _tied_names(model)]
+    for names in tied:
+        if any(not torch.equal(state[names[0]], state[name]) for name in names[1:]):
+            raise InputError(
+                f"load_model_path: {path} has different values in {' and '.join(names)}, which are one weight in "
+                f"{model.config.model_type}; set tie_word_embeddings to false in config.json of the model_id"
+            )
+
+
+def _tied_names(model: Any) -> list[list[str]]:
+    """Names of the weights that go by several."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, place in _places(model):
+        names[place].append(name)
+    return [each for each in names.values() if len(each) > 1]
+
+
+def _places(model: Any) -> list[tuple[str, int]]:
+    """Each name of a weight and the address of its values."""
+    return [(name, value.data_ptr()) for name, value in model.state_dict().items()]
 
 
 def _read_state_dict(path: str) -> dict[str, torch.Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.endswith(".safetensors"):
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"load_model_path: {path} is not a state dict of tensors ({type(error).__name__})") from None
+        problem = f"is not a state dict of tensors ({type(error).__name__})"
+        raise InputError(f"load_model_path: {path} {problem}{_of_deepspeed(path)}") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"load_model_path: {path} is not a state dict of tensors ({type(state).__name__})")
-    for prefix in (*_WRAPPER_PREFIXES, "base_causallm."):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        problem = f"is not a state dict of tensors ({type(state).__name__})"
+        raise InputError(f"load_model_path: {path} {problem}{_of_deepspeed(path) or _nested(path, state)}")
+    plain = {plain_name(key): value for key, value in state.items()}
+    if len(plain) < len(state):
+        raise InputError(f"load_model_path: {path} has weights twice, with and without prefixes; save one of them")
     # Published Coconut also stores its embedding table under a second name.
-    state.pop("embedding.weight", None)
-    return state
+    plain.pop("embedding.weight", None)
+    return plain
+
+
+def _of_deepspeed(path: str) -> str:
+    if not path.endswith("_states.pt"):
+        return ""
+    return (
+        "; it is a piece of a DeepSpeed checkpoint: put the pieces together with the script zero_to_fp32.py that "
+        "DeepSpeed left above them, and name the file it makes"
+    )
+
+
+def _nested(path: str, values: Any) -> str:
+    """Where in a dict of dicts the tensors are, and how to take them out."""
+    keys = _path_to_tensors(values)
+    if not keys:
+        return ""
+    place = "".join(f"[{key!r}]" for key in keys)
+    code = f"import torch; torch.save(torch.load({path!r}, weights_only=True){place}, 'weights.pt')"
+    return f"; they are in {place}: take them out with `python -c {shlex.quote(code)}` and name weights.pt"
+
+
+def _path_to_tensors(values: Any) -> list[str] | None:
+    """Keys that lead to the largest dict of tensors inside of dicts; None where there is none."""
+    if not isinstance(values, dict):
+        return None
+    if values and all(isinstance(value, torch.Tensor) for value in values.values()):
+        return []
+    below = {key: found for key, value in values.items() if (found := _path_to_tensors(value)) is not None}
+    if not below:
+        return None
+    key = max(below, key=lambda key: len(values[key]))
+    return [key, *below[key]]

@@ -1,0 +1,189 @@
+"""Whether the passes fit a model: a few tokens through the passes of training and of decoding, against plain forwards.
+
+Nothing in transformers says whether a causal language model computes the same in pieces on a KV cache as in one go,
+takes embeddings, positions and padding as they are given, or has nothing but a linear head above its hidden states.
+Where one of these does not hold, losses and answers are wrong without an error, so it is tried when a model is wrapped.
+
+Shapes: B rows, T columns, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from coconut_ds.errors import ModelError, in_one_line
+from coconut_ds.model.backbone import demand_plain_head, keeps_recurrent_state, n_positions
+from coconut_ds.model.generation import next_token_logits
+
+if TYPE_CHECKING:
+    from coconut_ds.model.coconut import Coconut
+
+Result = TypeVar("Result")
+
+_COLUMNS, _PADDING = 7, 2
+_THOUGHTS = (3, 5)
+"""The columns of the thoughts: a prefix before them, a tail after."""
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+"""Of the largest logit. A part that is left out changes logits by a good share of their own size."""
+_WITH_TF32 = 1e-2
+
+
+def demand_fit(model: Coconut) -> None:
+    """Raise ModelError, with what differs, for a backbone that the passes or the decoder do not fit.
+
+    Chooses the decoder's cache: of fixed size where the family says it takes one and its logits are right, else one
+    that grows. Weights without data are not tried. Modes, gradients and random numbers stay as they are.
+    """
+    base: Any = model.base_causallm
+    demand_plain_head(base, type(base).__name__)
+    table = base.get_input_embeddings().weight
+    for name in ("latent_token_id", "start_latent_id", "end_latent_id", "eos_token_id"):
+        token = getattr(model, name)
+        if token is not None and token >= len(table):
+            raise ModelError(
+                f"{name} {token}, the embedding has {len(table)} rows; add the marker tokens and call "
+                "resize_token_embeddings, or take the tokenizer that belongs to the weights"
+            )
+    columns = min(_COLUMNS, n_positions(base) - 1)
+    if table.is_meta or not table.numel() or columns <= _THOUGHTS[1]:
+        return
+    ids, mask = _ragged_pair(model, table, columns)
+    with torch.no_grad(), _evaluating(model):
+        expected = _attempt(base, "a forward over a few tokens", lambda: _plain_logits(base, mask, input_ids=ids))
+        try:
+            if model.latent_token_id is None:
+                _demand_head(model, ids, mask, expected)
+            else:
+                _demand_passes(model, ids, mask)
+            _demand_decoding(model, ids, mask, expected)
+        except ModelError:
+            # In one pass without a cache: where this differs too, it is neither passes nor decoding.
+            _demand_head(model, ids, mask, expected)
+            raise
+
+
+def _demand_passes(model: Coconut, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    """Passes with thoughts give the logits of plain forwards over the same embeddings, thoughts among them."""
+    base, what = model.base_causallm, "a prefix, two thoughts and the rest on the KV cache"
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    is_thought = (columns >= _THOUGHTS[0]) & (columns < _THOUGHTS[1])
+    with_thoughts = ids.masked_fill(is_thought, model.latent_token_id or 0)
+    thoughts: list[torch.Tensor] = []
+
+    def note(number: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
+        thoughts.append(thought.detach().clone())  # before it is fed: CTRL scales what it is given in place
+        return thought
+
+    def logits() -> torch.Tensor:
+        # With a graph: training has kernels of its own.
+        with torch.enable_grad():
+            encoded = model.encode(with_thoughts, mask, thought_span=_THOUGHTS, intervene=note)
+        return model.lm_head(encoded.hidden.detach())
+
+    given = _attempt(base, what, logits)
+    fed = base.get_input_embeddings()(ids)
+    fed[:, is_thought] = torch.stack(thoughts, dim=1).to(fed.dtype)
+    expected = _attempt(base, "a forward over embeddings", lambda: _plain_logits(base, mask, inputs_embeds=fed))
+    _demand_equal(base, what, given, expected, mask)
+
+
+def _demand_decoding(model: Coconut, ids: torch.Tensor, mask: torch.Tensor, expected: torch.Tensor) -> None:
+    """The logits of the first decoded token are the last ones of plain forwards, `expected` (B, T, V)."""
+    base, what = model.base_causallm, "a decoded token"
+    try:
+        _demand_equal(base, what, _attempt(base, what, lambda: next_token_logits(model, ids, mask)), expected, mask)
+    except ModelError:
+        if not model.decodes_on_static_cache:
+            raise
+        model.decodes_on_static_cache = False
+        _demand_decoding(model, ids, mask, expected)
+
+
+def _demand_head(model: Coconut, ids: torch.Tensor, mask: torch.Tensor, expected: torch.Tensor) -> None:
+    """The LM head on the states of one pass gives the logits of plain forwards, for the first row and for both."""
+    base = model.base_causallm
+    for what, some in (("its LM head on the states of its body", slice(0, 1)), ("rows padded on the left", slice(2))):
+        states = _attempt(base, what, partial(model.encode, ids[some], mask[some], thought_span=()))
+        given = _attempt(base, what, partial(model.lm_head, states.hidden))
+        _demand_equal(base, what, given, expected[some], mask[some])
+
+
+def _plain_logits(base: PreTrainedModel, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    """What the model computes by itself of each row without its padding: (B, T, V), 0 in padding."""
+    takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
+    rows = []
+    for row, real in enumerate(mask.bool()):
+        options = {name: value[row, real][None] for name, value in inputs.items()}
+        if takes_positions:
+            options["position_ids"] = torch.arange(int(real.sum()), device=mask.device)[None]
+        logits = base(**options, use_cache=False).logits[0]
+        rows.append(F.pad(logits, (0, 0, len(real) - len(logits), 0)))
+    return torch.stack(rows)
+
+
+def _attempt(base: PreTrainedModel, what: str, call: Callable[[], Result]) -> Result:
+    """What `call` returns; whatever the family's code raises on passes it was not written for is a ModelError."""
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise _misfit(base, what, f"fails with {type(error).__name__}: {in_one_line(error)}") from error
+
+
+def _demand_equal(
+    base: PreTrainedModel, what: str, given: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor
+) -> None:
+    """Raise ModelError unless `given` (B, columns, V) are the last columns of `expected` (B, T, V) but for padding."""
+    expected = expected[:, -given.shape[1] :]
+    if given.shape != expected.shape:
+        raise _misfit(base, what, f"gives logits of shape {list(given.shape)} and not {list(expected.shape)}")
+    real = mask[:, -given.shape[1] :].bool()
+    one, other = given[real], expected[real]
+    apart = torch.where((one == other) | (one.isnan() & other.isnan()), 0.0, (one - other).abs())
+    share = float(apart.max() / other.nan_to_num().abs().max())
+    tolerance = _WITH_TF32 if given.is_cuda and given.dtype == torch.float32 else _TOLERANCES.get(given.dtype, 1e-1)
+    if not share <= tolerance:
+        raise _misfit(base, what, f"logits differ from those of a plain forward by {share:.1e} of the largest")
+
+
+def _misfit(base: PreTrainedModel, what: str, problem: str) -> ModelError:
+    state = " (it keeps recurrent or convolutional state beside keys and values)" * keeps_recurrent_state(base)
+    return ModelError(
+        f"{type(base).__name__} does not fit Coconut's passes{state}: {what}: {problem}; losses or answers would be "
+        "wrong, take another model (docs/FAMILIES.md lists the families that were tried)"
+    )
+
+
+def _ragged_pair(model: Coconut, table: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ordinary token ids (2, columns) and their mask; the second row is padded on the left."""
+    config = model.base_causallm.config.get_text_config(decoder=True)
+    special = {model.latent_token_id, model.start_latent_id, model.end_latent_id, model.eos_token_id}
+    special |= {getattr(config, "pad_token_id", None), getattr(config, "bos_token_id", None)}
+    ordinary = [token for token in range(min(len(table), 10 * columns)) if token not in special]
+    places = torch.arange(2 * columns, device=table.device) * 2 % len(ordinary)
+    ids = torch.tensor(ordinary, device=table.device)[places].unflatten(0, (2, columns))
+    mask = torch.ones_like(ids)
+    mask[1, :_PADDING] = 0
+    return ids, mask
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; every module is in its own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
