@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import tempfile
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import hardware
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ[hardware.VARIABLE] = hardware.PLAIN
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 # Tests neither read nor fill the user's cache of tokenized sets; ranks they start inherit this one.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="coconut_ds_tests_")
+
+# Before torch looks for them.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import shutil
 from pathlib import Path
@@ -19,6 +25,7 @@ import torch
 
 from coconut_ds.curriculum.stages import Curriculum
 
+hardware.settle()
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 

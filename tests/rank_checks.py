@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
 import cpuinfo
 import deepspeed
+import hardware
 import tiny
 import torch
 from datasets import Dataset
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
 
@@ -33,8 +34,9 @@ from coconut_ds.training.step import NonFiniteLossError, optimizer_step
 
 # DeepSpeed's CPU Adam asks for the processor's name each time it is made, which takes a second.
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-# DeepSpeed refuses fp16 on this CPU, whose torch computes it all the same.
-type(get_accelerator()).is_fp16_supported = lambda self: True
+# DeepSpeed refuses fp16 on most CPUs, whose torch computes it all the same.
+os.environ[hardware.VARIABLE] = hardware.WITH_FP16
+hardware.settle()
 
 TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
 # With everything in it that ZeRO could get wrong: a parameter outside the backbone, used by some micro-batches only.

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hardware
 import launching
 import prontoqa_generator
 import prosqa
@@ -327,7 +328,6 @@ MISTAKES = (
     f"{RUN} train_path=data.jsonl",
     f"{RUN} train_path=data.json",
     f"{RUN} train_path=data/prosqa/none.json",
-    f"{RUN} precision=fp16",
     f"{RUN} model=null model_id=openai-community/gpt2",
     "./launch.sh eval runs/none/checkpoints/epoch_0001",
     f"{EVALUATE} load_model_path=trained/mine/checkpoints/epoch_0002 c_thought=2 max_latent_stage=1",
@@ -381,6 +381,21 @@ def spoiled(shell) -> Shell:
 @pytest.mark.parametrize("command", MISTAKES)
 def test_the_page_of_troubles_has_what_is_printed(spoiled, command):
     demand_quoted(spoiled.run(command).output)
+
+
+@pytest.mark.parametrize(("asked", "has"), [("fp16", hardware.PLAIN), ("bf16", "fp16")])
+def test_the_page_of_troubles_has_what_is_printed_where_a_precision_is_missing(spoiled, asked, has):
+    demand_quoted(spoiled.run(f"{RUN} precision={asked}", **{hardware.VARIABLE: has}).output)
+
+
+def test_a_cpu_with_fp16_trains_in_it_as_the_page_of_troubles_says(spoiled):
+    run = f"{RUN} precision=fp16 name=half num_epochs=1"
+    zero1 = f"{run} deepspeed=ds_configs/zero1.json"
+    outcome = spoiled.run(zero1, **{hardware.VARIABLE: hardware.WITH_FP16})
+    assert outcome.status == 0, outcome.output
+    assert "error" not in outcome.output
+    refused = spoiled.run(f"{run} deepspeed=ds_configs/zero0.json", **{hardware.VARIABLE: hardware.WITH_FP16})
+    assert "0 with fp16 trains on unscaled losses" in refused.output
 
 
 def test_the_page_of_troubles_has_what_is_printed_where_the_port_is_taken(spoiled):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hardware
 import launching
 import pytest
 import tiny
@@ -64,7 +65,6 @@ def test_an_example_longer_than_the_model_s_positions(run, tmp_path, capsys):
         ("learning_rate=1", "learning_rate: unknown key"),
         ("num_epochs=some", "num_epochs: 'some': input should be a valid integer"),
         ("deepspeed=none.json", "deepspeed file none.json cannot be read"),
-        ("precision=fp16", "precision: fp16, but this device has none"),
         ("train_batch_size=33 batch_size_training=11 gradient_accumulation_steps=1", "33 cannot be made from 11"),
         ("model=null model_id=openai-community/gpt2-none", "'openai-community/gpt2-none' is neither a folder here"),
         ("load_model_path=nowhere", "'nowhere' is neither a folder here"),
@@ -72,6 +72,28 @@ def test_an_example_longer_than_the_model_s_positions(run, tmp_path, capsys):
 )
 def test_bad_settings_end_with_status_2_and_their_message(run, tmp_path, capsys, override, message):
     assert message in error_of(run, tmp_path, capsys, *override.split())
+
+
+@pytest.mark.parametrize(
+    ("asked", "has", "message"),
+    [
+        ("fp16", hardware.PLAIN, "precision: fp16, but this device has none; use fp32 or bf16"),
+        ("fp16", "", "precision: fp16, but this device has none; use fp32"),
+        ("bf16", "fp16", "precision: bf16, but this device has none (needs capability 8.0); use fp16 or fp32"),
+        ("bf16", "", "precision: bf16, but this device has none (needs capability 8.0); use fp32"),
+    ],
+)
+def test_a_precision_this_device_has_not_ends_with_status_2(run, tmp_path, capsys, monkeypatch, asked, has, message):
+    monkeypatch.setenv(hardware.VARIABLE, has)
+    assert error_of(run, tmp_path, capsys, f"precision={asked}") == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("asked", ["fp16", "bf16"])
+def test_a_precision_this_device_has_is_resolved(run, tmp_path, capsys, monkeypatch, asked):
+    monkeypatch.setenv(hardware.VARIABLE, hardware.WITH_FP16)
+    assert train.main(["--run", str(launching.write_run(run, tmp_path)), "--dry-run", f"precision={asked}"]) == 0
+    _, ds_text = capsys.readouterr().out.split("# deepspeed\n")
+    assert json.loads(ds_text)[asked]["enabled"] is True
 
 
 def test_debug_leaves_a_run_that_has_checkpoints_alone(run, tmp_path, capsys):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import cpuinfo
+import hardware
 import torch
 
 TIME_LIMIT_S = 100
@@ -148,6 +149,7 @@ def _become(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    hardware.settle()
     if arguments[0] == "deepspeed":
         from deepspeed.launcher.runner import parse_args
 

@@ -148,10 +148,11 @@ def resolve_precision(config: RunConfig, device: Device) -> Precision:
         if device.has_bf16 and device.kind == "cuda":
             return "bf16"
         return "fp16" if device.kind == "cuda" and device.has_fp16 else "fp32"
-    if wanted == "bf16" and not device.has_bf16:
-        raise DeepSpeedConfigError("precision: bf16, but this device has none (needs capability 8.0); use fp16 or fp32")
-    if wanted == "fp16" and not device.has_fp16:
-        raise DeepSpeedConfigError("precision: fp16, but this device has none; use fp32 or bf16")
+    has = {"fp16": device.has_fp16, "fp32": True, "bf16": device.has_bf16}
+    if not has[wanted]:
+        needed = " (needs capability 8.0)" if wanted == "bf16" else ""
+        instead = " or ".join(name for name, is_there in has.items() if is_there)
+        raise DeepSpeedConfigError(f"precision: {wanted}, but this device has none{needed}; use {instead}")
     return wanted
 
 

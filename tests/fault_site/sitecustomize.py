@@ -3,6 +3,8 @@
 FAULT="RANK MODULE FUNCTION COUNT ACTION": the COUNT-th call of MODULE.FUNCTION on that rank kills the process, raises,
 hangs, or fails like a full disk. The trainer under test knows nothing of it. MODULE is one of the standard library: to
 import torch here, before the trainer has set its threads, would change the last bits of what it computes.
+
+CPU_PRECISIONS="bf16 fp16" says what the CPU can compute in, see `hardware.py`.
 """
 
 import errno
@@ -44,3 +46,8 @@ if os.environ.get("FAULT") and any(argument.startswith("--local_rank") for argum
     _rank, _module, _function, _count, _action = os.environ["FAULT"].split()
     if os.environ.get("RANK") == _rank:
         _arm(_module, _function, int(_count), _action)
+
+if "CPU_PRECISIONS" in os.environ:
+    import hardware
+
+    hardware.settle()
