@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -53,10 +53,9 @@ def libraries_to(log: Path | None) -> Iterator[None]:
     File descriptors are diverted and not only Python's streams, because gloo, NCCL and compilers write by themselves.
     Raises InputError where the log cannot be written.
     """
-    global _diverted
     if log is None:
-        quiet_libraries()
-        yield
+        with _no_bars_of_libraries():
+            yield
         return
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -65,31 +64,68 @@ def libraries_to(log: Path | None) -> Iterator[None]:
         raise InputError(
             f"save_path: {log.parent} cannot be made or written to: {error.strerror}; name a folder to write in"
         ) from None
-    before = sys.stdout, sys.stderr
-    for stream in before:
-        stream.flush()
-    kept = [os.dup(number) for number in (1, 2)]
-    _diverted = _Streams(*(_on(stream, number, own) for stream, number, own in zip(before, (1, 2), kept)))
-    try:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
-        sys.stdout = sys.stderr = file
-        quiet_libraries()
-        yield
-    finally:
-        file.flush()
-        sys.stdout, sys.stderr = before
+    with contextlib.ExitStack() as undo:
+        undo.callback(_attempt, file.close)
+        before = sys.stdout, sys.stderr
         for stream in before:
             stream.flush()
-        for number, own in zip((1, 2), kept):
-            os.dup2(own, number)
-        streams, _diverted = _diverted, None
-        for stream in (streams.lines, streams.bars):
-            if stream not in before:
-                stream.close()
-        for own in kept:
-            os.close(own)
-        file.close()
+        streams = _divert(before, file, undo)
+        undo.callback(_set_diverted, _diverted)
+        _set_diverted(streams)
+        undo.enter_context(_no_bars_of_libraries())
+        yield
+
+
+def _divert(before: tuple[IO[str], IO[str]], file: IO[str], undo: contextlib.ExitStack) -> _Streams:
+    """Let descriptors and Python's streams lead to `file`; the streams to what they led to. `undo` takes it back.
+
+    Each part by itself: where the disk of the log is full, or a reader has left, the error is still to be shown.
+    """
+    kept = [os.dup(number) for number in (1, 2)]
+    for own in kept:
+        undo.callback(os.close, own)
+    streams = [_on(stream, number, own) for stream, number, own in zip(before, (1, 2), kept)]
+    for stream in streams:
+        if stream not in before:
+            undo.callback(_attempt, stream.close)
+    for number, own in zip((1, 2), kept):
+        undo.callback(os.dup2, own, number)
+        os.dup2(file.fileno(), number)
+    for stream in before:
+        undo.callback(_attempt, stream.flush)
+    undo.callback(setattr, sys, "stdout", before[0])
+    undo.callback(setattr, sys, "stderr", before[1])
+    undo.callback(_attempt, file.flush)
+    sys.stdout = sys.stderr = file
+    return _Streams(*streams)
+
+
+def _attempt(call: Callable[[], object]) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        call()
+
+
+def _set_diverted(streams: _Streams | None) -> None:
+    global _diverted
+    _diverted = streams
+
+
+@contextlib.contextmanager
+def _no_bars_of_libraries() -> Iterator[None]:
+    """`quiet_libraries`, and the bars as they were afterwards."""
+    import datasets
+    import transformers
+
+    of_datasets = not datasets.are_progress_bars_disabled()
+    of_transformers = transformers.logging.is_progress_bar_enabled()
+    quiet_libraries()
+    try:
+        yield
+    finally:
+        if of_transformers:
+            transformers.logging.enable_progress_bar()
+        if of_datasets:
+            datasets.enable_progress_bars()
 
 
 def _on(stream: IO[str], number: int, own: int) -> IO[str]:

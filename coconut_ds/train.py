@@ -4,21 +4,21 @@ import os
 import sys
 from pathlib import Path
 
-# The launcher starts this file by path, which puts its folder first on sys.path; the package lies one above.
-_HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(_HERE.parent), *(entry for entry in sys.path if not entry or Path(entry).resolve() != _HERE)]
-# Before torch is imported: ranks on one machine share its cores instead of fighting for them.
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-_RANKS_HERE = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))  # DeepSpeed's name, torchrun's
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _CORES // _RANKS_HERE)))
+if __name__ == "__main__":  # the launcher starts it by path: this folder is first on sys.path, the package lies above
+    _HERE = Path(__file__).resolve().parent
+    sys.path[:] = [str(_HERE.parent), *(entry for entry in sys.path if not entry or Path(entry).resolve() != _HERE)]
+    # Before torch is imported: ranks on one machine share its cores instead of fighting for them.
+    _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    _RANKS_HERE = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun has the second
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _CORES // _RANKS_HERE)))
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import traceback  # noqa: E402
-from typing import Any  # noqa: E402
+import argparse
+import json
+import traceback
+from typing import Any
 
-from coconut_ds.config import BatchSizes, RunConfig, batch_sizes, load_run_config  # noqa: E402
-from coconut_ds.errors import InputError  # noqa: E402
+from coconut_ds.config import BatchSizes, RunConfig, batch_sizes, load_run_config
+from coconut_ds.errors import InputError
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

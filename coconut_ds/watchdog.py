@@ -6,27 +6,41 @@ ends the other ranks. It works while the process is inside a collective, too.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+from collections.abc import Iterator
 from typing import IO
 
-_limit_s: int | None = None
-_file: IO[str] | None = None
+_STDERR = 2
+_armed: tuple[int, int] | None = None
+"""Seconds, and the descriptor for the threads' places; None where nothing is watched."""
 
 
-def start(limit_s: int, file: IO[str]) -> None:
-    """From now on `alive` has to be called every `limit_s` seconds; `file` gets the threads' places."""
-    global _limit_s, _file
-    _limit_s, _file = limit_s, file
-    alive()
+@contextlib.contextmanager
+def watching(limit_s: int, file: IO[str]) -> Iterator[None]:
+    """Inside it `alive` has to be called every `limit_s` seconds; `file` gets the threads' places.
+
+    A `file` without a descriptor, as a notebook has, is replaced by the standard error of the process.
+    """
+    global _armed
+    before, _armed = _armed, (limit_s, _descriptor(file))
+    try:
+        alive()
+        yield
+    finally:
+        _armed = before
+        faulthandler.cancel_dump_traceback_later()
 
 
 def alive() -> None:
-    """The time starts anew; nothing happens where no watchdog was started."""
-    if _limit_s is not None and _file is not None:
-        faulthandler.dump_traceback_later(_limit_s, exit=True, file=_file)
+    """The time starts anew; nothing happens where nothing is watched."""
+    if _armed is not None:
+        limit_s, descriptor = _armed
+        faulthandler.dump_traceback_later(limit_s, exit=True, file=descriptor)
 
 
-def stop() -> None:
-    global _limit_s, _file
-    _limit_s = _file = None
-    faulthandler.cancel_dump_traceback_later()
+def _descriptor(file: IO[str]) -> int:
+    try:
+        return file.fileno()
+    except (AttributeError, OSError, ValueError):
+        return _STDERR

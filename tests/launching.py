@@ -28,7 +28,7 @@ _LAUNCHER = Path(sys.executable).with_name("deepspeed")
 def environment(**more: str) -> dict[str, str]:
     quiet = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     paths = (ROOT / "tests" / "fault_site", ROOT, ROOT / "tests", ROOT / "preprocessing")
-    # A test that imports the entry sets this in its own process, and ranks would inherit the threads of one alone.
+    # Ranks share the cores of the machine, whatever number of threads the tests were given.
     inherited = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     return {
         **inherited,

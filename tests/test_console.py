@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 
@@ -67,6 +68,33 @@ def test_streams_are_put_back_after_an_error(tmp_path, capsys):
     assert (sys.stdout, sys.stderr) == streams
     assert capsys.readouterr().out == "seen\n"
     assert (tmp_path / "run.log").read_text() == "lost\n"
+
+
+def test_streams_are_put_back_where_the_disk_of_the_log_is_full(tmp_path, capfd):
+    (tmp_path / "run.log").symlink_to("/dev/full")
+    streams, places = (sys.stdout, sys.stderr), [os.fstat(number).st_ino for number in (1, 2)]
+
+    def prints() -> None:
+        with libraries_to(tmp_path / "run.log"):
+            print("more than the disk holds")
+
+    with pytest.raises(OSError, match="No space left on device"):
+        prints()
+    assert (sys.stdout, sys.stderr) == streams
+    assert [os.fstat(number).st_ino for number in (1, 2)] == places
+    print("seen")
+    assert capfd.readouterr().out == "seen\n"
+
+
+def test_a_log_within_a_log_gives_back_to_the_outer_one(tmp_path, capsys):
+    with libraries_to(tmp_path / "outer.log"):
+        with libraries_to(tmp_path / "inner.log"):
+            print("inner")
+        print("outer")
+        say("seen")
+    assert (tmp_path / "inner.log").read_text() == "inner\n"
+    assert (tmp_path / "outer.log").read_text() == "outer\n"
+    assert capsys.readouterr().out == "seen\n"
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):

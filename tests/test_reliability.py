@@ -112,6 +112,17 @@ def test_a_rank_that_hangs_ends_the_job(folder):
     assert "Timeout (0:00:08)!" in output
 
 
+def test_a_rank_that_hangs_in_an_evaluation_alone_ends_the_job(folder):
+    weights = folder / "runs" / "alone" / "checkpoints" / checkpoints(folder, "alone")[-1]
+    run = faults.run_of(folder, "hang_in_evaluation", hang_limit_s=8, only_eval=True, load_model_path=str(weights))
+    started = time.monotonic()
+    fault = "1 faulthandler dump_traceback_later 2 hang"
+    status, output = faults.faulty(run, folder / "hang_in_evaluation", fault)
+    assert status != 0
+    assert time.monotonic() - started < 120
+    assert "Timeout (0:00:08)!" in output
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_examples(folder):
     run = faults.run_of(folder, "not_finite", lr=1e30, max_grad_norm=0.0, lr_schedule="constant")
     output = launching.train(run, folder / "not_finite", 2, expect=2)

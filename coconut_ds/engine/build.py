@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,28 @@ from coconut_ds.engine.ds_config import Device, offloads_optimizer
 from coconut_ds.errors import InputError
 
 _LONGER = timedelta(minutes=1)
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher sets in the environment of a rank."""
+
+
+@contextlib.contextmanager
+def process_group(hang_limit_s: float = 0) -> Iterator[None]:
+    """`start_process_group` for a run. Without a launcher nothing of it is left, however the run ends.
+
+    With one the group stays: a rank that fails must not wait for those inside a collective (`report_failure`).
+    """
+    before = {key: os.environ.get(key) for key in _LAUNCHED}
+    try:
+        start_process_group(hang_limit_s)
+        yield
+    finally:
+        if before["RANK"] is None:
+            if distributed.has_group():
+                # torch's own would leave DeepSpeed with groups that are gone, and a later run of the process fails.
+                deepspeed.comm.destroy_process_group()
+            for key in _LAUNCHED:
+                os.environ.pop(key, None)
+            os.environ.update({key: value for key, value in before.items() if value is not None})
 
 
 def start_process_group(hang_limit_s: float = 0) -> None:
@@ -33,8 +57,7 @@ def start_process_group(hang_limit_s: float = 0) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in alone.items()})
+        os.environ.update(dict(zip(_LAUNCHED, ("0", "0", "1", "127.0.0.1", str(port)))))
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.device())
     timeout = max(default_pg_timeout, timedelta(seconds=hang_limit_s) + _LONGER)

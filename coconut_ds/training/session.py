@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from coconut_ds import distributed
+from coconut_ds import distributed, watchdog
 from coconut_ds.config import BatchSizes, RunConfig, batch_sizes
-from coconut_ds.console import say
+from coconut_ds.console import say, terminal
 from coconut_ds.curriculum.collator import Tokens
 from coconut_ds.curriculum.examples import longest_prompt, read_records
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.dashboards import demand_libraries_of
-from coconut_ds.engine.build import build_engine, start_process_group
+from coconut_ds.engine.build import build_engine, process_group
 from coconut_ds.engine.ds_config import Precision
 from coconut_ds.environment import describe_environment
 from coconut_ds.errors import InputError
@@ -43,7 +43,13 @@ def train(config: RunConfig, resolve: Callable[[RunConfig, BatchSizes], dict[str
         raise InputError(f"debug: {config.run_folder} holds a run, whose records would be lost; set another name")
     demand_libraries_of(config)
     torch.manual_seed(config.seed)
-    start_process_group(config.hang_limit_s)
+    with process_group(config.hang_limit_s):
+        _train(config, resolve, checkpoints)
+
+
+def _train(
+    config: RunConfig, resolve: Callable[[RunConfig, BatchSizes], dict[str, Any]], checkpoints: Checkpoints
+) -> None:
     newest = checkpoints.newest_intact()
     materials = load_materials(_going_on_from(newest, config))
     curriculum, backbone, model, tokens = materials.curriculum, materials.backbone, materials.model, materials.tokens
@@ -62,11 +68,11 @@ def train(config: RunConfig, resolve: Callable[[RunConfig, BatchSizes], dict[str
     # Ranks draw their own dropout from here on; weights and order were drawn from the seed they share.
     torch.manual_seed(config.seed + 1_000_003 * distributed.rank())
     engine = build_engine(model, config, ds_config)
-    tracker = Tracker(config, distributed.is_main())
     evaluator = _evaluator(config, model, materials.valid_set, curriculum, tokens, backbone)
     if distributed.is_main():
         say(opening(config, sizes, ds_config, materials, planned))
     train_set = materials.train_set
+    tracker = Tracker(config, distributed.is_main())
     parts = Parts(
         config, sizes, curriculum, tokens, backbone, engine, train_set, evaluator, tracker, checkpoints, newest
     )
@@ -104,7 +110,11 @@ def _going_on_from(newest: Path | None, config: RunConfig) -> RunConfig:
 
 def evaluate(config: RunConfig, precision: Precision) -> None:
     """Evaluate `load_model_path` on the test set, or on the validation set where no test set is named."""
-    start_process_group(config.hang_limit_s)
+    with process_group(config.hang_limit_s):
+        _evaluate(config, precision)
+
+
+def _evaluate(config: RunConfig, precision: Precision) -> None:
     path = str(config.test_path or config.val_path)
     records = read_records(path, DEBUG_EXAMPLES if config.debug else None)
     backbone = load_initial(config)
@@ -114,7 +124,8 @@ def evaluate(config: RunConfig, precision: Precision) -> None:
     model, tokens = build_coconut(config, backbone)
     model.to(distributed.device(), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
     evaluator = _evaluator(config, model, examples, curriculum, tokens, backbone)
-    outcome = evaluator.run(stage)
+    with watchdog.watching(config.hang_limit_s, terminal()):
+        outcome = evaluator.run(stage)
     if outcome is None:
         return
     evaluation, predictions = outcome

@@ -81,9 +81,8 @@ class Trainer:
         self.tracker.rewind(stored.metrics_bytes if stored else 0)
         n_epochs = self.config.num_epochs - self.progress.epochs
         self.pace = Pace(n_epochs * self.steps_per_epoch - self.progress.windows, n_epochs)
-        watchdog.start(self.config.hang_limit_s, terminal())
         try:
-            with Interruption() as self.interruption:
+            with watchdog.watching(self.config.hang_limit_s, terminal()), Interruption() as self.interruption:
                 is_complete = self._run_epochs()
         except torch.OutOfMemoryError as error:
             raise InputError(
@@ -91,8 +90,6 @@ class Trainer:
                 "Lower batch_size_training, or eval_batch_size where it was evaluating, or switch on "
                 "activation_checkpointing; python -m coconut_ds.plan says what fits"
             ) from error
-        finally:
-            watchdog.stop()
         if is_complete:
             self.tracker.log("end", epochs=self.progress.epochs, step=self.progress.step)
         return is_complete
