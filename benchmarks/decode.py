@@ -1,6 +1,7 @@
 """Decoding: batched on the cached thoughts beside one question at a time without a cache.
 
     python benchmarks/decode.py --data PROSQA.json --tokenizer FOLDER [--batch 16] [--new-tokens 64] [--rounds 3]
+    python benchmarks/decode.py --toy
 
 Random weights never end an answer on purpose, so every row decodes all its tokens. Prints a table and one JSON line.
 """
@@ -13,7 +14,7 @@ import torch
 import workload
 
 from coconut_ds import Coconut
-from coconut_ds.curriculum.examples import read_records, tokenize
+from coconut_ds.curriculum.examples import tokenize
 from coconut_ds.curriculum.loaders import prompt_loader
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.training.evaluator import to_device
@@ -21,17 +22,17 @@ from coconut_ds.training.evaluator import to_device
 
 def main() -> None:
     parser = workload.parser(__doc__)
-    parser.add_argument("--data", required=True, help="ProsQA JSON")
+    parser.add_argument("--data", help="ProsQA JSON")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = workload.parse(parser, batch=2, new_tokens=4, rounds=1)
     workload.begin(options)
-    backbone = workload.gpt2_small(options.tokenizer)
+    backbone = workload.backbone_of(options)
     model = workload.coconut(backbone).eval()
     # An end that does not come: a marker is one token in 50,260 of an untrained model.
     model.eos_token_id = int(model.start_latent_id or 0)
-    examples = tokenize(read_records(options.data, 4 * options.batch), backbone.tokenizer)
+    examples = tokenize(workload.records(options, 4 * options.batch), backbone.tokenizer)
     curriculum = Curriculum("coconut", 1, 1, options.thoughts, True, 0.0, 0)
     loader = prompt_loader(
         examples, curriculum, workload.tokens_of(backbone), options.thoughts, options.batch, rank=0, world=1
@@ -45,6 +46,8 @@ def main() -> None:
     seconds = workload.seconds_by_round(
         {"batched": batched, "alone": lambda: _without_cache(model, one, options.new_tokens)}, options.rounds
     )
+    if missing := {"batched", "alone"} - seconds.keys():
+        parser.error(f"out of memory: {', '.join(sorted(missing))}; lower --batch")
     speedup = options.batch * workload.ratio(seconds, "alone", "batched")
     print(f"prompt of {inputs['input_ids'].shape[1]} columns, {options.new_tokens} new tokens")
     for name, rows in (("batched", options.batch), ("alone", 1)):

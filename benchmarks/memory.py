@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py --tokenizer FOLDER [--deepspeed ds_configs/*.json] [--micro-batch 2 4 8]
         [--precision fp32 bf16] [--activations recomputed kept]
+    python benchmarks/memory.py --toy
 
 One process for every ZeRO file, precision and treatment of activations. On a CPU what is counted is live tensor bytes
 of an optimizer step through the engine, the host's part included; on a GPU the allocator's peak. Columns:
@@ -18,6 +19,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from coconut_ds.training.activations import ActivationCost, batch_of, measure, m
 from coconut_ds.training.step import optimizer_step
 
 MIB = 2**20
+_TOY_COLUMNS = 40
 _TREATMENTS = ("recomputed", "kept")
 
 
@@ -44,7 +47,10 @@ def main() -> None:
     parser.add_argument("--activations", nargs="+", choices=_TREATMENTS, default=list(_TREATMENTS))
     parser.add_argument("--columns", type=int, default=workload.PROSQA_COLUMNS)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    zero2 = str(Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json")
+    options = workload.parse(
+        parser, deepspeed=[zero2], micro_batch=[2, 3], activations=["recomputed"], columns=_TOY_COLUMNS
+    )
     if options.one:
         print(json.dumps(_one(options)))
         return
@@ -60,7 +66,8 @@ def main() -> None:
 
 
 def _in_a_process(options: argparse.Namespace, path: str, precision: str, how: str) -> list[dict[str, Any]]:
-    command = [sys.executable, __file__, "--one", "--tokenizer", options.tokenizer, "--deepspeed", path]
+    command = [sys.executable, __file__, "--one", "--deepspeed", path]
+    command += ["--toy"] if options.toy else ["--tokenizer", options.tokenizer]
     command += ["--precision", precision, "--activations", how, "--columns", str(options.columns)]
     command += ["--thoughts", str(options.thoughts), "--micro-batch", *map(str, options.micro_batch)]
     if options.memory_limit:
@@ -75,7 +82,7 @@ def _one(options: argparse.Namespace) -> list[dict[str, Any]]:
     workload.begin(options)
     start_process_group()
     config = RunConfig(deepspeed=options.deepspeed[0], precision=options.precision[0])
-    model = workload.coconut(workload.gpt2_small(options.tokenizer))
+    model = workload.coconut(workload.backbone_of(options))
     if options.activations == ["recomputed"]:
         model.enable_activation_checkpointing()
     sequence = workload.sequence_of(options.columns, options.thoughts, int(model.latent_token_id or 0))
@@ -83,7 +90,7 @@ def _one(options: argparse.Namespace) -> list[dict[str, Any]]:
     # What is planned and measured without an engine first: it needs the weights as they are before ZeRO holds them.
     plain = model.to(dtype)
     cost = measure(plain, sequence)
-    measured = {micro: measured_peak(plain, batch_of(sequence, micro)) for micro in options.micro_batch}
+    measured = {micro: _unless_full(measured_peak, plain, batch_of(sequence, micro)) for micro in options.micro_batch}
     settings = resolve_ds_config(
         read_ds_json(config.deepspeed), config, BatchSizes(options.micro_batch[0], 1, 1), describe_device()
     )
@@ -92,21 +99,27 @@ def _one(options: argparse.Namespace) -> list[dict[str, Any]]:
     optimizer_step(engine, [batch_of(sequence, 1)], "token")
     rows = []
     for micro in options.micro_batch:
-        row: dict[str, Any] = {"micro_batch": micro}
-        try:
-            peak = _step_peak(engine, model, [batch_of(sequence, micro)])
-            beyond = peak - gradients
-            row |= {"step_mib": peak / MIB, "beyond_mib": beyond / MIB, "per_example_mib": beyond / micro / MIB}
-        except torch.OutOfMemoryError:
-            row["failed"] = "out of memory"
-        row |= _prediction(cost, measured[micro], micro)
-        rows.append(row)
+        peak = _unless_full(_step_peak, engine, model, [batch_of(sequence, micro)])
+        rows.append(_row(micro, peak, gradients, cost, measured[micro]))
     distributed.close()
     return rows
 
 
-def _prediction(cost: ActivationCost, measured: int, micro: int) -> dict[str, float]:
-    return {"planned_mib": cost.peak(micro) / MIB, "planned_over_measured": cost.peak(micro) / measured}
+def _unless_full(measure: Callable[..., int], *arguments: Any) -> int | None:
+    """What `measure` says, None where it runs out of memory."""
+    found: list[int] = []
+    return found[0] if workload.fits(lambda: found.append(measure(*arguments))) else None
+
+
+def _row(micro: int, peak: int | None, gradients: int, cost: ActivationCost, measured: int | None) -> dict[str, Any]:
+    """A line of the table: bytes of a step, of a full set of gradients, of a plain forward and backward."""
+    row: dict[str, Any] = {"micro_batch": micro, "planned_mib": cost.peak(micro) / MIB}
+    if measured is not None:
+        row["planned_over_measured"] = cost.peak(micro) / measured
+    if peak is None or measured is None:
+        return row | {"failed": "out of memory"}
+    beyond = peak - gradients
+    return row | {"step_mib": peak / MIB, "beyond_mib": beyond / MIB, "per_example_mib": beyond / micro / MIB}
 
 
 def _step_peak(engine: Any, model: Coconut, window: list[Any]) -> int:

@@ -1,9 +1,10 @@
 """How a training step's time grows with prefix length, thoughts and micro-batch.
 
     python benchmarks/scaling.py --tokenizer FOLDER [--rounds 3]
+    python benchmarks/scaling.py --toy
 
 One quantity varies at a time from 192 prefix columns, 4 thoughts and a micro-batch of 4; time ~ quantity ** exponent is
-fitted by least squares on logarithms. Prints tables and one JSON line.
+fitted by least squares on logarithms of those that fit into memory. Prints tables and one JSON line.
 """
 
 from __future__ import annotations
@@ -21,18 +22,24 @@ from coconut_ds.training.evaluator import to_device
 _BASE = {"prefix": 192, "thoughts": 4, "micro_batch": 4}
 _ANSWER = 20
 _VALUES = {"prefix": (48, 96, 192, 384), "thoughts": (1, 2, 4, 8, 16), "micro_batch": (1, 2, 4, 8)}
+_TOY_BASE = {"prefix": 16, "thoughts": 2, "micro_batch": 2}
+_TOY_VALUES = {"prefix": (8, 16, 32), "thoughts": (1, 2), "micro_batch": (1, 2)}
 
 
 def main() -> None:
     parser = workload.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = workload.parse(parser, rounds=1)
     workload.begin(options)
-    model = workload.coconut(workload.gpt2_small(options.tokenizer))
+    model = workload.coconut(workload.backbone_of(options))
     exponents = {}
-    for quantity, values in _VALUES.items():
-        work = {str(value): functools.partial(_step, model, **(_BASE | {quantity: value})) for value in values}
+    base = _TOY_BASE if options.toy else _BASE
+    for quantity, tried in (_TOY_VALUES if options.toy else _VALUES).items():
+        work = {str(value): functools.partial(_step, model, **(base | {quantity: value})) for value in tried}
         seconds = workload.seconds_by_round(work, options.rounds)
+        values = [value for value in tried if str(value) in seconds]
+        if len(values) < 2:
+            parser.error(f"out of memory: fewer than two values of {quantity} fit")
         medians = [statistics.median(seconds[str(value)]) for value in values]
         exponents[quantity] = float(np.polyfit(np.log(values), np.log(medians), 1)[0])
         for value in values:

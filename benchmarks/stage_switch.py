@@ -1,6 +1,7 @@
 """From the end of one stage to the first batch of the next, and tokenizing at start.
 
     python benchmarks/stage_switch.py --tokenizer FOLDER [--examples 18000] [--rounds 5]
+    python benchmarks/stage_switch.py --toy
 
 Generates ProsQA, tokenizes it with an empty cache and again with a full one, and switches stages: the loader of the
 next stage is made, its order drawn and grouped by length, and its first window (128 examples) collated. Prints a table
@@ -9,21 +10,17 @@ and one JSON line.
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 # Before `datasets` is imported: a cache that is empty, and gone afterwards.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "preprocessing"))
 
-import prosqa
 import workload
-from transformers import AutoTokenizer
 
 from coconut_ds.config import BatchSizes
 from coconut_ds.curriculum.collator import Tokens
@@ -33,13 +30,14 @@ from coconut_ds.curriculum.stages import Curriculum
 
 
 def main() -> None:
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
     parser = workload.parser(__doc__)
     parser.add_argument("--examples", type=int, default=18_000)
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = workload.parse(parser, examples=64, rounds=1)
     workload.begin(options)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    records = list(prosqa.generate(options.examples, "benchmark"))
+    tokenizer = workload.tokenizer_of(options)
+    records = workload.questions(options, options.examples)
     tokenizing = []
     for _ in range(2):
         started = time.perf_counter()
@@ -60,7 +58,6 @@ def main() -> None:
     workload.finish(
         options, stage_switch_s=statistics.median(seconds), tokenize_s=tokenizing[0], cached_s=tokenizing[1]
     )
-    shutil.rmtree(os.environ["HF_DATASETS_CACHE"])
 
 
 if __name__ == "__main__":

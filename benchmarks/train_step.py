@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py --data PROSQA.json --tokenizer FOLDER [--micro-batch 4 8] [--rounds 5]
         [--rows floor coconut "window of 3" recomputed straightforward]
+    python benchmarks/train_step.py --toy
 
 Forward and backward on a micro-batch of median length, without the optimizer, which is the same for all. Rows:
   floor          one plain pass over the same columns, LM head on supervised positions only
@@ -9,13 +10,15 @@ Forward and backward on a micro-batch of median length, without the optimizer, w
   window of 3    contextual thoughts
   recomputed     the same with activation checkpointing
   straightforward  cache on, logits of every column in every pass, inputs put together again for every pass
-Prints a table and one JSON line; ratios are medians over rounds of the ratio within a round. `window_extra` compares
-whole steps, whose times differ by more than a window costs; `window_extra_alone` times what makes the thoughts, without
-the model, forward and backward: the difference between windows of 3 and 1 in medians, over the median step.
+A row that runs out of memory stays in the table. Prints a table and one JSON line; ratios are medians over rounds of
+the ratio within a round. `window_extra` compares whole steps, whose times differ by more than a window costs;
+`window_extra_alone` times what makes the thoughts, forward and backward, in a model that has embeddings and no layers:
+the difference between windows of 3 and 1 in medians, over the median step.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import statistics
 from collections.abc import Callable
@@ -29,7 +32,7 @@ from transformers import DynamicCache
 from coconut_ds import Coconut, LatentContext
 from coconut_ds.config import BatchSizes
 from coconut_ds.curriculum.collator import Batch
-from coconut_ds.curriculum.examples import read_records, tokenize
+from coconut_ds.curriculum.examples import tokenize
 from coconut_ds.curriculum.loaders import TrainingWindows
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.model.backbone import Backbone
@@ -47,27 +50,31 @@ _RATIOS = {
 
 def main() -> None:
     parser = workload.parser(__doc__)
-    parser.add_argument("--data", required=True, help="ProsQA JSON")
+    parser.add_argument("--data", help="ProsQA JSON")
     parser.add_argument("--micro-batch", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS))
     parser.add_argument("--dropout", type=float, default=0.1, help="0.1 is GPT-2's own")
-    options = parser.parse_args()
+    options = workload.parse(parser, micro_batch=[1, 2], rounds=1)
     workload.begin(options)
-    backbone = workload.gpt2_small(options.tokenizer, options.dropout)
+    backbone = workload.backbone_of(options, options.dropout)
     print(f"{'micro-batch':>11}  {'':15}  {'median s (fastest-slowest)':>27}  {'ms a target':>11}  ratio to floor")
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for micro in options.micro_batch:
-        batch = _batch(options.data, backbone, micro, options.thoughts)
+        batch = _batch(options, backbone, micro)
         variants = _variants(backbone, batch)
         seconds = workload.seconds_by_round({name: variants[name] for name in options.rows}, options.rounds)
-        for name, values in seconds.items():
+        for name in options.rows:
+            if name not in seconds:
+                print(f"{micro:>11}  {name:15}  out of memory")
+                continue
+            values = seconds[name]
             each = 1000 * statistics.median(values) / batch.n_targets
             over_floor = f"{workload.ratio(seconds, name, 'floor'):.3f}" if "floor" in seconds else ""
             print(f"{micro:>11}  {name:15}  {workload.spread(values):>27}  {each:>11.1f}  {over_floor}")
         alone = {}
         if "coconut" in seconds:
-            extra = _window_seconds(backbone, batch)
+            extra = _window_seconds(options, batch)
             alone["window_extra_alone"] = extra / statistics.median(seconds["coconut"])
             print(f"{micro:>11}  a window of 3 takes {1000 * extra:.2f} ms more than one of 1 to make the thoughts")
         results[str(micro)] = {
@@ -76,6 +83,7 @@ def main() -> None:
             "columns": batch.inputs["input_ids"].shape[1],
             "n_targets": batch.n_targets,
             "seconds": seconds,
+            "out_of_memory": [name for name in options.rows if name not in seconds],
         }
     workload.finish(options, **_ratios(seconds), **alone, by_micro_batch=results)
 
@@ -90,10 +98,10 @@ def _ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
     return found
 
 
-def _batch(data: str, backbone: Backbone, micro: int, thoughts: int) -> Batch:
-    examples = tokenize(read_records(data, 128), backbone.tokenizer)
+def _batch(options: argparse.Namespace, backbone: Backbone, micro: int) -> Batch:
+    examples = tokenize(workload.records(options, 128), backbone.tokenizer)
     # The second of two stages replaces every step, here by as many thoughts as are asked for.
-    curriculum = Curriculum("coconut", thoughts, 1, 1, True, 0.0, 0)
+    curriculum = Curriculum("coconut", options.thoughts, 1, 1, True, 0.0, 0)
     windows = TrainingWindows(examples, curriculum, workload.tokens_of(backbone), BatchSizes(micro, 1, 1), 0, epoch=2)
     batches = sorted((windows[n][0] for n in range(len(windows))), key=lambda each: each.inputs["input_ids"].shape[1])
     return batches[len(batches) // 2]
@@ -127,21 +135,21 @@ def _variants(backbone: Backbone, batch: Batch) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _window_seconds(backbone: Backbone, batch: Batch) -> float:
-    """Seconds that thoughts made from three states take longer than from one, with a backbone that does nothing."""
-    inputs = to_device(batch.inputs)
-    shape = (*inputs["input_ids"].shape, backbone.model.config.hidden_size)
-    embeds = torch.randn(shape, device=inputs["input_ids"].device, requires_grad=True)
-    first_real = inputs["attention_mask"].argmax(dim=1)
+def _window_seconds(options: argparse.Namespace, batch: Batch) -> float:
+    """Seconds that thoughts made from three states take longer than from one, in a model without layers."""
+    inputs = {key: value for key, value in to_device(batch.inputs).items() if key not in ("labels", "supervised")}
+    backbone = workload.backbone_of(options, dropout=0.0, n_layer=0)
+    # Writing out the gradient of a whole vocabulary would take longer than the thoughts.
+    backbone.model.get_input_embeddings().requires_grad_(False)
 
     def passes(model: Coconut) -> None:
-        made = model._passes(inputs["thought_span"], inputs["input_ids"], embeds, first_real, lambda fed, _: fed * 2)
-        torch.cat([hidden for _, hidden in made], dim=1).sum().backward()
-        embeds.grad = None
+        model.encode(**inputs).hidden.sum().backward()
+        model.zero_grad()
 
     work = {"one": workload.coconut(backbone, LatentContext()), "three": workload.coconut(backbone)}
+    rounds = 2 if options.toy else _WINDOW_ROUNDS
     seconds = workload.seconds_by_round(
-        {name: functools.partial(passes, model) for name, model in work.items()}, _WINDOW_ROUNDS
+        {name: functools.partial(passes, model) for name, model in work.items()}, rounds
     )
     return statistics.median(seconds["three"]) - statistics.median(seconds["one"])
 
