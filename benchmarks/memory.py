@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import workload
 
-from coconut_ds import Coconut, distributed
+from coconut_ds import Coconut, distributed, strict_json
 from coconut_ds.config import BatchSizes, RunConfig
 from coconut_ds.engine.build import build_engine, describe_device, start_process_group
 from coconut_ds.engine.ds_config import read_ds_json, resolve_ds_config
@@ -52,7 +52,7 @@ def main() -> None:
         parser, deepspeed=[zero2], micro_batch=[2, 3], activations=["recomputed"], columns=_TOY_COLUMNS
     )
     if options.one:
-        print(json.dumps(_one(options)))
+        print(strict_json.dumps(_one(options)))
         return
     print("ZeRO file        precision  activations  micro-batch  step MiB  beyond MiB  an example  planned / measured")
     rows = []

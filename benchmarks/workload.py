@@ -7,7 +7,6 @@ seconds that a script works, and its figures mean nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -24,7 +23,7 @@ import prosqa
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from coconut_ds import Coconut, LatentContext, distributed
+from coconut_ds import Coconut, LatentContext, distributed, strict_json
 from coconut_ds.console import quiet_libraries
 from coconut_ds.curriculum.collator import Tokens, TokenSequence
 from coconut_ds.curriculum.examples import read_records
@@ -180,4 +179,4 @@ def spread(values: Sequence[float]) -> str:
 def finish(options: argparse.Namespace, **results: Any) -> None:
     """The JSON line: results, options, versions and hardware."""
     facts = {"threads": torch.get_num_threads(), "environment": describe_environment()}
-    print(json.dumps({**results, **facts, "options": vars(options)}))
+    print(strict_json.dumps({**results, **facts, "options": vars(options)}))

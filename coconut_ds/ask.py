@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from coconut_ds import strict_json
 from coconut_ds.answers import Answer, Answerer, Question, sampled
 from coconut_ds.console import quiet_libraries, stop_printing
 from coconut_ds.curriculum.examples import read_records
@@ -173,7 +173,7 @@ class Page:
             print(f"warning: the model knows no {words} and reads {stand_in} in place of it", file=sys.stderr)
         if self.as_json:
             answer = self.answerer.answer(question)
-            print(json.dumps(answer.as_dict()), flush=True)
+            print(strict_json.dumps(answer.as_dict()), flush=True)
             return answer
         if self.repeats_questions:
             print(f"{_PROMPT}{question.text}", flush=True)

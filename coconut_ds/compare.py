@@ -24,7 +24,6 @@ tokens       Thoughts plus generated tokens before the end of the answer, mean p
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from coconut_ds import intervals
+from coconut_ds import intervals, strict_json
 from coconut_ds.comparison_tables import report
 from coconut_ds.config import RunConfig
 from coconut_ds.errors import InputError
@@ -87,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         demand_libraries(["scipy", "matplotlib"] if options.png else ["scipy"], extra="report")
         comparison = compare(grouped([read_run(text, options.predictions) for text in options.runs]))
         if options.json:
-            _write(options.json, lambda path: path.write_text(json.dumps(comparison, indent=2) + "\n", "utf-8"))
+            _write(options.json, lambda path: path.write_text(strict_json.dumps(comparison, indent=2) + "\n", "utf-8"))
         if options.png:
             from coconut_ds.figures.canvas import save
             from coconut_ds.figures.comparison import draw

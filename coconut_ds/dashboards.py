@@ -6,12 +6,12 @@ The only importer of both. Whatever goes wrong here is raised; `tracking.py` see
 from __future__ import annotations
 
 import html
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from coconut_ds import strict_json
 from coconut_ds.config import RunConfig
 from coconut_ds.errors import InputError
 from coconut_ds.extras import demand_libraries
@@ -173,7 +173,7 @@ class Tensorboard:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         settings = {
-            key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            key: value if isinstance(value, bool | int | float | str) else strict_json.dumps(value)
             for key, value in self._config.model_dump(mode="json").items()
         }
         figures = {f"summary/{name}": value for name, value in summary.items()}

@@ -19,7 +19,6 @@ next step    Of ProsQA questions, which carry their graph: the model is stopped 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from typing import Any
 
 import torch
 
+from coconut_ds import strict_json
 from coconut_ds.console import progress, quiet_libraries, stop_printing
 from coconut_ds.curriculum.examples import read_records
 from coconut_ds.errors import InputError
@@ -118,7 +118,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _write_files(options: argparse.Namespace, found: dict[str, Any]) -> None:
     if options.json:
-        _write(options.json, lambda path: path.write_text(json.dumps(found, indent=2) + "\n", "utf-8"))
+        _write(options.json, lambda path: path.write_text(strict_json.dumps(found, indent=2) + "\n", "utf-8"))
     if options.png and (options.all or not found["why_no_graph"]):
         from coconut_ds.figures.canvas import save
         from coconut_ds.figures.thoughts import draw_averages, draw_graphs

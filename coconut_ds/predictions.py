@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coconut_ds.errors import InputError, did_you_mean
+from coconut_ds.run_events import Number
 
 _EPOCH = re.compile(r"epoch_(\d+)")
 
@@ -26,7 +27,7 @@ class Prediction(BaseModel):
     n_steps: int = Field(ge=0)
     n_thoughts: int = Field(ge=0)
     n_new_tokens: int = Field(ge=0)
-    thoughts: tuple[tuple[tuple[str, float], ...], ...] = ()
+    thoughts: tuple[tuple[tuple[str, Number], ...], ...] = ()
     """For each thought the most probable vocabulary tokens under the LM head, with their probabilities."""
 
 

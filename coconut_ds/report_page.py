@@ -6,14 +6,13 @@ What a run has recorded is text from outside. The template escapes it, and the p
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from coconut_ds import report_tables
+from coconut_ds import report_tables, strict_json
 from coconut_ds.predictions import Prediction, epoch_of
 from coconut_ds.run_records import RunRecords
 
@@ -51,6 +50,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters["data_address"] = _data_address
+    environment.policies["json.dumps_function"] = strict_json.dumps
     return environment.get_template("page.html.jinja").render(
         heads=[report_tables.head(name, run) for name, run in runs.items()],
         verdict=report_tables.verdict(list(runs.values())),
@@ -98,6 +98,5 @@ def _row(prediction: Prediction) -> dict[str, Any]:
     return {**row, **lengths, "thoughts": [[_token(*each) for each in top] for top in prediction.thoughts]}
 
 
-def _token(text: str, probability: float) -> tuple[str, float | None]:
-    # JSON has no word for what is no number, and a browser would refuse the whole table.
-    return text, round(probability, 4) if math.isfinite(probability) else None
+def _token(text: str, probability: float) -> tuple[str, float]:
+    return text, round(probability, 4)

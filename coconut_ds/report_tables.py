@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from coconut_ds import strict_json
 from coconut_ds.config import RunConfig
 from coconut_ds.predictions import epoch_of
 from coconut_ds.run_records import RunRecords
@@ -247,5 +247,5 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else strict_json.dumps(value, ensure_ascii=False)
     return flat

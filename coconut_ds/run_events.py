@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from coconut_ds.errors import InputError
+
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A float that the run may have found not to be finite: null, which `strict_json.py` writes then, is read as NaN."""
 
 
 class _Record(BaseModel):
@@ -33,7 +37,7 @@ class TrainStep(_Record):
     event: Literal["train_step"]
     epoch: int
     stage: int
-    loss: float
+    loss: Number
     step_time_s: float
     peak_memory_gib: float | None = None
     n_tokens: int | None = None
@@ -46,14 +50,14 @@ class EpochEvaluation(_Record):
     event: Literal["eval"]
     epoch: int
     stage: int
-    valid_loss: float
+    valid_loss: Number
     accuracy: float
     n_correct: int
     n_total: int = Field(ge=1)
     mean_new_tokens: float
     examples_per_s: float = Field(gt=0)
     accuracy_by_steps: dict[str, float] = {}
-    latent_weights: tuple[float, ...] = ()
+    latent_weights: tuple[Number, ...] = ()
     """Of a learned window, newest state first."""
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from coconut_ds import strict_json
 from coconut_ds.config import RunConfig
 from coconut_ds.console import say
 from coconut_ds.dashboards import Dashboard, dashboards_of, forget_earlier_run
@@ -42,7 +43,7 @@ class Tracker:
         if self._file is None:
             return
         try:
-            self._file.write(json.dumps({"event": event, **values}) + "\n")
+            self._file.write(strict_json.dumps({"event": event, **values}) + "\n")
             self._file.flush()
         except OSError as error:
             raise _unwritable(self.path, error) from None

@@ -13,10 +13,10 @@ if __name__ == "__main__":  # the launcher starts it by path: this folder is fir
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _CORES // _RANKS_HERE)))
 
 import argparse
-import json
 import traceback
 from typing import Any
 
+from coconut_ds import strict_json
 from coconut_ds.config import BatchSizes, RunConfig, batch_sizes, load_run_config
 from coconut_ds.errors import InputError
 
@@ -67,7 +67,7 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
         resolved = resolve(config, batch_sizes(config, distributed.world_size()))
         config = config.model_copy(update={"activation_checkpointing": ds_config.resolve_checkpointing(raw, config)})
         if options.dry_run:
-            say(f"# run\n{config.to_yaml()}\n# deepspeed\n{json.dumps(resolved, indent=2)}")
+            say(f"# run\n{config.to_yaml()}\n# deepspeed\n{strict_json.dumps(resolved, indent=2)}")
         elif config.only_eval:
             session.evaluate(config, ds_config.resolve_precision(config, device))
         else:

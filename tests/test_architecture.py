@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "coconut_ds"
 
 LAYERS = (
+    ("strict_json",),
     (
         "errors",
         "methods",
@@ -25,8 +26,8 @@ LAYERS = (
         "training.sealed_folder",
     ),
     ("comparison_tables", "inspection.prosqa_graph", "inspection.tables"),
-    ("extras", "predictions", "run_events", "figures.comparison", "figures.thoughts"),
-    ("config", "distributed"),
+    ("extras", "run_events", "figures.comparison", "figures.thoughts"),
+    ("config", "distributed", "predictions"),
     ("console", "curriculum.stages", "interruption", "dashboards", "run_records"),
     (
         "curriculum.examples",

@@ -12,6 +12,7 @@ import datasets
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from coconut_ds import strict_json
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.errors import InputError, did_you_mean
 
@@ -105,7 +106,7 @@ def _content_hash(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerB
     texts = [[record[key] for key in KEYS] for record in records]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else f"{tokenizer!r} {sorted(tokenizer.get_vocab().items())}"
-    content = json.dumps([_TOKENIZATION, type(tokenizer).__name__, rules, tokenizer.special_tokens_map, texts])
+    content = strict_json.dumps([_TOKENIZATION, type(tokenizer).__name__, rules, tokenizer.special_tokens_map, texts])
     return hashlib.sha256(content.encode()).hexdigest()
 
 

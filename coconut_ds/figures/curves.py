@@ -48,10 +48,14 @@ class Curve:
 
 
 def averaged(steps: Sequence[int], values: Sequence[float], weights: Sequence[float], size: int) -> Curve:
-    """Blocks of `size` values, the last one of what is left; a block stands at the mean of its steps."""
+    """Blocks of `size` values, the last one of what is left; a block stands at the mean of its steps.
+
+    A block that holds a value that is not finite is NaN, which is drawn as a gap.
+    """
     starts = np.arange(0, len(values), size)
     counts = np.diff([*starts, len(values)])
     x, y, w = (np.asarray(each, dtype=float) for each in (steps, values, weights))
+    y = np.where(np.isfinite(y), y, np.nan)
     return Curve(
         np.add.reduceat(x, starts) / counts,
         np.add.reduceat(w * y, starts) / np.add.reduceat(w, starts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,8 +100,13 @@ def _results_text(settings: Mapping[str, Any]) -> str:
         return "These weights have not been evaluated."
     return (
         f"Validation set, greedy: accuracy {results['accuracy']:.1%} ({results['n_correct']} of {results['n_total']}), "
-        f"loss {results['valid_loss']:.4f}, {results['mean_new_tokens']:.1f} tokens an answer, thoughts included."
+        f"loss {_loss_text(results['valid_loss'])}, {results['mean_new_tokens']:.1f} tokens an answer, "
+        "thoughts included."
     )
+
+
+def _loss_text(loss: float | None) -> str:
+    return "not finite" if loss is None or not math.isfinite(loss) else f"{loss:.4f}"
 
 
 _USE = """With `coconut_ds` installed:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coconut_ds import strict_json
 from coconut_ds.errors import InputError, in_one_line
 from coconut_ds.methods import METHODS
 from coconut_ds.model.card import model_card
@@ -75,7 +76,7 @@ def write_folder(
     if window:
         save_file(window, folder / WINDOW_FILE)
     if settings is not None:
-        (folder / _SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (folder / _SETTINGS_FILE).write_text(strict_json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         backbone = f"{base_causallm.config.model_type}, {n_parameters / 1e6:.2f} M parameters"
         (folder / _CARD_FILE).write_text(model_card(settings, backbone), encoding="utf-8")
 

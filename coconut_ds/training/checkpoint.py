@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from coconut_ds import distributed, watchdog
+from coconut_ds import distributed, strict_json, watchdog
 from coconut_ds.console import say
 from coconut_ds.engine import optimizer_states
 from coconut_ds.errors import InputError
@@ -252,7 +252,7 @@ def _demand_finite(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _write_progress(folder: Path, stored: Stored) -> None:
-    (folder / _PROGRESS).write_text(json.dumps(asdict(stored), indent=2) + "\n", encoding="utf-8")
+    (folder / _PROGRESS).write_text(strict_json.dumps(asdict(stored), indent=2) + "\n", encoding="utf-8")
 
 
 def _on_main(failed: str, action: Callable[..., Any], *arguments: Any) -> Any:

@@ -11,6 +11,8 @@ import os
 import shutil
 from pathlib import Path
 
+from coconut_ds import strict_json
+
 MANIFEST = "manifest.json"
 _UNFINISHED, _DOOMED, _DAMAGED = ".tmp", ".removed", ".damaged"
 _BLOCK = 1 << 20
@@ -28,7 +30,7 @@ def publish(unfinished: Path) -> Path:
     """Seal a folder made by `begin` and give it its name; a folder that has the name already makes room."""
     files = sorted(path for path in unfinished.rglob("*") if path.is_file())
     entries = {path.relative_to(unfinished).as_posix(): _fingerprint(path) for path in files}
-    (unfinished / MANIFEST).write_text(json.dumps({"files": entries}, indent=2) + "\n", encoding="utf-8")
+    (unfinished / MANIFEST).write_text(strict_json.dumps({"files": entries}, indent=2) + "\n", encoding="utf-8")
     for path in (*files, unfinished / MANIFEST, *(each for each in unfinished.rglob("*") if each.is_dir()), unfinished):
         flush(path)
     path = unfinished.with_name(unfinished.name.removesuffix(_UNFINISHED))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from coconut_ds import distributed, watchdog
+from coconut_ds import distributed, strict_json, watchdog
 from coconut_ds.config import BatchSizes, RunConfig, batch_sizes
 from coconut_ds.console import say, terminal
 from coconut_ds.curriculum.collator import Tokens
@@ -133,7 +132,7 @@ def _evaluate(config: RunConfig, precision: Precision) -> None:
     write_predictions(config, name, predictions)
     say(evaluation_text(config, path, stage, evaluation))
     say(f"predictions: {config.run_folder / 'predictions' / name}.jsonl")
-    say(json.dumps({"path": str(path), "stage": stage, **evaluation.as_dict()}))
+    say(strict_json.dumps({"path": str(path), "stage": stage, **evaluation.as_dict()}))
 
 
 def _evaluator(
@@ -169,5 +168,5 @@ def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:
 def _write_description(config: RunConfig, ds_config: dict[str, Any]) -> None:
     folder = config.run_folder
     write_record(folder / "run_config.yaml", config.to_yaml())
-    write_record(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-    write_record(folder / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+    write_record(folder / "ds_config.json", strict_json.dumps(ds_config, indent=2) + "\n")
+    write_record(folder / "environment.json", strict_json.dumps(describe_environment(), indent=2) + "\n")

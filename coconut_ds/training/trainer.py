@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 
-from coconut_ds import distributed, watchdog
+from coconut_ds import distributed, strict_json, watchdog
 from coconut_ds.config import BatchSizes, RunConfig
 from coconut_ds.console import EpochProgress, say, terminal
 from coconut_ds.curriculum.collator import Batch, Tokens
@@ -297,5 +296,5 @@ class Trainer:
 
 def write_predictions(config: RunConfig, name: str, predictions: list[dict[str, Any]]) -> None:
     """One prediction a line in `predictions/NAME.jsonl` of the run folder."""
-    lines = "".join(json.dumps(row) + "\n" for row in predictions)
+    lines = "".join(strict_json.dumps(row) + "\n" for row in predictions)
     write_record(config.run_folder / "predictions" / f"{name}.jsonl", lines)
