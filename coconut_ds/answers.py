@@ -15,7 +15,7 @@ from coconut_ds.errors import InputError
 from coconut_ds.model.backbone import n_positions
 from coconut_ds.model.generation import Decoded, decode
 from coconut_ds.model.thoughts import Readings, read_thoughts, top_tokens
-from coconut_ds.training.evaluator import before_eos, clean_answer, given_answer, text_of
+from coconut_ds.training.evaluator import before_eos, clean_answer, given_answer, is_cut, text_of
 from coconut_ds.training.trained import TrainedModel
 
 _QUOTED = 60
@@ -46,6 +46,8 @@ class Answer:
     """For each thought the most probable tokens under the LM head, where they were asked for."""
     expected: str | None = None
     correct: bool | None = None
+    cut: bool = False
+    """Whether it was ended by the most tokens that it might have, without an EOS."""
 
     def as_dict(self) -> dict[str, Any]:
         """What is known, by name."""
@@ -101,7 +103,8 @@ class Answerer:
         decoded = decode(
             self.trained.model, ids, mask, n_new, inputs["thought_span"], streamer=streamer, **self.sampling
         )
-        new = before_eos(decoded.tokens[0].tolist(), tokenizer)
+        generated = decoded.tokens[0].tolist()
+        new = before_eos(generated, tokenizer)
         text = text_of(new, tokenizer)
         given = given_answer(text)
         expected = None if question.expected is None else clean_answer(question.expected)
@@ -115,6 +118,7 @@ class Answerer:
             thoughts=self._readings(decoded, batch) if self.reads_thoughts else None,
             expected=expected,
             correct=None if expected is None else given == expected,
+            cut=is_cut(generated, tokenizer),
         )
 
     def check(self, question: Question) -> None:

@@ -32,7 +32,10 @@ from coconut_ds.training.trained import TrainedModel
 
 _PROMPT = "> "
 _INTERRUPTED = 130
+_LISTED = 10  # cut answers that are named by their number
 _JSON_STARTS = re.compile(r'\s*(\[\s*(\{|$)|\{\s*("|$))')
+
+_ROOM = "--max-new-tokens N allows more, as far as the model has positions"
 
 _RANGES = {
     "temperature": (0.001, 1000.0),
@@ -114,7 +117,7 @@ def _run(options: argparse.Namespace) -> None:
     if isinstance(questions, list):
         for question in questions:
             answerer.check(question)
-    page.print_total([page.ask(question).correct for question in questions])
+    page.print_total([(answer.correct, answer.cut) for answer in map(page.ask, questions)])
 
 
 def _questions(options: argparse.Namespace) -> Iterable[Question]:
@@ -180,14 +183,26 @@ class Page:
         answer = self.answerer.answer(question, self.streams)
         lines = [] if self.streams else [answer.text]
         print("".join(f"{line}\n" for line in [*lines, *_remarks(answer)]), end="", flush=True)
+        # Of several they are counted at the end.
+        if answer.cut and not self.repeats_questions:
+            print(f"warning: cut off after {_tokens(answer.n_new_tokens)}, before its end; {_ROOM}", file=sys.stderr)
         return answer
 
-    def print_total(self, correct: Sequence[bool | None]) -> None:
-        """How many of the answers were right, where what was expected is known."""
-        known = [each for each in correct if each is not None]
+    def print_total(self, answers: Sequence[tuple[bool | None, bool]]) -> None:
+        """How many of the answers were right, where what was expected is known, and how many were cut."""
+        known = [correct for correct, _ in answers if correct is not None]
         if known:
             total = f"{sum(known)} of {len(known)} right ({sum(known) / len(known):.1%})"
             print(total, file=sys.stderr if self.as_json else sys.stdout)
+        cut = [str(number) for number, (_, is_cut) in enumerate(answers, start=1) if is_cut]
+        if cut and (self.as_json or self.repeats_questions):
+            numbers = ", ".join(cut[:_LISTED]) + (", ..." if len(cut) > _LISTED else "")
+            counts = f"{len(cut)} of {len(answers)} answers were cut off before their end"
+            print(f"warning: {counts} (question {numbers}); {_ROOM}", file=sys.stderr)
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' * (count != 1)}"
 
 
 def _remarks(answer: Answer) -> Iterator[str]:

@@ -19,6 +19,7 @@ McNemar      Exact test of two models of the same seed, on the questions that on
              whether these two trained models differ on questions like these, not whether the methods do.
 p, Holm      The same p-values, adjusted for all of them being printed together.
 tokens       Thoughts plus generated tokens before the end of the answer, mean per question; then thoughts alone.
+cut          Answers that reached `max_new_tokens` before their end; the column is there where there are such.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ from typing import Any
 import numpy as np
 
 from coconut_ds import intervals, strict_json
+from coconut_ds.answer_lengths import cut_warning
 from coconut_ds.comparison_tables import report
 from coconut_ds.config import RunConfig
 from coconut_ds.errors import InputError
 from coconut_ds.extras import demand_libraries
-from coconut_ds.predictions import Prediction, epoch_of, predictions_file, read_predictions
+from coconut_ds.predictions import Prediction, cut_answers, epoch_of, predictions_file, read_predictions
 from coconut_ds.run_records import read_config
 
 DRAWS, BOOTSTRAP_SEED = 10_000, 0
@@ -229,6 +231,7 @@ def _describe(name: str, runs: Sequence[Run], hits: np.ndarray) -> dict[str, Any
     steps = np.array([answer.n_steps for answer in runs[0].answers])
     thoughts = np.array([[answer.n_thoughts for answer in run.answers] for run in runs])
     tokens = np.array([[answer.n_new_tokens for answer in run.answers] for run in runs])
+    described = [_describe_run(run) for run in runs]
     by_steps = {
         str(count): {"examples": int((steps == count).sum()), "accuracy": float(hits[:, steps == count].mean())}
         for count in sorted(set(steps.tolist()))
@@ -242,14 +245,16 @@ def _describe(name: str, runs: Sequence[Run], hits: np.ndarray) -> dict[str, Any
         "resampled": ["seeds", "questions"] if len(runs) > 1 else ["questions"],
         "mean_tokens": float((thoughts + tokens).mean()),
         "mean_thoughts": float(thoughts.mean()),
+        "n_cut": None if any(each["n_cut"] is None for each in described) else sum(each["n_cut"] for each in described),
         "accuracy_by_steps": by_steps,
-        "runs": [_describe_run(run) for run in runs],
+        "runs": described,
     }
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
     total, correct = len(run.hits), sum(run.hits)
     thoughts = sum(answer.n_thoughts for answer in run.answers)
+    cut = cut_answers(run.answers)
     return {
         "name": run.config.name,
         "folder": str(run.folder),
@@ -259,6 +264,7 @@ def _describe_run(run: Run) -> dict[str, Any]:
         "interval": intervals.wilson(correct, total),
         "mean_tokens": (thoughts + sum(answer.n_new_tokens for answer in run.answers)) / total,
         "mean_thoughts": thoughts / total,
+        "n_cut": cut.count if cut else None,
     }
 
 
@@ -300,7 +306,16 @@ def _notes(groups: Groups, described: list[dict[str, Any]], pairs: list[dict[str
     apart = [f"{pair['first']} and {pair['second']}" for pair in pairs if not pair["mcnemar"]]
     if apart:
         notes.append(f"No seed in common, so no McNemar test: {'; '.join(apart)}.")
-    return notes + _notes_on_epochs(groups)
+    return notes + _notes_on_cut_answers(groups) + _notes_on_epochs(groups)
+
+
+def _notes_on_cut_answers(groups: Groups) -> list[str]:
+    notes = []
+    for run in (run for runs in groups.values() for run in runs):
+        cut = cut_answers(run.answers)
+        if cut and cut.count:
+            notes.append(f"Warning, {run.config.name}: {cut_warning(cut.count, len(run.answers), max(cut.limits))}.")
+    return notes
 
 
 def _notes_on_epochs(groups: Groups) -> list[str]:

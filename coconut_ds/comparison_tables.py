@@ -21,18 +21,23 @@ def report(comparison: dict[str, Any], markdown: bool = False) -> str:
 
 
 def _group_table(groups: list[dict[str, Any]]) -> Rows:
+    has_cut = any(group["n_cut"] or any(run["n_cut"] for run in group["runs"]) for group in groups)
     rows = [["group, run", "seed", "examples", "accuracy", "95% interval", "interval from", "tokens", "thoughts"]]
+    rows[0] += ["cut"] * has_cut
     for group in groups:
         seeds, examples = ", ".join(map(str, group["seeds"])), str(group["examples"])
-        rows.append([group["group"], seeds, examples, *_figures(group, f"bootstrap, {' x '.join(group['resampled'])}")])
-        rows += [["  " + run["name"], str(run["seed"]), examples, *_figures(run, "Wilson")] for run in group["runs"]]
+        source = f"bootstrap, {' x '.join(group['resampled'])}"
+        rows.append([group["group"], seeds, examples, *_figures(group, source, has_cut)])
+        for run in group["runs"]:
+            rows.append(["  " + run["name"], str(run["seed"]), examples, *_figures(run, "Wilson", has_cut)])
     return rows
 
 
-def _figures(each: dict[str, Any], source: str) -> list[str]:
+def _figures(each: dict[str, Any], source: str, has_cut: bool) -> list[str]:
     low, high = each["interval"]
     lengths = [f"{each[key]:.1f}" for key in ("mean_tokens", "mean_thoughts")]
-    return [f"{each['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", source, *lengths]
+    cut = ["-" if each["n_cut"] is None else str(each["n_cut"])] * has_cut
+    return [f"{each['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", source, *lengths, *cut]
 
 
 def _steps_table(groups: list[dict[str, Any]]) -> Rows:

@@ -22,7 +22,7 @@ _TENSORBOARD_FLUSH_S = 10
 _MOST_ROWS = 100
 _WANDB_ID = "wandb_run_id.txt"
 _TENSORBOARD = "tensorboard"
-_COLUMNS = ("index", "question", "expected", "given", "correct", "n_steps", "n_thoughts", "n_new_tokens", "text")
+_COLUMNS = ("index", "question", "expected", "given", "correct", "n_steps", "n_thoughts", "n_new_tokens", "cut", "text")
 _STAGE_CURVES = "loss_by_stage"
 
 Events = Sequence[Mapping[str, Any]]

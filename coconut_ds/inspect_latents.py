@@ -150,6 +150,7 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
     readings, fed = _readings(trained, questions, options, room)
     steps = _next_steps(trained, graphs, questions, options.batch_size)
     found = {"checkpoint": options.checkpoint, "data": options.data, "why_no_graph": why_no_graph}
+    found["max_new_tokens"] = room
     if not options.all:
         found |= asdict(readings[0])
         if graphs:

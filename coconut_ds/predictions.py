@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,7 +16,7 @@ _EPOCH = re.compile(r"epoch_(\d+)")
 
 
 class Prediction(BaseModel):
-    """A line of a predictions file; earlier versions wrote no `thoughts`."""
+    """A line of a predictions file; earlier versions wrote no `thoughts` and no `cut`."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -27,8 +29,27 @@ class Prediction(BaseModel):
     n_steps: int = Field(ge=0)
     n_thoughts: int = Field(ge=0)
     n_new_tokens: int = Field(ge=0)
+    cut: bool | None = None
+    """Whether `max_new_tokens`, which is `n_new_tokens` then, ended the answer."""
     thoughts: tuple[tuple[tuple[str, Number], ...], ...] = ()
     """For each thought the most probable vocabulary tokens under the LM head, with their probabilities."""
+
+
+@dataclass(frozen=True)
+class CutAnswers:
+    """How many of some answers were cut, and the limits they reached, the `max_new_tokens` of their evaluations."""
+
+    count: int
+    limits: tuple[int, ...]
+
+
+def cut_answers(answers: Iterable[Prediction]) -> CutAnswers | None:
+    """None where one of them is from an earlier version, which did not write it down."""
+    answers = list(answers)
+    if any(answer.cut is None for answer in answers):
+        return None
+    cut = [answer.n_new_tokens for answer in answers if answer.cut]
+    return CutAnswers(len(cut), tuple(sorted(set(cut))))
 
 
 def prediction_names(folder: Path) -> list[str]:

@@ -60,6 +60,7 @@ def render(
         other_sets=[report_tables.other_sets(run) for run in runs.values()],
         settings=[report_tables.configuration(runs), report_tables.environments(runs)],
         examples=_examples(runs),
+        warnings=report_tables.warnings(runs),
         problems=[problem for run in runs.values() for problem in run.problems],
         made=made,
     )
@@ -95,7 +96,9 @@ def chosen(predictions: Sequence[Prediction], limit: int = ROWS_PER_FILE) -> lis
 def _row(prediction: Prediction) -> dict[str, Any]:
     row = prediction.model_dump(include={"index", "question", "expected", "given", "correct", "text"})
     lengths = {"steps": prediction.n_steps, "n_thoughts": prediction.n_thoughts, "tokens": prediction.n_new_tokens}
-    return {**row, **lengths, "thoughts": [[_token(*each) for each in top] for top in prediction.thoughts]}
+    # Earlier versions did not write `cut`.
+    row |= {**lengths, "cut": bool(prediction.cut)}
+    return {**row, "thoughts": [[_token(*each) for each in top] for top in prediction.thoughts]}
 
 
 def _token(text: str, probability: float) -> tuple[str, float]:

@@ -8,8 +8,9 @@ from itertools import groupby
 from typing import Any
 
 from coconut_ds import strict_json
+from coconut_ds.answer_lengths import cut_warning
 from coconut_ds.config import RunConfig
-from coconut_ds.predictions import epoch_of
+from coconut_ds.predictions import cut_answers, epoch_of
 from coconut_ds.run_records import RunRecords
 
 NOTHING = "\N{EN DASH}"
@@ -153,6 +154,8 @@ class StageRow:
     last: str
     best: str
     tokens: str
+    cut: str
+    """Answers of its last evaluation that `max_new_tokens` ended."""
 
 
 def stage_rows(run: RunRecords) -> list[StageRow]:
@@ -170,19 +173,39 @@ def stage_rows(run: RunRecords) -> list[StageRow]:
                 f"{mine[-1].accuracy:.1%}",
                 f"{max(each.accuracy for each in mine):.1%}",
                 f"{mine[-1].mean_new_tokens:.1f}",
+                NOTHING if mine[-1].n_cut is None else f"{mine[-1].n_cut:,}",
             )
         )
     return rows
 
 
-def other_sets(run: RunRecords) -> list[tuple[str, str, str]]:
-    """Name, accuracy and number of questions of each set that the run's checkpoints were evaluated on."""
+def other_sets(run: RunRecords) -> list[tuple[str, str, str, str]]:
+    """Name, accuracy, numbers of questions and of cut answers of each set that checkpoints were evaluated on."""
     rows = []
     for name, answers in run.predictions.items():
         if epoch_of(name) is None:
             share = sum(answer.correct for answer in answers) / len(answers)
-            rows.append((name, f"{share:.1%}", f"{len(answers):,}"))
+            cut = cut_answers(answers)
+            rows.append((name, f"{share:.1%}", f"{len(answers):,}", f"{cut.count:,}" if cut else NOTHING))
     return rows
+
+
+def warnings(runs: Mapping[str, RunRecords]) -> list[str]:
+    """What the numbers of the last evaluation and of other sets have to be read with, a sentence each."""
+    return [f"{name}: {text}." for name, run in runs.items() for text in _warnings(run)]
+
+
+def _warnings(run: RunRecords) -> list[str]:
+    found = []
+    last = run.last
+    if last and last.n_cut:
+        found.append(f"epoch {last.epoch}: {cut_warning(last.n_cut, last.n_total, run.config.max_new_tokens)}")
+    for name, answers in run.predictions.items():
+        cut = cut_answers(answers)
+        # Those of the last epoch are those of the last evaluation.
+        if epoch_of(name) is None and cut and cut.count:
+            found.append(f"{name}: {cut_warning(cut.count, len(answers), max(cut.limits))}")
+    return found
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,10 @@ class EpochEvaluation(_Record):
     accuracy_by_steps: dict[str, float] = {}
     latent_weights: tuple[Number, ...] = ()
     """Of a learned window, newest state first."""
+    mean_thoughts: float | None = None
+    """Thoughts among `mean_new_tokens`; None in records of earlier versions, as `n_cut`."""
+    n_cut: int | None = None
+    """Answers that `max_new_tokens` ended."""
 
 
 class CheckpointWritten(_Record):

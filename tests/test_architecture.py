@@ -22,6 +22,7 @@ LAYERS = (
         "watchdog",
         "environment",
         "text_tables",
+        "answer_lengths",
         "figures.canvas",
         "training.sealed_folder",
     ),

@@ -57,6 +57,7 @@ def prediction(index: int) -> dict[str, Any]:
         "n_steps": 2,
         "n_thoughts": 1,
         "n_new_tokens": 3,
+        "cut": False,
         "thoughts": [[["wump", 0.5], ["rex", 0.25]]],
     }
 

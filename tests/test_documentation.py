@@ -332,6 +332,7 @@ MISTAKES = (
     "./launch.sh eval runs/none/checkpoints/epoch_0001",
     f"{EVALUATE} load_model_path=trained/mine/checkpoints/epoch_0002 c_thought=2 max_latent_stage=1",
     f"{EVALUATE} load_model_path=copied",
+    f"{EVALUATE} load_model_path=trained/mine/checkpoints/epoch_0002 max_new_tokens=1",
     f"{RUN} save_path=one_cut",
     f"{RUN} save_path=all_unsealed",
     "python -m coconut_ds.export incomplete out",
@@ -407,7 +408,9 @@ def test_the_page_of_troubles_has_what_is_printed_where_the_port_is_taken(spoile
 def demand_quoted(output: str) -> None:
     """Every line in which a run complains stands in the page, but for numbers."""
     quoted = {general(line) for _, block in blocks(TROUBLES, "text") for line in block.splitlines()}
-    complaints = [line for line in output.splitlines() if re.match("error: |  - |.* is damaged|going on from", line)]
+    complaints = [
+        line for line in output.splitlines() if re.match("error: |warning: |  - |.* is damaged|going on from", line)
+    ]
     assert complaints, output
     for line in complaints:
         assert general(line) in quoted, f"{line}\nstands nowhere in {TROUBLES}"

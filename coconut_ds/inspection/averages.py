@@ -31,7 +31,7 @@ def averages(quantities: Mapping[str, Sequence[float]]) -> dict[str, Average]:
 
 
 def average_readings(readings: Sequence[QuestionReading]) -> dict[str, Any]:
-    """Accuracy, embedding norms, and by thought what is read in it, of the questions that have it."""
+    """Accuracy, cut answers, embedding norms, and by thought what is read in it, of the questions that have it."""
     whole = averages(
         {
             "accuracy": [each.correct for each in readings],
@@ -39,7 +39,8 @@ def average_readings(readings: Sequence[QuestionReading]) -> dict[str, Any]:
         }
     )
     most = max(len(each.thoughts) for each in readings)
-    return {"n_questions": len(readings), **whole, "thoughts": [_thought(readings, place) for place in range(most)]}
+    counts = {"n_questions": len(readings), "n_cut": sum(each.cut for each in readings)}
+    return {**counts, **whole, "thoughts": [_thought(readings, place) for place in range(most)]}
 
 
 def _thought(readings: Sequence[QuestionReading], place: int) -> dict[str, Any]:

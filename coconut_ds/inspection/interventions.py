@@ -42,6 +42,8 @@ class Outcome:
     n_gained: int
     n_changed: int
     """Other answers than before, right or wrong."""
+    n_cut: int
+    """Answers that were ended by the most tokens that they might have."""
 
 
 def replacing(replacements: torch.Tensor, thought: int | None = None) -> Intervention:
@@ -108,14 +110,25 @@ def intervene(
         rows = having[place]
         these = [questions[row] for row in rows]
         after: list[str] = []
+        n_cut = 0
         for start in range(0, len(rows), batch_size):
             batch = slice(start, start + batch_size)
-            after += answer(trained, these[batch], new_tokens, replacing(instead[rows[batch]], place)).given
-        outcomes.append(outcome(by, place, [each.expected for each in these], [given[row] for row in rows], after))
+            answered = answer(trained, these[batch], new_tokens, replacing(instead[rows[batch]], place))
+            after += answered.given
+            n_cut += sum(answered.cut)
+        expected, before = [each.expected for each in these], [given[row] for row in rows]
+        outcomes.append(outcome(by, place, expected, before, after, n_cut))
     return outcomes
 
 
-def outcome(by: str, place: int | None, expected: Sequence[str], given: Sequence[str], after: Sequence[str]) -> Outcome:
+def outcome(
+    by: str,
+    place: int | None,
+    expected: Sequence[str],
+    given: Sequence[str],
+    after: Sequence[str],
+    n_cut: int = 0,
+) -> Outcome:
     """What replacing the thought `place`, from 0, did to the answers `given`, which came out as `after`."""
     before_hits = np.array([text == right for text, right in zip(given, expected)])
     after_hits = np.array([text == right for text, right in zip(after, expected)])
@@ -129,6 +142,7 @@ def outcome(by: str, place: int | None, expected: Sequence[str], given: Sequence
         n_lost=int((before_hits & ~after_hits).sum()),
         n_gained=int((~before_hits & after_hits).sum()),
         n_changed=sum(first != second for first, second in zip(given, after)),
+        n_cut=n_cut,
     )
 
 

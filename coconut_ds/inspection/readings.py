@@ -15,7 +15,7 @@ from coconut_ds.model.backbone import n_positions
 from coconut_ds.model.coconut import Encoded, Intervention
 from coconut_ds.model.generation import Decoded, decode
 from coconut_ds.model.thoughts import Thoughts, read_thoughts, vocabulary_reading
-from coconut_ds.training.evaluator import before_eos, clean_answer, given_answer, text_of
+from coconut_ds.training.evaluator import before_eos, clean_answer, given_answer, is_cut, text_of
 from coconut_ds.training.trained import TrainedModel
 
 
@@ -55,6 +55,10 @@ class QuestionReading:
     expected: str
     given: str
     correct: bool
+    n_new_tokens: int
+    """Generated before the end of the answer."""
+    cut: bool
+    """Whether it was ended by the most tokens that it might have, without an EOS."""
     embedding_norms: dict[str, float]
     """Mean, min and max L2 norm of the token embeddings of the question, without markers."""
     thoughts: list[ThoughtReading]
@@ -104,6 +108,10 @@ class Answered:
     prompts: Batch
     decoded: Decoded
     given: list[str]
+    n_new_tokens: list[int]
+    """Generated before the end of each answer."""
+    cut: list[bool]
+    """Which answers were ended by `new_tokens`, without an EOS."""
 
 
 def answer(
@@ -121,8 +129,11 @@ def answer(
         intervene=intervene,
     )
     tokenizer = trained.tokenizer
-    texts = [text_of(before_eos(row, tokenizer), tokenizer) for row in decoded.tokens.tolist()]
-    return Answered(prompts, decoded, [given_answer(text) for text in texts])
+    generated = decoded.tokens.tolist()
+    answers = [before_eos(row, tokenizer) for row in generated]
+    given = [given_answer(text_of(ids, tokenizer)) for ids in answers]
+    cut = [is_cut(row, tokenizer) for row in generated]
+    return Answered(prompts, decoded, given, [len(ids) for ids in answers], cut)
 
 
 def thoughts_of(trained: TrainedModel, answered: Answered) -> Thoughts:
@@ -164,6 +175,8 @@ def read(
             expected=question.expected,
             given=given,
             correct=given == question.expected,
+            n_new_tokens=answered.n_new_tokens[row],
+            cut=answered.cut[row],
             embedding_norms=_spread(embedding_norms[row][is_question[row]]),
             thoughts=by_row[row],
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from coconut_ds.answer_lengths import cut_warning
 from coconut_ds.text_tables import Rows, aligned
 
 _MASSES = {
@@ -26,7 +27,8 @@ def question_tables(found: dict[str, Any], misses_picture: bool = False) -> str:
 
     With `misses_picture` the line that says why there is no graph says also that there is no picture of it.
     """
-    verdict = "right" if found["correct"] else "wrong"
+    cut = f", cut off after {found['n_new_tokens']} tokens" if found["cut"] else ""
+    verdict = f"{'right' if found['correct'] else 'wrong'}{cut}"
     head = aligned(
         [
             ["question", found["question"]],
@@ -70,13 +72,19 @@ def file_tables(found: dict[str, Any]) -> str:
     parts = [
         f"{found['n_questions']} questions, accuracy {_percent(accuracy)}; "
         f"token embeddings of the questions have a norm of {_number(norm)}.\n"
-        "In brackets 95% intervals: percentile bootstrap over questions, 10,000 draws.",
+        "In brackets 95% intervals: percentile bootstrap over questions, 10,000 draws."
+        f"{_cut_line(found)}",
         aligned(_thought_rows(found["thoughts"])),
         *_next_step_tables(found, _percent),
     ]
     if found.get("interventions"):
         parts.append(_intervention_table(found["interventions"]))
     return "\n\n".join(parts)
+
+
+def _cut_line(found: dict[str, Any]) -> str:
+    n_cut, limit = found["n_cut"], found["max_new_tokens"]
+    return f"\nwarning: {cut_warning(n_cut, found['n_questions'], limit, '--max-new-tokens')}" if n_cut else ""
 
 
 def _thought_rows(thoughts: Sequence[dict[str, Any]]) -> Rows:
@@ -125,13 +133,14 @@ def _mean(value: Any) -> str:
 
 
 def _intervention_table(outcomes: Sequence[dict[str, Any]]) -> str:
-    rows = [
-        ["thought, fed instead", "questions", "accuracy", "change", "95% interval", "lost", "gained", "other answer"]
-    ]
+    names = {"n_lost": "lost", "n_gained": "gained", "n_changed": "other answer"}
+    if any(each["n_cut"] for each in outcomes):
+        names["n_cut"] = "cut off"
+    rows = [["thought, fed instead", "questions", "accuracy", "change", "95% interval", *names.values()]]
     for each in outcomes:
         which = "all" if each["thought"] is None else str(each["thought"])
         low, high = (100 * end for end in each["interval"])
-        counts = [str(each[key]) for key in ("n_lost", "n_gained", "n_changed")]
+        counts = [str(each[key]) for key in names]
         change = f"{100 * each['change']:+.1f}"
         name = f"{which}, {_INSTEAD[each['by']]}"
         rows.append(

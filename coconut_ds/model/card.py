@@ -101,8 +101,14 @@ def _results_text(settings: Mapping[str, Any]) -> str:
     return (
         f"Validation set, greedy: accuracy {results['accuracy']:.1%} ({results['n_correct']} of {results['n_total']}), "
         f"loss {_loss_text(results['valid_loss'])}, {results['mean_new_tokens']:.1f} tokens an answer, "
-        "thoughts included."
+        f"thoughts included{_cut_text(settings, results)}."
     )
+
+
+def _cut_text(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    # Earlier versions did not count them.
+    n_cut = results.get("n_cut")
+    return f"; {n_cut} answers were cut by max_new_tokens ({settings.get('max_new_tokens')})" if n_cut else ""
 
 
 def _loss_text(loss: float | None) -> str:

@@ -41,7 +41,8 @@
     // Filled when it is opened: a page of closed ones stays small.
     box.addEventListener("toggle", () => {
       if (!box.open || box.childElementCount > 1) return;
-      box.append(make("h4", "", `The model wrote ${counted(row.tokens, "token")} after ${counted(row.n_thoughts, "thought")}`));
+      const cut = row.cut ? ", where max_new_tokens cut it off" : "";
+      box.append(make("h4", "", `The model wrote ${counted(row.tokens, "token")} after ${counted(row.n_thoughts, "thought")}${cut}`));
       box.append(make("pre", "", row.text === "" ? "(nothing)" : row.text));
       row.thoughts.forEach((top, place) => {
         box.append(make("h4", "", `Thought ${place + 1}`));
@@ -78,7 +79,7 @@
       cell("Run", "of-run", name),
       cell("Question", "of-question", detail(row)),
       cell("Expected", "of-answer", row.expected),
-      cell(row.correct ? "Given ✓" : "Given ✗", "of-answer of-given", make("span", "", row.given === "" ? "(nothing)" : row.given)),
+      cell(row.correct ? "Given ✓" : "Given ✗", "of-answer of-given", make("span", "", (row.given === "" ? "(nothing)" : row.given) + (row.cut ? " (cut off)" : ""))),
       cell("Steps", "number", String(row.steps)),
       cell("Thoughts", "of-thoughts", thoughts(row)),
     );

@@ -26,6 +26,7 @@ from coconut_ds.model.thoughts import Readings, read_thoughts, top_tokens
 class Evaluation:
     """Figures of one set in one stage. `mean_new_tokens` counts thoughts and generated tokens before EOS.
 
+    `mean_thoughts` of them are thoughts. `n_cut` answers were ended by `max_new_tokens`, without an EOS.
     `examples_per_s` is that of decoding, by the slowest rank.
     """
 
@@ -37,6 +38,8 @@ class Evaluation:
     mean_new_tokens: float
     examples_per_s: float
     accuracy_by_steps: dict[str, float]
+    mean_thoughts: float
+    n_cut: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -105,6 +108,7 @@ class Evaluator:
 
     def _prediction(self, index: int, ids: list[int], thoughts: Readings) -> dict[str, Any]:
         example = self.examples[index]
+        cut = is_cut(ids, self.tokenizer)
         ids = before_eos(ids, self.tokenizer)
         text = text_of(ids, self.tokenizer)
         given, expected = given_answer(text), clean_answer(example["answer"])
@@ -119,6 +123,7 @@ class Evaluator:
             "n_steps": len(example["steps"]),
             "n_thoughts": len(thoughts),
             "n_new_tokens": len(ids),
+            "cut": cut,
             "thoughts": thoughts,
         }
 
@@ -136,6 +141,11 @@ def before_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Generated ids up to the first EOS."""
     eos = tokenizer.eos_token_id
     return ids[: ids.index(eos)] if eos in ids else ids
+
+
+def is_cut(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether `max_new_tokens` ended an answer: of that many generated ids, EOS after EOS, none is an EOS."""
+    return tokenizer.eos_token_id not in ids
 
 
 def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -172,4 +182,6 @@ def summarize(predictions: list[dict[str, Any]], loss: float, seconds: float) ->
         mean_new_tokens=sum(row["n_thoughts"] + row["n_new_tokens"] for row in predictions) / total,
         examples_per_s=total / seconds,
         accuracy_by_steps={str(steps): sum(hits) / len(hits) for steps, hits in sorted(by_steps.items())},
+        mean_thoughts=sum(row["n_thoughts"] for row in predictions) / total,
+        n_cut=sum(row["cut"] for row in predictions),
     )

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from coconut_ds import distributed, strict_json, watchdog
+from coconut_ds.answer_lengths import cut_warning
 from coconut_ds.config import BatchSizes, RunConfig, batch_sizes
 from coconut_ds.console import say, terminal
 from coconut_ds.curriculum.collator import Tokens
@@ -131,6 +132,8 @@ def _evaluate(config: RunConfig, precision: Precision) -> None:
     name = f"eval_{Path(path).stem}"
     write_predictions(config, name, predictions)
     say(evaluation_text(config, path, stage, evaluation))
+    if evaluation.n_cut:
+        say(f"warning: {cut_warning(evaluation.n_cut, evaluation.n_total, config.max_new_tokens)}")
     say(f"predictions: {config.run_folder / 'predictions' / name}.jsonl")
     say(strict_json.dumps({"path": str(path), "stage": stage, **evaluation.as_dict()}))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut_ds import distributed
+from coconut_ds.answer_lengths import cut_warning, lengths_text
 from coconut_ds.config import BatchSizes, RunConfig
 from coconut_ds.curriculum.loaders import windows_per_epoch
 from coconut_ds.curriculum.stages import Curriculum
@@ -96,6 +97,9 @@ def closing(config: RunConfig, evaluations: Sequence[EpochEvaluation]) -> str:
     if kept:
         test_set = f" test_path={config.test_path}" if config.test_path else ""
         lines.append(f"  evaluate  ./launch.sh eval {_checkpoint(config, kept[0])}{test_set}")
+    last = evaluations[-1]
+    if last.n_cut:
+        lines.append(f"  warning   {cut_warning(last.n_cut, last.n_total, config.max_new_tokens)}")
     return "\n".join([*lines, report])
 
 
@@ -114,24 +118,33 @@ def _best_text(row: EpochEvaluation) -> str:
 
 
 def summary_table(evaluations: Sequence[EpochEvaluation]) -> str:
-    """Accuracy per stage: the last and the best evaluation in each."""
-    rows = ["stage  epochs   last accuracy   best accuracy   tokens an answer"]
+    """Accuracy per stage: the last and the best evaluation in each; lengths and cut answers are those of the last."""
+    rows = ["stage  epochs   last accuracy   best accuracy   tokens an answer   of them thoughts   cut"]
     for stage in sorted({row.stage for row in evaluations}):
         mine = [row for row in evaluations if row.stage == stage]
         last, best = mine[-1], max(mine, key=lambda row: row.accuracy)
         rows.append(
             f"{stage:>5}  {mine[0].epoch:>2}-{last.epoch:<3}   {last.accuracy:>13.1%}   "
-            f"{best.accuracy:>13.1%}   {last.mean_new_tokens:>16.1f}"
+            f"{best.accuracy:>13.1%}   {last.mean_new_tokens:>16.1f}   {_known(last.mean_thoughts, '.1f'):>16}   "
+            f"{_known(last.n_cut, 'd'):>3}"
         )
     return "\n".join(rows)
+
+
+def _known(value: float | None, form: str) -> str:
+    """The value; a dash where the records are those of an earlier version, which did not write it."""
+    return "-" if value is None else format(value, form)
 
 
 def evaluation_text(config: RunConfig, path: str, stage: int, evaluation: Evaluation) -> str:
     """One line for an evaluation of its own."""
     by_steps = ", ".join(f"{steps} steps {share:.1%}" for steps, share in evaluation.accuracy_by_steps.items())
+    lengths = lengths_text(
+        evaluation.mean_new_tokens, evaluation.mean_thoughts, evaluation.n_cut, config.max_new_tokens
+    )
     return (
         f"{config.load_model_path} on {path}, stage {stage}: accuracy {evaluation.accuracy:.1%} "
         f"({evaluation.n_correct}/{evaluation.n_total}; {by_steps}), chain match {evaluation.cot_match:.1%}, "
-        f"loss {evaluation.valid_loss:.4f}, {evaluation.mean_new_tokens:.1f} tokens an answer, "
+        f"loss {evaluation.valid_loss:.4f}, {lengths}, "
         f"{evaluation.examples_per_s:.1f} examples/s"
     )

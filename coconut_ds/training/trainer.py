@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from coconut_ds import distributed, strict_json, watchdog
+from coconut_ds.answer_lengths import cut_warning, lengths_text
 from coconut_ds.config import BatchSizes, RunConfig
 from coconut_ds.console import EpochProgress, say, terminal
 from coconut_ds.curriculum.collator import Batch, Tokens
@@ -66,6 +67,7 @@ class Trainer:
         self.most_steps = max(map(len, parts.train_set["steps"]))
         self.evaluation: Evaluation | None = None
         """Of the weights as they are now; only rank 0 has it."""
+        self._has_warned_of_cut = False
 
     def fit(self) -> bool:
         """Train what is left of the run; False when it was asked to stop before the end, and has saved."""
@@ -262,11 +264,17 @@ class Trainer:
         self.tracker.log("eval", epoch=epoch + 1, stage=stage, step=self.progress.step, **figures)
         self.tracker.log_predictions(epoch + 1, stage, predictions)
         write_predictions(self.config, f"epoch_{epoch + 1:04d}", predictions)
+        limit, n_cut = self.config.max_new_tokens, evaluation.n_cut
+        lengths = lengths_text(evaluation.mean_new_tokens, evaluation.mean_thoughts, n_cut, limit)
         best = ", best so far" if evaluation.accuracy > max(0, self.progress.best_accuracy) else ""
         say(
             f"{self._place(epoch)}: accuracy {evaluation.accuracy:.1%} ({evaluation.n_correct}/{evaluation.n_total}), "
-            f"loss {evaluation.valid_loss:.4f}, {evaluation.mean_new_tokens:.1f} tokens an answer{best}"
+            f"loss {evaluation.valid_loss:.4f}, {lengths}{best}"
         )
+        # Once: the lines of later epochs have the count.
+        if n_cut and not self._has_warned_of_cut:
+            self._has_warned_of_cut = True
+            say(f"warning: {cut_warning(n_cut, evaluation.n_total, limit)}")
 
     def _save(self, epoch: int) -> None:
         """Save where the run stands, with weights that have seen (a part of) `epoch`; not in debug mode."""
