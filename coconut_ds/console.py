@@ -155,6 +155,12 @@ def say(text: str) -> None:
         stream.flush()
 
 
+def log_line(text: str) -> None:
+    """A line of ours from rank 0 among what libraries print: in `run.log`, or with `--verbose` on the terminal."""
+    if distributed.is_main():
+        print(text, flush=True)
+
+
 def stop_printing() -> int:
     """The exit status of a command whose reader has left, as `head` does; to be called on BrokenPipeError."""
     # What is still buffered would fail once more when the interpreter ends.
@@ -194,26 +200,27 @@ class EpochProgress:
     def __exit__(self, *raised: object) -> None:
         self._bar.close()
 
-    def step(self, loss: float) -> None:
-        """One step more, of which `pace` already knows."""
+    def step(self, loss: float, remark: str = "") -> None:
+        """One step more, of which `pace` already knows; `remark` stands beside the loss."""
         self._done += 1
         if self._is_plain:
-            self._write_line(loss)
+            self._write_line(loss, remark)
         else:
-            self._bar.set_postfix_str(self._figures(loss), refresh=False)
+            self._bar.set_postfix_str(self._figures(loss, remark), refresh=False)
             self._bar.update()
 
-    def _figures(self, loss: float) -> str:
+    def _figures(self, loss: float, remark: str) -> str:
         pace = self._pace
         epoch, run = _duration(pace.seconds_for(self._total - self._done)), _duration(pace.seconds_left())
-        return f"loss {loss:.3f}, {pace.examples_per_s:.3g} examples/s, left {epoch} here, {run} in all"
+        remark = f", {remark}" if remark else ""
+        return f"loss {loss:.3f}{remark}, {pace.examples_per_s:.3g} examples/s, left {epoch} here, {run} in all"
 
-    def _write_line(self, loss: float) -> None:
+    def _write_line(self, loss: float, remark: str) -> None:
         is_due = self._done % max(1, self._total // _PLAIN_LINES_PER_EPOCH) == 0 and self._done < self._total
         now = time.monotonic()
         if is_due and now - self._last_line >= _PLAIN_LINES_APART_S:
             self._last_line = now
-            say(f"{self._label}: {self._done}/{self._total}, {self._figures(loss)}")
+            say(f"{self._label}: {self._done}/{self._total}, {self._figures(loss, remark)}")
 
 
 def _duration(seconds: float) -> str:

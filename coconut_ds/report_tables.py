@@ -12,6 +12,7 @@ from coconut_ds.answer_lengths import cut_warning
 from coconut_ds.config import RunConfig
 from coconut_ds.predictions import cut_answers, epoch_of
 from coconut_ds.run_records import RunRecords
+from coconut_ds.skipped_steps import skipped_warning, skips_most
 
 NOTHING = "\N{EN DASH}"
 
@@ -31,6 +32,8 @@ class Head:
     valid_loss: str
     epochs: str
     steps: str
+    skipped: str
+    """How many of the steps fp16 skipped; empty for none."""
     time: str
     time_parts: str
     parameters: str
@@ -54,6 +57,7 @@ def head(name: str, run: RunRecords) -> Head:
         valid_loss=f"{last.valid_loss:.4f}" if last else NOTHING,
         epochs=f"{run.epochs_done} of {config.num_epochs}",
         steps=f"{run.steps_done:,}",
+        skipped=f"{run.n_skipped:,} skipped by fp16" if run.n_skipped else "",
         time=duration(sum(times.values())) if run.metrics.steps else NOTHING,
         time_parts=", ".join(f"{part} {duration(seconds)}" for part, seconds in times.items() if seconds),
         parameters=NOTHING if run.n_parameters is None else magnitude(run.n_parameters),
@@ -191,12 +195,14 @@ def other_sets(run: RunRecords) -> list[tuple[str, str, str, str]]:
 
 
 def warnings(runs: Mapping[str, RunRecords]) -> list[str]:
-    """What the numbers of the last evaluation and of other sets have to be read with, a sentence each."""
+    """What the numbers of runs have to be read with, a sentence each."""
     return [f"{name}: {text}." for name, run in runs.items() for text in _warnings(run)]
 
 
 def _warnings(run: RunRecords) -> list[str]:
     found = []
+    if skips_most(run.n_skipped, run.steps_done):
+        found.append(skipped_warning(run.n_skipped, run.steps_done))
     last = run.last
     if last and last.n_cut:
         found.append(f"epoch {last.epoch}: {cut_warning(last.n_cut, last.n_total, run.config.max_new_tokens)}")

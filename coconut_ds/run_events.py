@@ -42,6 +42,8 @@ class TrainStep(_Record):
     peak_memory_gib: float | None = None
     n_tokens: int | None = None
     padding_share: float | None = None
+    n_skipped_in_run: int | None = None
+    """Steps that fp16 skipped since the run began, this one included; None in other precisions."""
 
 
 class EpochEvaluation(_Record):
@@ -74,6 +76,7 @@ class CheckpointWritten(_Record):
 class End(_Record):
     event: Literal["end"]
     epochs: int
+    n_skipped_in_run: int | None = None
 
 
 _Event = StageStart | TrainStep | EpochEvaluation | CheckpointWritten | End

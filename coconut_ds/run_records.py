@@ -55,6 +55,13 @@ class RunRecords:
         return max((event.step for event in events), default=0)
 
     @property
+    def n_skipped(self) -> int:
+        """Optimizer steps that fp16 skipped, as far as they are recorded; 0 in other precisions."""
+        counts = [event.n_skipped_in_run for event in self.metrics.steps]
+        counts += [event.n_skipped_in_run for event in self.metrics.ends]
+        return max((count or 0 for count in counts), default=0)
+
+    @property
     def is_finished(self) -> bool:
         return any(end.epochs >= self.config.num_epochs for end in self.metrics.ends)
 

@@ -23,6 +23,7 @@ LAYERS = (
         "environment",
         "text_tables",
         "answer_lengths",
+        "skipped_steps",
         "figures.canvas",
         "training.sealed_folder",
     ),

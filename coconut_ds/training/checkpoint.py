@@ -59,6 +59,8 @@ class Progress:
     step: int = 0
     best_accuracy: float = -1.0
     best_checkpoint: str | None = None
+    skipped: int = 0
+    """Of the `step` optimizer steps, those that fp16 skipped; earlier versions did not write it."""
 
 
 @dataclass(frozen=True)

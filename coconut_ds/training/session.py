@@ -31,7 +31,7 @@ from coconut_ds.training.batch_size import choose_eval_batch, choose_micro_batch
 from coconut_ds.training.checkpoint import Checkpoints
 from coconut_ds.training.evaluator import Evaluator
 from coconut_ds.training.materials import DEBUG_EXAMPLES, Materials, build_coconut, load_materials, tokenized
-from coconut_ds.training.summary import closing, evaluation_text, opening
+from coconut_ds.training.summary import closing, evaluation_text, opening, skip_lines
 from coconut_ds.training.trainer import Parts, Trainer, write_predictions
 from coconut_ds.training.weights import latent_settings, load_initial
 
@@ -77,15 +77,19 @@ def _train(
         config, sizes, curriculum, tokens, backbone, engine, train_set, evaluator, tracker, checkpoints, newest
     )
     try:
-        is_complete = Trainer(parts).fit()
+        trainer = Trainer(parts)
+        is_complete = trainer.fit()
     finally:
         tracker.close()
+    progress = trainer.progress
     if not is_complete:
         place = "the start (debug saves nothing)" if config.debug else checkpoints.found()[-1]
         say(f"stopped as asked; the same command goes on from {place}")
+        if lines := skip_lines(progress.skipped, progress.step):
+            say("\n".join(lines))
         return
     if distributed.is_main():
-        say(closing(config, read_metrics(tracker.path).evaluations))
+        say(closing(config, read_metrics(tracker.path).evaluations, progress.skipped, progress.step))
 
 
 def _planned(config: RunConfig, ds_config: dict[str, Any], materials: Materials, micro: int) -> tuple[int, int] | None:

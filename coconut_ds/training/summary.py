@@ -14,6 +14,7 @@ from coconut_ds.curriculum.loaders import windows_per_epoch
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.memory import GIB
 from coconut_ds.run_events import EpochEvaluation
+from coconut_ds.skipped_steps import skipped_text, skipped_warning, skips_most
 from coconut_ds.training.evaluator import Evaluation
 from coconut_ds.training.materials import Materials
 from coconut_ds.training.weights import source
@@ -76,11 +77,20 @@ def _span(first: int, last: int) -> str:
     return f"{first + 1}" if first == last else f"{first + 1}-{last + 1}"
 
 
-def closing(config: RunConfig, evaluations: Sequence[EpochEvaluation]) -> str:
-    """The table of stages, what was best, and the commands to go on with."""
+def skip_lines(n_skipped: int, n_steps: int) -> list[str]:
+    """How many of a run's optimizer steps fp16 skipped, with a warning where they are most; none for none."""
+    if not n_skipped:
+        return []
+    warning = [f"  warning   {skipped_warning(n_skipped, n_steps)}"] if skips_most(n_skipped, n_steps) else []
+    return [f"  skipped   {skipped_text(n_skipped, n_steps)} (fp16, gradients overflowed)", *warning]
+
+
+def closing(config: RunConfig, evaluations: Sequence[EpochEvaluation], n_skipped: int = 0, n_steps: int = 0) -> str:
+    """The table of stages, what was best, steps that fp16 skipped, and the commands to go on with."""
     report = f"  report    python -m coconut_ds.report {config.run_folder}"
+    skips = skip_lines(n_skipped, n_steps)
     if not evaluations:
-        return report
+        return "\n".join([*skips, report])
 
     def layout(row: EpochEvaluation) -> int:
         return _layout(config, row.stage)
@@ -100,7 +110,7 @@ def closing(config: RunConfig, evaluations: Sequence[EpochEvaluation]) -> str:
     last = evaluations[-1]
     if last.n_cut:
         lines.append(f"  warning   {cut_warning(last.n_cut, last.n_total, config.max_new_tokens)}")
-    return "\n".join([*lines, report])
+    return "\n".join([*lines, *skips, report])
 
 
 def _layout(config: RunConfig, stage: int) -> int:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from coconut_ds import distributed, strict_json, watchdog
 from coconut_ds.answer_lengths import cut_warning, lengths_text
 from coconut_ds.config import BatchSizes, RunConfig
-from coconut_ds.console import EpochProgress, say, terminal
+from coconut_ds.console import EpochProgress, log_line, say, terminal
 from coconut_ds.curriculum.collator import Batch, Tokens
 from coconut_ds.curriculum.loaders import TrainingWindows, training_loader, windows_per_epoch
 from coconut_ds.curriculum.stages import Curriculum
@@ -25,6 +25,7 @@ from coconut_ds.interruption import Interruption
 from coconut_ds.memory import peak_memory_gib
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.pace import Pace
+from coconut_ds.skipped_steps import skipped_text, skipped_warning, skips_most
 from coconut_ds.tracking import Tracker, write_record
 from coconut_ds.training.checkpoint import Checkpoints, Progress, Stored, read_stored, restore
 from coconut_ds.training.evaluator import Evaluation, Evaluator
@@ -67,7 +68,7 @@ class Trainer:
         self.most_steps = max(map(len, parts.train_set["steps"]))
         self.evaluation: Evaluation | None = None
         """Of the weights as they are now; only rank 0 has it."""
-        self._has_warned_of_cut = False
+        self._has_warned_of_cut = self._has_warned_of_skips = False
 
     def fit(self) -> bool:
         """Train what is left of the run; False when it was asked to stop before the end, and has saved."""
@@ -92,7 +93,7 @@ class Trainer:
                 "activation_checkpointing; python -m coconut_ds.plan says what fits"
             ) from error
         if is_complete:
-            self.tracker.log("end", epochs=self.progress.epochs, step=self.progress.step)
+            self.tracker.log("end", epochs=self.progress.epochs, step=self.progress.step, **self._skips())
         return is_complete
 
     def _run_epochs(self) -> bool:
@@ -174,7 +175,8 @@ class Trainer:
         first, every = self.progress.windows, self.config.save_every_steps
         with EpochProgress(self._place(epoch), len(self.windows) - first, self.pace) as bar:
             for window in training_loader(self.windows, first):
-                bar.step(self._step(epoch, window))
+                loss = self._step(epoch, window)
+                bar.step(loss, skipped_text(self.progress.skipped, self.progress.step))
                 saves = every is not None and self.progress.step % every == 0
                 if saves:
                     self._save(epoch)
@@ -195,14 +197,21 @@ class Trainer:
         # Before the update: a loss that is no number must not reach the weights.
         figures = fetch(pending, number)
         update(self.engine)
-        if self.engine.was_step_applied():
+        skipped = not self.engine.was_step_applied()
+        if not skipped:
             self.schedule.step()
         elif not loss_scale(self.engine):
             raise NonFiniteLossError(
                 f"gradients are not finite at optimizer step {number}, nothing was updated (loss {figures.loss:.4g}); "
                 "lower lr, or set max_grad_norm"
             )
-        self.progress = replace(self.progress, step=number, windows=self.progress.windows + 1)
+        n_skipped = self.progress.skipped + skipped
+        self.progress = replace(self.progress, step=number, windows=self.progress.windows + 1, skipped=n_skipped)
+        if skipped:
+            log_line(
+                f"fp16: optimizer step {number} was skipped, its gradients overflowed and no weight was updated; the "
+                f"loss scale is {loss_scale(self.engine)['cur_scale']:g} now"
+            )
         seconds = time.monotonic() - started
         self.pace.stepped(self.parts.sizes.total, seconds)
         if number % self.config.log_every_steps == 0:
@@ -212,12 +221,28 @@ class Trainer:
                 stage=self.curriculum.stage(epoch),
                 step=number,
                 lr=learning_rate,
-                grad_norm=self._gradient_norm(),
+                # Of gradients that overflowed there is none.
+                grad_norm=None if skipped else self._gradient_norm(),
                 step_time_s=seconds,
                 peak_memory_gib=peak_memory_gib(),
                 **asdict(figures),
+                **self._skips(skipped),
             )
         return figures.loss
+
+    def _skips(self, skipped: bool | None = None) -> dict[str, int]:
+        """For an event: whether fp16 `skipped` its step, and how many steps of the run; empty in other precisions."""
+        if not loss_scale(self.engine):
+            return {}
+        of_step = {} if skipped is None else {"skipped": skipped}
+        return {**of_step, "n_skipped_in_run": self.progress.skipped}
+
+    def _warn_of_skips(self) -> None:
+        """Once, where fp16 has skipped most of the steps so far."""
+        n_skipped, n_steps = self.progress.skipped, self.progress.step
+        if skips_most(n_skipped, n_steps) and not self._has_warned_of_skips:
+            self._has_warned_of_skips = True
+            say(f"warning: {skipped_warning(n_skipped, n_steps)}")
 
     def _stops(self, epoch: int, saved: bool) -> bool:
         """Whether a rank was asked to stop; then the run is saved, unless that has just been done."""
@@ -242,6 +267,7 @@ class Trainer:
         if outcome:
             self.evaluation, predictions = outcome
             self._record(epoch, self.evaluation, predictions, window)
+            self._warn_of_skips()
         accuracy = distributed.from_main(self.evaluation.accuracy if self.evaluation else None)
         improved = accuracy > self.progress.best_accuracy
         if improved:
