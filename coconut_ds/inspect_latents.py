@@ -10,7 +10,8 @@ thought      The tokens the LM head finds most probable in it, the entropy of th
              fed beside the norms of the question's token embeddings, and the share each earlier state has in it.
 next step    Of ProsQA questions, which carry their graph: the model is stopped after k thoughts, and the probability
              that its next step starts from a node is read (arXiv 2412.06769, section 5), and of its answer the node it
-             names. `coconut_ds/inspection/next_steps.py` has the formulas. The picture is the graph.
+             names. `coconut_ds/inspection/next_steps.py` has the formulas. The picture is the graph. Where the keys of a
+             record (edges, root, target ..) and its question differ, there is no graph and one line says why.
 --all        The same averaged over the questions of the file, with 95% intervals: bootstrap over questions.
 --intervene  Every thought by itself, and all of them, replaced by zero, by the mean thought of the file, and by another
              question's, and what that does to the answers. Thoughts that come later are made from what was fed.
@@ -169,14 +170,14 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _graphs(questions: Sequence[Question]) -> tuple[list[ProsqaGraph], str | None]:
-    """The graphs of all questions; none of them, with the reason, where a question has none."""
-    graphs = []
-    for question in questions:
-        graph = graph_of(question.record)
-        if isinstance(graph, str):
-            return [], f"record {question.index} {graph}"
-        graphs.append(graph)
-    return graphs, None
+    """The graphs of all questions; none of them, with the first reason, where a question has none."""
+    found = [graph_of(question.record) for question in questions]
+    graphs = [each for each in found if not isinstance(each, str)]
+    if len(graphs) == len(found):
+        return graphs, None
+    first = next(f"record {question.index} {each}" for question, each in zip(questions, found) if isinstance(each, str))
+    count = f" ({len(found) - len(graphs)} of {len(found)} records have none)" if graphs else ""
+    return [], f"{first}{count}"
 
 
 def _readings(

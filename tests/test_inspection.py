@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
+import random
 from dataclasses import asdict
 
 import naive
@@ -179,6 +181,68 @@ def test_every_step_of_a_generated_record_begins_with_a_text_of_its_node(form):
 def test_a_record_whose_graph_is_none_says_why(changes, reason):
     assert str(graph_of({**SYMBOLIC, **changes})).startswith(reason)
     assert graph_of({"question": "1 + 1?"}) == "has no key idx_to_symbol"
+
+
+@pytest.mark.shared
+def test_every_published_record_has_its_graph(shared):
+    records = json.loads((shared / "datasets" / "prosqa_valid.json").read_text())
+    assert [graph for graph in map(graph_of, records) if isinstance(graph, str)] == []
+    assert len(records) == 300
+
+
+@pytest.mark.parametrize("shape", [{}, {"n_nodes": 40, "min_steps": 7, "max_steps": 9}, {"mean_parents": 2.5}])
+@pytest.mark.parametrize("form", prosqa.FORMS)
+def test_every_generated_record_has_its_graph_whatever_the_order_of_facts(form, shape):
+    draw = random.Random(0)
+    for record in prosqa.generate(50, "graph", form=form, **shape):
+        assert isinstance(graph_of(record), ProsqaGraph)
+        doubled = [*record["edges"], record["edges"][0]]
+        draw.shuffle(doubled)
+        assert isinstance(graph_of({**record, "edges": doubled}), ProsqaGraph)
+
+
+OTHER_GRAPHS = {
+    "an edge reversed": ({"edges": [[1, 0], [0, 2], [1, 3], [4, 5]]}, "edges: '"),
+    "all edges reversed": ({"edges": [[1, 0], [2, 0], [3, 1], [5, 4]]}, "edges: '"),
+    "an edge missing": ({"edges": [[0, 1], [1, 3], [4, 5]]}, "edges: lack '"),
+    "an edge added": ({"edges": [[0, 1], [0, 2], [1, 3], [4, 5], [2, 3]]}, "edges: '"),
+    "no edges": ({"edges": []}, "edges: lack '"),
+    "names in another order": ({"idx_to_symbol": ["n2", "n1", "n12", "n0", "n21", "n10"]}, "root, target, neg_target:"),
+    "names of others in another order": ({"idx_to_symbol": ["n1", "n12", "n2", "n0", "n21", "n10"]}, "edges: '"),
+    "a name twice": ({"idx_to_symbol": ["n1", "n2", "n2", "n0", "n21", "n10"]}, "idx_to_symbol: 'n2' names two"),
+    "another root": ({"root": 1}, "root, target, neg_target: the question does not end with '"),
+    "another target": ({"target": 2}, "root, target, neg_target: the question does not end with '"),
+    "another wrong option": ({"neg_target": 2}, "root, target, neg_target: the question does not end with '"),
+    "options exchanged": ({"target": 5, "neg_target": 3}, "target: 'n10' cannot be reached from the root 'n1'"),
+    "another answer": ({"answer": "n10"}, "target: the answer is 'n10', the graph's "),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_GRAPHS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_graph_that_is_not_the_questions_is_refused(form, change):
+    changes, reason = OTHER_GRAPHS[change]
+    names = dict(zip(SYMBOLIC["idx_to_symbol"], FORMS[form]["idx_to_symbol"]))
+    if "idx_to_symbol" in changes:
+        changes = {"idx_to_symbol": [names[name] for name in changes["idx_to_symbol"]]}
+    for name, own in sorted(names.items(), reverse=True):
+        reason = reason.replace(f"'{name}'", f"'{own}'")
+    if change == "another answer":
+        reason = "target: the answer is 'n10', the graph's "
+    assert str(graph_of({**FORMS[form], **changes})).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "question", ["How many pens are there?", "2 + 3 = 5", "", "? n1 n0 n10", "n1 n2 | n1 n12 | n2 n0 | n21 n10 |"]
+)
+def test_a_question_that_writes_no_graph_has_none(question):
+    assert isinstance(graph_of({**SYMBOLIC, "question": question}), str)
+
+
+def test_options_stand_in_either_order():
+    for form, last in (("symbolic", "n10 n0"), ("edges", "n10 n0"), ("text", "ba or ab?")):
+        start = FORMS[form]["question"].removesuffix({"text": "ab or ba?"}.get(form, "n0 n10"))
+        assert isinstance(graph_of({**FORMS[form], "question": start + last}), ProsqaGraph)
 
 
 # Next steps

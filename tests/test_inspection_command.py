@@ -149,6 +149,19 @@ def test_without_a_graph_one_line_says_why(checkpoint, tmp_path, capsys):
     assert size_of(tmp_path / "--all.png")[0] > 1000
 
 
+def test_a_graph_that_is_not_the_questions_gives_no_tables_and_is_counted(checkpoint, data, tmp_path, capsys):
+    records = json.loads(data.read_text())
+    for index in (2, 4):
+        records[index]["edges"] = [edge[::-1] for edge in records[index]["edges"]]
+    file = tmp_path / "reversed.json"
+    file.write_text(json.dumps(records))
+    assert run(checkpoint, file, "--all") == 0
+    output = capsys.readouterr().out
+    assert "for want of a graph: record 2 edges: '" in output
+    assert "is not in the question (2 of 6 records have none).\n" in output
+    assert "Next step after" not in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,5 +1,7 @@
 """The graph a ProsQA record asks about: distances from its root, and the texts that begin a step or name a node.
 
+A record has a graph only where its question says the same: the same edges, root and options.
+
 Three forms: sentences as published ("Every jompus is a zhorpus."), one word a node ("n3 n7"), one word an edge
 ("n3>n7"). No torch here.
 """
@@ -61,16 +63,61 @@ class ProsqaGraph(BaseModel):
         names = list(enumerate(self.idx_to_symbol))
         if self.form == "edges":
             return [(node, f"{name}>{other}") for node, name in names for other in self.idx_to_symbol if other != name]
-        if self.form == "symbolic":
-            return names
-        # Published files write nodes without parents as persons, all others as concepts.
-        children = {child for _, child in self.edges}
-        return [(node, f"Every {name}" if node in children else name) for node, name in names]
+        return names if self.form == "symbolic" else [(node, self._subject(node)) for node, _ in names]
+
+    def _subject(self, node: int) -> str:
+        """What a sentence about a node starts with: published files write nodes without parents as persons."""
+        return f"Every {self.idx_to_symbol[node]}" if node in self.children else self.idx_to_symbol[node]
+
+    @cached_property
+    def children(self) -> frozenset[int]:
+        """Nodes with a parent."""
+        return frozenset(child for _, child in self.edges)
 
     def answers(self) -> tuple[str, list[tuple[int, str]]]:
         """What every answer begins with, and for each node that text with the node's name after it."""
         opening = f"### {self.idx_to_symbol[self.root]} is a" if self.form == "text" else "###"
         return opening, [(node, f"{opening} {name}") for node, name in enumerate(self.idx_to_symbol)]
+
+    def difference_to_question(self) -> str | None:
+        """Why the question asks about another graph; None where it has these edges, this root and these options."""
+        name = self.idx_to_symbol
+        twice = next((each for each in name if name.count(each) > 1), None)
+        if twice is not None:
+            return f"idx_to_symbol: {twice!r} names two nodes"
+        options = [(name[self.target], name[self.neg_target]), (name[self.neg_target], name[self.target])]
+        endings = [_ENDINGS[self.form].format(name[self.root], *pair) for pair in options]
+        ending = next((each for each in endings if f" {self.question}".endswith(f" {each}")), None)
+        if ending is None:
+            return f"root, target, neg_target: the question does not end with {endings[0]!r} or {endings[1]!r}"
+        written = _facts(self.form, self.question.removesuffix(ending).strip())
+        edges = {self._fact(*edge) for edge in self.edges}
+        if edges - written:
+            return f"edges: {min(edges - written)!r} is not in the question"
+        if written - edges:
+            return f"edges: lack {min(written - edges)!r}, which is in the question"
+        if self.target not in self.distances:
+            return f"target: {name[self.target]!r} cannot be reached from the root {name[self.root]!r}"
+        return None
+
+    def _fact(self, parent: int, child: int) -> str:
+        """An edge as the question writes it."""
+        names = self.idx_to_symbol
+        if self.form == "text":
+            return f"{self._subject(parent)} is a {names[child]}."
+        return f"{names[parent]}>{names[child]}" if self.form == "edges" else f"{names[parent]} {names[child]}"
+
+
+_ENDINGS: dict[Form, str] = {"text": "Is {} a {} or {}?", "symbolic": "? {} {} {}", "edges": "? {} {} {}"}
+
+
+def _facts(form: Form, text: str) -> set[str]:
+    """The facts of a question without its ending, in whatever order."""
+    if form == "edges":
+        return set(text.split())
+    if form == "symbolic":
+        return {fact.strip() for fact in text.removesuffix("|").split("|")} - {""}
+    return {f"{sentence}." for sentence in text.removesuffix(".").split(". ")} - {"."}
 
 
 def _distances(start: int, edges: Sequence[tuple[int, int]]) -> dict[int, int]:
@@ -85,11 +132,20 @@ def _distances(start: int, edges: Sequence[tuple[int, int]]) -> dict[int, int]:
 
 
 def graph_of(record: Mapping[str, Any]) -> ProsqaGraph | str:
-    """The graph of a record, or why it has none."""
+    """The graph of a record, or why it has none: keys that are missing or wrong, or a question about another graph."""
     try:
-        return ProsqaGraph.model_validate(record)
+        graph = ProsqaGraph.model_validate(record)
+        return graph.difference_to_question() or _difference_to_answer(graph, record.get("answer")) or graph
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         rule = first["msg"].removeprefix("Value error, ")
         return "has no key " + key if first["type"] == "missing" else f"{key}: {rule}".removeprefix(": ")
+
+
+def _difference_to_answer(graph: ProsqaGraph, answer: Any) -> str | None:
+    target = graph.idx_to_symbol[graph.target]
+    right = f"{graph.idx_to_symbol[graph.root]} is a {target}." if graph.form == "text" else target
+    if answer is None or answer == right:
+        return None
+    return f"target: the answer is {answer!r}, the graph's {right!r}"
