@@ -10,8 +10,8 @@ thought      The tokens the LM head finds most probable in it, the entropy of th
              fed beside the norms of the question's token embeddings, and the share each earlier state has in it.
 next step    Of ProsQA questions, which carry their graph: the model is stopped after k thoughts, and the probability
              that its next step starts from a node is read (arXiv 2412.06769, section 5), and of its answer the node it
-             names. `coconut_ds/inspection/next_steps.py` has the formulas. The picture is the graph. Where the keys of a
-             record (edges, root, target ..) and its question differ, there is no graph and one line says why.
+             names. `coconut_ds/inspection/next_steps.py` has the formulas. The picture is the graph. Where a record's
+             keys (edges, root, target ..) and its question differ, there is no graph and one line says why.
 --all        The same averaged over the questions of the file, with 95% intervals: bootstrap over questions.
 --intervene  Every thought by itself, and all of them, replaced by zero, by the mean thought of the file, and by another
              question's, and what that does to the answers. Thoughts that come later are made from what was fed.

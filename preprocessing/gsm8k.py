@@ -7,7 +7,8 @@
 
 The text form (Internalize_CoT_Step_by_Step, MIT) has one example a line: `question||step step #### answer`. It is split
 as the published Coconut code does, but for one case: a line without steps gets an empty list here, there a list
-with one empty step.
+with one empty step. Steps are calculations, `<<2+3=5>>`. A line whose steps are numbers and signs (the digits of
+Internalize_CoT's multiplication sets) is malformed; lines with other steps are converted, counted and said.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
+from textwrap import shorten
 from typing import Any, BinaryIO, TextIO
 
 import gsm8k_check
@@ -61,6 +63,9 @@ PUBLISHED = (
 LONGEST_LINE = 1 << 20
 """Bytes; the longest published line has under a thousand, and memory must not grow with the file."""
 
+_CALCULATION = re.compile(r"<<.*=.*>>")
+_NUMBER_OR_SIGN = re.compile(r"[0-9.,]+|[-+*/%=()]+")
+
 _NAMED_LINES = 20
 _NAMED_RECORDS = 100
 
@@ -74,6 +79,10 @@ class Counts:
     malformed: int = 0
     empty: int = 0
     repeated: int = 0
+    uncalculated: int = field(default=0, compare=False)
+    """Of the records, those with a step that is no calculation."""
+    first_uncalculated: int = field(default=0, compare=False)
+    """The number of its line, from 1."""
 
 
 class FileError(Exception):
@@ -94,7 +103,13 @@ def parse(line: str) -> dict[str, Any]:
         raise ValueError("has an empty question")
     if not answer.strip():
         raise ValueError("has an empty answer")
-    return {"question": question, "steps": steps.split(), "answer": answer.strip()}
+    record = {"question": question, "steps": steps.split(), "answer": answer.strip()}
+    if record["steps"] and all(map(_NUMBER_OR_SIGN.fullmatch, record["steps"])):
+        raise ValueError(
+            f"has {len(record['steps'])} steps that are numbers and signs, {shorten(steps, 30, placeholder=' ..')!r}, "
+            "and none that is a calculation <<2+3=5>>: a set in another form"
+        )
+    return record
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -133,6 +148,9 @@ def examples(lines: Iterable[bytes], counts: Counts, complain: Callable[[str], N
                 complain(f"line {number} {error}")
             continue
         counts.records += 1
+        if not all(map(_CALCULATION.fullmatch, record["steps"])):
+            counts.uncalculated += 1
+            counts.first_uncalculated = counts.first_uncalculated or number
         yield record
 
 
@@ -226,6 +244,13 @@ def convert_all(sources: list[Path], folder: Path, name: str | None = None, stri
             f"{target}: {counts.records:,} examples of {counts.lines:,} lines ({counts.malformed:,} malformed, "
             f"{counts.empty:,} empty), {counts.repeated:,} questions repeated, {time.monotonic() - started:.1f} s"
         )
+        if counts.uncalculated:
+            print(
+                f"{source}: {counts.uncalculated:,} of {counts.records:,} examples have steps that are no "
+                f"calculations <<2+3=5>>, the first on line {counts.first_uncalculated}; steps are what spaces "
+                "divide here, so a set in another form needs a converter of its own",
+                file=sys.stderr,
+            )
         if strict and counts.malformed:
             status = 1
     return status

@@ -266,6 +266,10 @@ def test_lines_that_are_examples(convert, line, record):
         (b"q\xff||a #### 5\n", "is not UTF-8: invalid start byte at byte 1"),
         (b"q\xed\xa0\x80||a #### 5\n", "is not UTF-8: invalid continuation byte at byte 1"),
         (b"q" * (3 << 20) + b"||a #### 5\n", "is longer than 1,048,576 bytes"),
+        (b"9 * 3||1 8 + 0 2 #### 7 2\n", "has 5 steps that are numbers and signs, '1 8 + 0 2', and none that is a"),
+        (b"5 6 * 7||5 5 6 + 0 ( 5 1 ) + 0 6 #### 5\n", "has 12 steps that are numbers and signs, '5 5 6 + 0 ( 5 1 ) +"),
+        (b"q||12.5 + 3 = 15.5 #### 15.5\n", "has 5 steps that are numbers and signs"),
+        (b"q||7 #### 7\n", "has 1 steps that are numbers and signs"),
     ],
 )
 def test_malformed_lines_are_named_and_counted(convert, line, reason, capsys):
@@ -274,6 +278,21 @@ def test_malformed_lines_are_named_and_counted(convert, line, reason, capsys):
     records, refusal = convert(line)
     assert records is None
     assert str(refusal).endswith("none of its 1 lines is an example 'question||steps #### answer'")
+
+
+@pytest.mark.parametrize("steps", ["Ann has 3 pens.", "2+3=5", "<<2+3=5>> so", "<<2 + 3=5>>", "<<5>>"])
+def test_steps_that_are_no_calculations_are_converted_counted_and_said(tmp_path, capsys, steps):
+    (tmp_path / "train.txt").write_bytes(GOOD + f"q||{steps} #### 5\n".encode() + GOOD)
+    assert gsm8k.main(["convert", str(tmp_path / "train.txt"), "--out", str(tmp_path), "--strict"]) == 0
+    assert read_records(tmp_path / "gsm_train.json")[1]["steps"] == steps.split()
+    said = capsys.readouterr().err
+    assert "1 of 3 examples have steps that are no calculations <<2+3=5>>, the first on line 2; " in said
+
+
+@pytest.mark.shared
+def test_of_the_published_lines_nothing_is_said(valid_text, tmp_path, capsys):
+    assert gsm8k.main(["convert", str(valid_text), "--out", str(tmp_path), "--strict"]) == 0
+    assert "no calculations" not in capsys.readouterr().err
 
 
 def test_empty_lines_are_counted(convert):
