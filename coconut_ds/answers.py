@@ -10,12 +10,13 @@ from typing import Any
 
 from transformers import TextStreamer
 
+from coconut_ds.curriculum.answer_form import before_eos, clean_answer, given_answer, is_cut, text_of
 from coconut_ds.curriculum.collator import Batch
+from coconut_ds.curriculum.plain_text import unknown_words
 from coconut_ds.errors import InputError
 from coconut_ds.model.backbone import n_positions
 from coconut_ds.model.generation import Decoded, decode
 from coconut_ds.model.thoughts import Readings, read_thoughts, top_tokens
-from coconut_ds.training.evaluator import before_eos, clean_answer, given_answer, is_cut, text_of
 from coconut_ds.training.trained import TrainedModel
 
 _QUOTED = 60
@@ -106,8 +107,8 @@ class Answerer:
         generated = decoded.tokens[0].tolist()
         new = before_eos(generated, tokenizer)
         text = text_of(new, tokenizer)
-        given = given_answer(text)
         expected = None if question.expected is None else clean_answer(question.expected)
+        given = given_answer(text, expected)
         return Answer(
             question=question.text,
             answer=given,
@@ -127,14 +128,7 @@ class Answerer:
 
     def unknown_words(self, question: Question) -> list[str]:
         """Words of the question that the tokenizer has no token for, each once, in order."""
-        tokenizer = self.trained.tokenizer
-        if tokenizer.unk_token_id is None or not tokenizer.is_fast:
-            return []
-        encoded = tokenizer(question.text, return_offsets_mapping=True)
-        places = zip(encoded["input_ids"], encoded["offset_mapping"])
-        words = (question.text[start:end].strip() for token, (start, end) in places if token == tokenizer.unk_token_id)
-        # A BOS that is the same token stands for no word.
-        return [word for word in dict.fromkeys(words) if word]
+        return unknown_words(question.text, self.trained.tokenizer)
 
     def _prompt(self, question: Question) -> tuple[int, Batch, int]:
         """Its thoughts, the prompt as a batch of one row, and the number of tokens that may follow."""

@@ -26,6 +26,7 @@ import torch
 from coconut_ds import strict_json
 from coconut_ds.answers import Answer, Answerer, Question, sampled
 from coconut_ds.console import quiet_libraries, stop_printing
+from coconut_ds.curriculum.doubts import unread
 from coconut_ds.curriculum.examples import read_records
 from coconut_ds.errors import InputError
 from coconut_ds.training.trained import TrainedModel
@@ -117,6 +118,9 @@ def _run(options: argparse.Namespace) -> None:
     if isinstance(questions, list):
         for question in questions:
             answerer.check(question)
+    if _is_data(options.file):
+        for line in unread(options.file, read_records(options.file), answerer.trained.tokenizer):
+            print(f"warning: {line}", file=sys.stderr)
     page.print_total([(answer.correct, answer.cut) for answer in map(page.ask, questions)])
 
 
@@ -126,7 +130,7 @@ def _questions(options: argparse.Namespace) -> Iterable[Question]:
         return [Question(options.question)]
     if options.file in (None, "-"):
         return _lines(sys.stdin, "standard input")
-    if Path(options.file).suffix == ".json":
+    if _is_data(options.file):
         records = read_records(options.file)
         return [Question(each["question"], len(each["steps"]), each["answer"]) for each in records]
     try:
@@ -137,6 +141,10 @@ def _questions(options: argparse.Namespace) -> Iterable[Question]:
     if not questions:
         raise InputError(f"--file {options.file}: is empty; write one question a line")
     return questions
+
+
+def _is_data(file: str | None) -> bool:
+    return file is not None and Path(file).suffix == ".json"
 
 
 def _lines(file: Iterable[str], name: str) -> Iterator[Question]:

@@ -31,6 +31,7 @@ import torch
 
 from coconut_ds import strict_json
 from coconut_ds.console import progress, quiet_libraries, stop_printing
+from coconut_ds.curriculum.doubts import unread
 from coconut_ds.curriculum.examples import read_records
 from coconut_ds.errors import InputError
 from coconut_ds.extras import demand_libraries
@@ -147,6 +148,8 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
     trained = TrainedModel.load(options.checkpoint)
     questions = questions_of(trained, records, options.thoughts)
     room = room_for_answers(trained, questions, options.max_new_tokens)
+    for line in unread(options.data, [record for _, record in records], trained.tokenizer, records[0][0]):
+        print(f"warning: {line}", file=sys.stderr)
     graphs, why_no_graph = _graphs(questions)
     readings, fed = _readings(trained, questions, options, room)
     steps = _next_steps(trained, graphs, questions, options.batch_size)

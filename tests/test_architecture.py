@@ -30,7 +30,7 @@ LAYERS = (
     ("comparison_tables", "inspection.prosqa_graph", "inspection.tables"),
     ("extras", "run_events", "figures.comparison", "figures.thoughts"),
     ("config", "distributed", "predictions"),
-    ("console", "curriculum.stages", "interruption", "dashboards", "run_records"),
+    ("console", "curriculum.answer_form", "curriculum.stages", "interruption", "dashboards", "run_records"),
     (
         "curriculum.examples",
         "curriculum.collator",
@@ -48,8 +48,8 @@ LAYERS = (
     ("model.weight_gradients", "model.kv_cache", "figures.training", "report_page"),
     ("model.thought_attention",),
     ("model.generation", "model.checkpointing", "model.loss", "model.masks", "model.backbone", "model.card"),
-    ("model.pretrained", "curriculum.loaders"),
-    ("model.self_check",),
+    ("model.pretrained", "curriculum.loaders", "curriculum.plain_text"),
+    ("model.self_check", "curriculum.doubts"),
     ("model.coconut",),
     ("model.thoughts", "inspection.continuations"),
     (

@@ -182,6 +182,20 @@ def test_a_data_file_ends_with_the_share_of_right_answers(checkpoint, records, s
     assert output.count(": right\n") == 3
 
 
+def test_answers_of_a_data_file_that_cannot_be_read_back_are_counted(checkpoint, records, tmp_path, capsys):
+    path = tmp_path / "known.json"
+    path.write_text(json.dumps([records[0], {**records[1], "answer": "no node"}, {**records[2], "answer": "C#"}]))
+    assert ask.main([checkpoint, "--file", str(path), "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().err == (
+        f"warning: {path}: 2 of 3 answers cannot be read back from their own tokens, so that nothing a model writes is "
+        "right (first: record 1: 'no node' is read as ''); write them in words and signs the tokenizer keeps, without "
+        "a line that begins with ###\n"
+    )
+    path.write_text(json.dumps(records[:2]))
+    assert ask.main([checkpoint, "--file", str(path), "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_text_file_is_asked_line_by_line(checkpoint, records, tmp_path, capsys):
     first, second = (record["question"] for record in records[:2])
     path = tmp_path / "questions.txt"
@@ -233,6 +247,13 @@ REFUSED = {
     "empty file": (["--file", os.devnull], "--file /dev/null: is empty; write one question a line"),
     "no question": ([" "], "the question is empty; write one"),
     "no text": (["caf\udce9"], "is not UTF-8 text; encode it so"),
+    "a marker": (
+        ["A <|latent|> A"],
+        "question 'A <|latent|> A' holds '<|latent|>', a token that sequences are built with",
+    ),
+    "an end": (["A<|endoftext|>"], "question 'A<|endoftext|>' holds '<|endoftext|>', a token that sequences are built"),
+    "a start": (["<|start-latent|>A"], "holds '<|start-latent|>', a token that sequences are built with; write it"),
+    "padding": (["A <|pad|>"], "holds '<|pad|>', a token that sequences are built with; write it otherwise"),
     "too long": (
         ["A" + " A" * 91],
         "a prompt of 98 tokens (3 of them thoughts) and 1 to generate need 99 positions, the",

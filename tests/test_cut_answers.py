@@ -23,6 +23,7 @@ from test_summary import evaluation as closing_evaluation
 from coconut_ds import ask, compare, inspect_latents, report_tables
 from coconut_ds.answer_lengths import lengths_text
 from coconut_ds.config import RunConfig
+from coconut_ds.curriculum.answer_form import is_cut
 from coconut_ds.curriculum.examples import tokenize
 from coconut_ds.model.backbone import add_markers, scratch_backbone, word_tokenizer
 from coconut_ds.model.card import model_card
@@ -30,7 +31,7 @@ from coconut_ds.model.pretrained import write_folder
 from coconut_ds.predictions import cut_answers, read_predictions
 from coconut_ds.run_events import read_metrics
 from coconut_ds.run_records import read_run
-from coconut_ds.training.evaluator import Evaluator, is_cut
+from coconut_ds.training.evaluator import Evaluator
 from coconut_ds.training.summary import closing
 from coconut_ds.training.trained import TrainedModel
 from coconut_ds.training.weights import latent_settings

@@ -328,6 +328,8 @@ MISTAKES = (
     f"{RUN} train_path=data.jsonl",
     f"{RUN} train_path=data.json",
     f"{RUN} train_path=data/prosqa/none.json",
+    f"{RUN} train_path=marked.json",
+    f"{RUN} train_path=silent.json",
     f"{RUN} model=null model_id=openai-community/gpt2",
     "./launch.sh eval runs/none/checkpoints/epoch_0001",
     f"{EVALUATE} load_model_path=trained/mine/checkpoints/epoch_0002 c_thought=2 max_latent_stage=1",
@@ -339,12 +341,28 @@ MISTAKES = (
     "python -m coconut_ds.export pieces out",
     f"{RUN} model=null model_id=bert",
 )
+GOOD = {"question": "one ?", "steps": ["a b"], "answer": "b"}
 FILES = {
     "clash.json": """{"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2, "overlap_com": true},
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-4}}, "fp16": {"enabled": true}}""",
     "records.json": '{"question": "a"}',
     "data.jsonl": '{"question": "a", "steps": [], "answer": "b"}\n' * 2,
     "data.json": '[{"question": "a", "step": ["x"], "answer": "b"}]',
+    "marked.json": json.dumps([GOOD, {**GOOD, "question": "a <|latent|> b"}]),
+    "silent.json": json.dumps([GOOD, {**GOOD, "answer": ",,"}]),
+    "doubtful.json": json.dumps(
+        [
+            GOOD,
+            {**GOOD, "question": "two ?", "steps": ["a", ""]},
+            GOOD,
+            {**GOOD, "answer": "c"},
+            {**GOOD, "question": "four ?", "answer": "a\n### b"},
+            {**GOOD, "question": "five ?", "steps": ["<|unknown|>"]},
+            {**GOOD, "question": "six ?", "answer": "1,5"},
+            {**GOOD, "question": "seven ?", "answer": "15"},
+            {**GOOD, "question": "eight ?"},
+        ]
+    ),
 }
 
 
@@ -397,6 +415,23 @@ def test_a_cpu_with_fp16_trains_in_it_as_the_page_of_troubles_says(spoiled):
     assert "error" not in outcome.output
     refused = spoiled.run(f"{run} deepspeed=ds_configs/zero0.json", **{hardware.VARIABLE: hardware.WITH_FP16})
     assert "0 with fp16 trains on unscaled losses" in refused.output
+
+
+@pytest.mark.parametrize(
+    "command", [RUN, f"{RUN} only_eval=true load_model_path=trained/doubtful/checkpoints/epoch_0001"]
+)
+def test_the_page_of_troubles_has_what_a_run_warns_of(spoiled, command):
+    doubtful = "train_path=doubtful.json val_path=doubtful.json name=doubtful save_path=trained num_epochs=1"
+    outcome = spoiled.run(f"{command} {doubtful}")
+    assert outcome.status == 0, outcome.output
+    warnings = [line for line in outcome.output.splitlines() if line.startswith("warning: ")]
+    kinds = {re.sub(r".* \d+ of \d+ | \(first.*", "", line) for line in warnings}
+    assert len(kinds) == (7 if "only_eval" in command else 8), warnings
+    demand_quoted(outcome.output)
+
+
+def test_of_clean_data_nothing_is_said(spoiled):
+    assert "warning: " not in spoiled.run(f"{RUN} name=clean num_epochs=1").output
 
 
 def test_the_page_of_troubles_has_what_is_printed_where_the_port_is_taken(spoiled):

@@ -162,6 +162,25 @@ def test_a_graph_that_is_not_the_questions_gives_no_tables_and_is_counted(checkp
     assert "Next step after" not in output
 
 
+def test_answers_that_cannot_be_read_back_are_named_and_markers_in_questions_refused(
+    checkpoint, data, tmp_path, capsys
+):
+    records = json.loads(data.read_text())
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps([records[0], {**records[1], "answer": "nowhere"}]))
+    assert run(checkpoint, file, "--index", "1") == 0
+    said = capsys.readouterr().err
+    assert "1 of 1 answers cannot be read back from their own tokens" in said
+    assert "(first: record 1: 'nowhere' is read as '')" in said
+    assert run(checkpoint, data, "--index", "1") == 0
+    assert "answers" not in capsys.readouterr().err
+    file.write_text(json.dumps([records[0], {**records[1], "question": "a <|latent|>"}]))
+    assert run(checkpoint, file, "--all") == 2
+    assert (
+        "question 'a <|latent|>' holds '<|latent|>', a token that sequences are built with" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

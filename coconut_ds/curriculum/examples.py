@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from coconut_ds import strict_json
+from coconut_ds.curriculum.answer_form import answer_line, clean_answer, step_line
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.errors import InputError, did_you_mean
 
@@ -67,6 +68,8 @@ def _problem_with(record: Any) -> str | None:
             return f"key {key!r} is empty"
         if not _is_unicode(record[key]):
             return f"key {key!r} holds half of a surrogate pair, which is no text: {record[key]!r}"
+    if not clean_answer(record["answer"]):
+        return f"key 'answer' has only commas, which the comparison leaves out: {record['answer']!r}"
     if not isinstance(record["steps"], list):
         return f"key 'steps' must be a list of texts, found {type(record['steps']).__name__} {record['steps']!r}"
     for number, step in enumerate(record["steps"]):
@@ -115,15 +118,20 @@ def _tokenize_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) 
         texts = list(texts)
         return tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
 
-    flat_steps = iter(ids((step + "\n" for steps in batch["steps"] for step in steps), special=False))
+    flat_steps = iter(ids((step_line(step) for steps in batch["steps"] for step in steps), special=False))
     return {
         "question_ids": ids((question + "\n" for question in batch["question"]), special=True),
         "steps_ids": [[next(flat_steps) for _ in steps] for steps in batch["steps"]],
         "answer_ids": [
-            [*answer, tokenizer.eos_token_id]
-            for answer in ids(("### " + answer for answer in batch["answer"]), special=False)
+            [*answer, tokenizer.eos_token_id] for answer in ids(map(answer_line, batch["answer"]), special=False)
         ],
     }
+
+
+def target_ids(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of all steps and the answer of one record, EOS included, as `tokenize` makes them."""
+    row = _tokenize_batch({key: [record[key]] for key in KEYS}, tokenizer)
+    return [*(token for step in row["steps_ids"][0] for token in step), *row["answer_ids"][0]]
 
 
 def longest_prompt(examples: Dataset, curriculum: Curriculum) -> int:

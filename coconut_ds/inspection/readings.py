@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from coconut_ds.curriculum.answer_form import before_eos, clean_answer, given_answer, is_cut, text_of
 from coconut_ds.curriculum.collator import Batch
 from coconut_ds.errors import InputError
 from coconut_ds.model.backbone import n_positions
 from coconut_ds.model.coconut import Encoded, Intervention
 from coconut_ds.model.generation import Decoded, decode
 from coconut_ds.model.thoughts import Thoughts, read_thoughts, vocabulary_reading
-from coconut_ds.training.evaluator import before_eos, clean_answer, given_answer, is_cut, text_of
 from coconut_ds.training.trained import TrainedModel
 
 
@@ -131,7 +131,8 @@ def answer(
     tokenizer = trained.tokenizer
     generated = decoded.tokens.tolist()
     answers = [before_eos(row, tokenizer) for row in generated]
-    given = [given_answer(text_of(ids, tokenizer)) for ids in answers]
+    texts = [text_of(ids, tokenizer) for ids in answers]
+    given = [given_answer(text, question.expected) for text, question in zip(texts, questions)]
     cut = [is_cut(row, tokenizer) for row in generated]
     return Answered(prompts, decoded, given, [len(ids) for ids in answers], cut)
 

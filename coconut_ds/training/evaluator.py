@@ -14,6 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from coconut_ds import distributed, watchdog
 from coconut_ds.console import progress
+from coconut_ds.curriculum.answer_form import (
+    before_eos,
+    clean_answer,
+    clean_chain,
+    given_answer,
+    given_chain,
+    is_cut,
+    text_of,
+)
 from coconut_ds.curriculum.collator import Batch, Tokens
 from coconut_ds.curriculum.loaders import loss_loader, prompt_loader
 from coconut_ds.curriculum.stages import Curriculum
@@ -111,14 +120,15 @@ class Evaluator:
         cut = is_cut(ids, self.tokenizer)
         ids = before_eos(ids, self.tokenizer)
         text = text_of(ids, self.tokenizer)
-        given, expected = given_answer(text), clean_answer(example["answer"])
+        expected, chain = clean_answer(example["answer"]), clean_chain(example["steps"])
+        given = given_answer(text, expected)
         return {
             "index": index,
             "question": example["question"],
             "expected": expected,
             "given": given,
             "correct": given == expected,
-            "cot_correct": given_chain(text) == "\n".join(example["steps"]),
+            "cot_correct": given_chain(text, chain) == chain,
             "text": text,
             "n_steps": len(example["steps"]),
             "n_thoughts": len(thoughts),
@@ -135,35 +145,6 @@ def to_device(inputs: dict[str, Any], device: torch.device | None = None) -> dic
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in inputs.items()
     }
-
-
-def before_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Generated ids up to the first EOS."""
-    eos = tokenizer.eos_token_id
-    return ids[: ids.index(eos)] if eos in ids else ids
-
-
-def is_cut(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether `max_new_tokens` ended an answer: of that many generated ids, EOS after EOS, none is an EOS."""
-    return tokenizer.eos_token_id not in ids
-
-
-def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def given_answer(text: str) -> str:
-    """The answer in generated text: what follows the last `#`."""
-    return clean_answer(text.split("#")[-1])
-
-
-def clean_answer(text: str) -> str:
-    return text.replace(",", "").strip()
-
-
-def given_chain(text: str) -> str:
-    """The chain of thought in generated text, which starts after the question: what precedes the first `#`."""
-    return text.split("#")[0].strip()
 
 
 def summarize(predictions: list[dict[str, Any]], loss: float, seconds: float) -> Evaluation:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
+from coconut_ds import distributed
 from coconut_ds.config import ActivationCheckpointingConfig, RunConfig
 from coconut_ds.curriculum.collator import Tokens
-from coconut_ds.curriculum.examples import check_lengths, read_records, tokenize
+from coconut_ds.curriculum.doubts import doubts, shared_questions
+from coconut_ds.curriculum.examples import DataError, check_lengths, read_records, tokenize
+from coconut_ds.curriculum.plain_text import demand_plain_text
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.errors import InputError
 from coconut_ds.model.backbone import Backbone, scratch_backbone, word_tokenizer
@@ -36,6 +40,8 @@ class Materials:
     valid_set: Dataset
     n_parameters: int
     """Counted before an engine divides them."""
+    doubts: tuple[str, ...]
+    """What is doubtful in the data, a line each; on rank 0 alone."""
 
 
 def load_materials(config: RunConfig) -> Materials:
@@ -50,7 +56,23 @@ def load_materials(config: RunConfig) -> Materials:
     model, tokens = build_coconut(config, backbone)
     _demand_facts(config, tokens, train_set)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Materials(curriculum, backbone, model, tokens, train_set, valid_set, n_parameters)
+    found = []
+    if distributed.is_main():
+        tokenizer = backbone.tokenizer
+        found += doubts(train_path, train_records, train_set, tokenizer, is_evaluated=False)
+        found += doubts(val_path, valid_records, valid_set, tokenizer, is_evaluated=True)
+        found += shared_questions(val_path, valid_records, train_path, train_records)
+        if config.test_path is not None:
+            test_path = str(config.test_path)
+            found += shared_questions(test_path, records_if_any(test_path), train_path, train_records)
+    return Materials(curriculum, backbone, model, tokens, train_set, valid_set, n_parameters, tuple(found))
+
+
+def records_if_any(path: str) -> list[dict[str, Any]]:
+    """The records of a file that a run does not need; none where it cannot be read."""
+    with contextlib.suppress(DataError):
+        return read_records(path)
+    return []
 
 
 def _scratch(config: RunConfig, records: list[dict[str, Any]]) -> Backbone:
@@ -65,6 +87,7 @@ def tokenized(
     path: str, records: list[dict[str, Any]], backbone: Backbone, curriculum: Curriculum, new_tokens: int
 ) -> Dataset:
     examples = tokenize(records, backbone.tokenizer)
+    demand_plain_text(path, examples, backbone.tokenizer)
     check_lengths(path, examples, curriculum, backbone.n_positions, new_tokens)
     return examples
 

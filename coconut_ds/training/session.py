@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from coconut_ds.answer_lengths import cut_warning
 from coconut_ds.config import BatchSizes, RunConfig, batch_sizes
 from coconut_ds.console import say, terminal
 from coconut_ds.curriculum.collator import Tokens
+from coconut_ds.curriculum.doubts import doubts, shared_questions
 from coconut_ds.curriculum.examples import longest_prompt, read_records
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.dashboards import demand_libraries_of
@@ -30,10 +31,20 @@ from coconut_ds.tracking import Tracker, write_record
 from coconut_ds.training.batch_size import choose_eval_batch, choose_micro_batch, deciding_sequences, planned_peak
 from coconut_ds.training.checkpoint import Checkpoints
 from coconut_ds.training.evaluator import Evaluator
-from coconut_ds.training.materials import DEBUG_EXAMPLES, Materials, build_coconut, load_materials, tokenized
+from coconut_ds.training.materials import (
+    DEBUG_EXAMPLES,
+    Materials,
+    build_coconut,
+    load_materials,
+    records_if_any,
+    tokenized,
+)
 from coconut_ds.training.summary import closing, evaluation_text, opening, skip_lines
 from coconut_ds.training.trainer import Parts, Trainer, write_predictions
 from coconut_ds.training.weights import latent_settings, load_initial
+
+_MOST_TO_COMPARE = 32 * 2**20
+"""Bytes of a training file that is read for an evaluation alone."""
 
 
 def train(config: RunConfig, resolve: Callable[[RunConfig, BatchSizes], dict[str, Any]]) -> None:
@@ -71,6 +82,7 @@ def _train(
     evaluator = _evaluator(config, model, materials.valid_set, curriculum, tokens, backbone)
     if distributed.is_main():
         say(opening(config, sizes, ds_config, materials, planned))
+        _warn(materials.doubts)
     train_set = materials.train_set
     tracker = Tracker(config, distributed.is_main())
     parts = Parts(
@@ -126,6 +138,8 @@ def _evaluate(config: RunConfig, precision: Precision) -> None:
     stage = _stage_to_evaluate(config, curriculum)
     examples = tokenized(path, records, backbone, curriculum, config.max_new_tokens)
     model, tokens = build_coconut(config, backbone)
+    if distributed.is_main():
+        _warn(_doubts(config, path, records, examples, backbone))
     model.to(distributed.device(), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
     evaluator = _evaluator(config, model, examples, curriculum, tokens, backbone)
     with watchdog.watching(config.hang_limit_s, terminal()):
@@ -140,6 +154,23 @@ def _evaluate(config: RunConfig, precision: Precision) -> None:
         say(f"warning: {cut_warning(evaluation.n_cut, evaluation.n_total, config.max_new_tokens)}")
     say(f"predictions: {config.run_folder / 'predictions' / name}.jsonl")
     say(strict_json.dumps({"path": str(path), "stage": stage, **evaluation.as_dict()}))
+
+
+def _doubts(
+    config: RunConfig, path: str, records: list[dict[str, Any]], examples: Dataset, backbone: Backbone
+) -> list[str]:
+    """What is doubtful in the set to evaluate, also beside the training set where that is here and small."""
+    found = doubts(path, records, examples, backbone.tokenizer, is_evaluated=True)
+    train_path = str(config.train_path)
+    # A larger one takes seconds to read; its run has compared its own sets.
+    if train_path != path and Path(train_path).is_file() and Path(train_path).stat().st_size <= _MOST_TO_COMPARE:
+        found += shared_questions(path, records, train_path, records_if_any(train_path))
+    return found
+
+
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        say(f"warning: {line}")
 
 
 def _evaluator(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from coconut_ds import distributed
 from coconut_ds.curriculum.collator import Batch, Tokens, collate_prompts, prompt_sequence
+from coconut_ds.curriculum.plain_text import reserved_in
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.errors import InputError
 from coconut_ds.methods import METHODS, Method
@@ -66,8 +68,18 @@ class TrainedModel:
         )
 
     def prompts(self, questions: Sequence[str], n_thoughts: Sequence[int]) -> Batch:
-        """A decoding batch, left-padded, on this rank's device: questions with as many thoughts each."""
+        """A decoding batch, left-padded, on this rank's device: questions with as many thoughts each.
+
+        Raises InputError for a question with the text of a token that sequences are built with.
+        """
         rows = [{"question_ids": self.tokenizer(question + "\n")["input_ids"]} for question in questions]
+        for question, row in zip(questions, rows):
+            name = reserved_in(question, row["question_ids"], self.tokenizer)
+            if name is not None:
+                raise InputError(
+                    f"question {shorten(question, 60, placeholder=' ..')!r} holds {name!r}, a token that sequences are "
+                    "built with; write it otherwise"
+                )
         sequences = [prompt_sequence(row, count, self.tokens) for row, count in zip(rows, n_thoughts)]
         batch = collate_prompts(sequences, list(range(len(rows))), self.tokens.pad)
         return batch._replace(inputs=to_device(batch.inputs))
