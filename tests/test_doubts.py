@@ -194,6 +194,12 @@ def test_a_question_or_answer_without_a_token_is_refused():
     )
 
 
+def test_words_that_are_unknown_are_no_reason_to_refuse_a_set():
+    tokenizer = with_markers(word_tokenizer(["Every"], 96))
+    found = lines([{"question": "How?", "steps": ["So"], "answer": "6"}, {**GOOD, "question": "?"}], tokenizer)
+    assert any("2 of 2 records have words without a token" in line for line in found)
+
+
 @pytest.mark.parametrize("answer", ["#", "###", "# #", "###\n###"])
 def test_an_answer_that_is_the_mark_itself_has_tokens(answer):
     demand_plain_text("f.json", tokenize([{**GOOD, "answer": answer}], words()), words())

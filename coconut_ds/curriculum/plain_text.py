@@ -94,7 +94,8 @@ def _row_without_text(key: str, examples: Dataset, tokenizer: PreTrainedTokenize
     frame = answer_line("") if key == "answer" else "\n"
     end = [tokenizer.eos_token_id] if key == "answer" else []
     frames = tokenizer([frame, frame.strip(" ")], add_special_tokens=key == "question")["input_ids"]
-    empty = [[*tokens, *end] for tokens in frames]
+    # Where a space alone is unknown, it looks like a word that is: that one stays, and is warned of.
+    empty = [[*tokens, *end] for tokens in frames if tokenizer.unk_token_id not in tokens]
     around = [token for tokens in empty for token in tokens]
     first = 0
     for n_rows, rows, tokens in _chunks(examples, _COLUMNS[key]):
