@@ -16,7 +16,7 @@ from typing import IO, TypeVar
 from tqdm import tqdm
 
 from coconut_ds import distributed
-from coconut_ds.errors import InputError
+from coconut_ds.errors import unwritable_save_path
 from coconut_ds.pace import Pace
 
 Item = TypeVar("Item")
@@ -61,9 +61,7 @@ def libraries_to(log: Path | None) -> Iterator[None]:
         log.parent.mkdir(parents=True, exist_ok=True)
         file = open(log, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
     except OSError as error:
-        raise InputError(
-            f"save_path: {log.parent} cannot be made or written to: {error.strerror}; name a folder to write in"
-        ) from None
+        raise unwritable_save_path(log.parent, error) from None
     with contextlib.ExitStack() as undo:
         undo.callback(_attempt, file.close)
         before = sys.stdout, sys.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from textwrap import shorten
 
 
@@ -30,3 +31,13 @@ class ModelError(InputError):
 def in_one_line(error: Exception, width: int = 200) -> str:
     """What an error of a library says, shortened; its class where it says nothing."""
     return shorten(str(error) or type(error).__name__, width)
+
+
+def unwritable_save_path(folder: Path, error: OSError) -> InputError:
+    """For a run folder that cannot be made or written to."""
+    return InputError(f"save_path: {folder} cannot be made or written to: {error.strerror}; name a folder to write in")
+
+
+def unwritable_output(path: Path, error: OSError) -> InputError:
+    """For what a command was asked to write."""
+    return InputError(f"{path} cannot be written: {error.strerror or error}; name another place")

@@ -10,14 +10,19 @@ safetensors in fp32, configuration, tokenizer with the marker tokens, and, where
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from coconut_ds.config import RunConfig
 from coconut_ds.console import quiet_libraries
-from coconut_ds.errors import InputError
+from coconut_ds.errors import InputError, unwritable_output
 from coconut_ds.methods import METHODS
 from coconut_ds.model.pretrained import push, stored_settings, stored_window, write_folder
+from coconut_ds.run_lock import output_held
+from coconut_ds.training import sealed_folder
 from coconut_ds.training.weights import load_initial
 
 
@@ -46,16 +51,45 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def export(checkpoint: str, out: Path, model_id: str, with_markers: bool = True) -> None:
-    """Write `out`; raises InputError for a damaged checkpoint, weights that do not fit, and an `out` that exists."""
+    """Write `out`, whole or not at all: until it is whole it is `OUT.unfinished`, which the next export replaces.
+
+    Raises InputError for a damaged checkpoint, weights that do not fit, and an `out` that exists, is being written by
+    another process, or cannot be written.
+    """
+    _demand_new(out)
+    with output_held(out):
+        # The process that was writing it may have ended just now.
+        _demand_new(out)
+        settings = stored_settings(checkpoint)
+        # A model that was saved outside of a run names no method.
+        method = (settings or {}).get("method")
+        has_thoughts = with_markers if method is None else METHODS[method].thoughts != "none"
+        config = RunConfig(method="coconut" if has_thoughts else "cot", model_id=model_id, load_model_path=checkpoint)
+        backbone, window = load_initial(config), stored_window(checkpoint)
+        with _unfinished(out) as folder:
+            write_folder(folder, backbone.model, backbone.tokenizer, settings, window=window)
+
+
+def _demand_new(out: Path) -> None:
     if out.exists():
         raise InputError(f"{out} exists already; name a new folder")
-    settings = stored_settings(checkpoint)
-    # A model that was saved outside of a run names no method.
-    method = (settings or {}).get("method")
-    has_thoughts = with_markers if method is None else METHODS[method].thoughts != "none"
-    config = RunConfig(method="coconut" if has_thoughts else "cot", model_id=model_id, load_model_path=checkpoint)
-    backbone = load_initial(config)
-    write_folder(out, backbone.model, backbone.tokenizer, settings, window=stored_window(checkpoint))
+
+
+@contextlib.contextmanager
+def _unfinished(out: Path) -> Iterator[Path]:
+    """A folder to write, which becomes `out` at the end; an error removes it."""
+    folder = out.with_name(f"{out.name}.unfinished")
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        yield folder
+        sealed_folder.flush_folder(folder)
+        folder.rename(out)
+        sealed_folder.flush(out.parent)
+    except OSError as error:
+        raise unwritable_output(out, error) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

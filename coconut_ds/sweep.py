@@ -4,7 +4,8 @@
 
 FILE has a run a line, `RUN.yaml key=value ...`, as one would give it to launch.sh; empty lines and what follows a `#`
 do not count. Before the first run starts, everything is reported that is wrong with the keys and values of any of them,
-data and DeepSpeed files that are not there, and finished runs that were trained otherwise than their line says.
+data and DeepSpeed files that are not there, finished runs that were trained otherwise than their line says, and run
+folders that another process is writing to.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from coconut_ds.config import RunConfig, load_run_config
 from coconut_ds.engine.ds_config import read_ds_json
 from coconut_ds.errors import InputError, problem_list
 from coconut_ds.run_events import read_metrics
+from coconut_ds.run_lock import RUN_LOCK, holder_text, run_folder_is_held
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,6 +84,8 @@ def _checked(words: list[str]) -> RunConfig:
         raise InputError(f"{', '.join(missing)}: not there; data/README.md says how to get or make the data")
     if is_finished(config) and (keys := _trained_otherwise(config)):
         raise InputError(f"{config.run_folder} is finished and was trained with another {', '.join(keys)}; rename one")
+    if not is_finished(config) and run_folder_is_held(config.run_folder):
+        raise InputError(f"{config.run_folder} is in use by {holder_text(config.run_folder / RUN_LOCK)}, or rename one")
     return config
 
 

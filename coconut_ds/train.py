@@ -19,6 +19,7 @@ from typing import Any
 from coconut_ds import strict_json
 from coconut_ds.config import BatchSizes, RunConfig, batch_sizes, load_run_config
 from coconut_ds.errors import InputError
+from coconut_ds.run_lock import run_folder_held
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -51,9 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
 def run(config: RunConfig, options: argparse.Namespace) -> None:
     from coconut_ds.console import libraries_to, say
 
-    with libraries_to(None if options.verbose or options.dry_run else config.run_folder / "run.log"):
-        # In here, because libraries have something to say when they are imported.
-        from coconut_ds import distributed
+    log = None if options.verbose or options.dry_run else config.run_folder / "run.log"
+    with run_folder_held(None if options.dry_run else config.run_folder), libraries_to(log):
+        from coconut_ds import distributed  # in here: libraries have something to say when they are imported
         from coconut_ds.engine import ds_config
         from coconut_ds.engine.build import describe_device
         from coconut_ds.training import session
@@ -63,8 +64,7 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
         def resolve(config: RunConfig, sizes: BatchSizes) -> dict[str, Any]:
             return ds_config.resolve_ds_config(raw, config, sizes, device, options.run)
 
-        # Before any weight is loaded, whatever is chosen later.
-        resolved = resolve(config, batch_sizes(config, distributed.world_size()))
+        resolved = resolve(config, batch_sizes(config, distributed.world_size()))  # before any weight is loaded
         config = config.model_copy(update={"activation_checkpointing": ds_config.resolve_checkpointing(raw, config)})
         if options.dry_run:
             say(f"# run\n{config.to_yaml()}\n# deepspeed\n{strict_json.dumps(resolved, indent=2)}")

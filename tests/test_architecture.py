@@ -28,7 +28,7 @@ LAYERS = (
         "training.sealed_folder",
     ),
     ("comparison_tables", "inspection.prosqa_graph", "inspection.tables"),
-    ("extras", "run_events", "figures.comparison", "figures.thoughts"),
+    ("extras", "run_events", "run_lock", "figures.comparison", "figures.thoughts"),
     ("config", "distributed", "predictions"),
     ("console", "curriculum.answer_form", "curriculum.stages", "interruption", "dashboards", "run_records"),
     (

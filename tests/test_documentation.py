@@ -29,6 +29,7 @@ from warm_commands import Shell
 
 from coconut_ds.curriculum.examples import read_records
 from coconut_ds.model.backbone import word_tokenizer
+from coconut_ds.run_lock import run_folder_held
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = "docs/datasets"
@@ -440,6 +441,11 @@ def test_the_page_of_troubles_has_what_is_printed_where_the_port_is_taken(spoile
         demand_quoted(spoiled.run(f"{RUN} name=alone", MASTER_PORT=str(taken.getsockname()[1]), **place).output)
 
 
+def test_the_page_of_troubles_has_what_is_printed_where_the_folder_is_in_use(spoiled):
+    with run_folder_held(spoiled.tree / "trained" / "mine"):
+        demand_quoted(spoiled.run(RUN).output)
+
+
 def demand_quoted(output: str) -> None:
     """Every line in which a run complains stands in the page, but for numbers."""
     quoted = {general(line) for _, block in blocks(TROUBLES, "text") for line in block.splitlines()}
@@ -453,6 +459,7 @@ def demand_quoted(output: str) -> None:
 
 def general(line: str) -> str:
     """A message without what differs from one attempt to the next: numbers, save_path, how the hub was missed."""
+    line = re.sub(r"process \d+ on .*? since .*?\); ", "process .. on .. since .. (..); ", line)
     line = re.sub(r"\b(trained|one_cut|all_unsealed)/", "runs/", line)
     return re.sub(r"\d[\d.,]*", "0", re.sub(r"not give it \(\w+\)", "not give it (..)", line))
 

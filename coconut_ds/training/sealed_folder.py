@@ -29,10 +29,9 @@ def begin(path: Path) -> Path:
 def publish(unfinished: Path) -> Path:
     """Seal a folder made by `begin` and give it its name; a folder that has the name already makes room."""
     files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-    entries = {path.relative_to(unfinished).as_posix(): _fingerprint(path) for path in files}
+    entries = {path.relative_to(unfinished).as_posix(): fingerprint(path) for path in files}
     (unfinished / MANIFEST).write_text(strict_json.dumps({"files": entries}, indent=2) + "\n", encoding="utf-8")
-    for path in (*files, unfinished / MANIFEST, *(each for each in unfinished.rglob("*") if each.is_dir()), unfinished):
-        flush(path)
+    flush_folder(unfinished)
     path = unfinished.with_name(unfinished.name.removesuffix(_UNFINISHED))
     if path.exists():
         remove(path)
@@ -57,7 +56,7 @@ def faults(path: Path) -> list[str]:
             found.append(f"{name} is missing")
         elif file.stat().st_size != size:
             found.append(f"{name} has {file.stat().st_size} bytes and should have {size}")
-        elif _fingerprint(file)["sha256"] != digest:
+        elif fingerprint(file)["sha256"] != digest:
             found.append(f"{name} is not what was written (SHA-256)")
     return found
 
@@ -84,6 +83,12 @@ def sweep(parent: Path) -> None:
             shutil.rmtree(left)
 
 
+def flush_folder(folder: Path) -> None:
+    """Wait until a folder and everything in it are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -93,7 +98,8 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _fingerprint(path: Path) -> dict[str, int | str]:
+def fingerprint(path: Path) -> dict[str, int | str]:
+    """Size and SHA-256 of a file, `bytes` and `sha256`; raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
