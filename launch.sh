@@ -113,9 +113,8 @@ build_operators() {
   echo "building DeepSpeed's CPU operators (about two minutes, once)"
   local log
   log=$(mktemp)
-  python -c 'from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder
-CPUAdamBuilder().load(verbose=False)
-ShareMemCommBuilder().load(verbose=False)' >"$log" 2>&1 || {
+  # Waits without end for a lock file that a killed build has left, and names it.
+  python -m coconut_ds.engine.operator_build "$log" || {
     tail -n 20 "$log" >&2
     fail "DeepSpeed could not build its CPU operators, see above"
   }

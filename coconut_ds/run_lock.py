@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from coconut_ds import strict_json
 from coconut_ds.errors import InputError, unwritable_output, unwritable_save_path
 
 RUN_LOCK = "run.lock"
@@ -186,7 +187,7 @@ def _write_holder(descriptor: int) -> dict[str, Any]:
     }
     # In one write: whoever reads meanwhile finds all of it or nothing.
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, (json.dumps(holder) + "\n").encode(), 0)
+    os.pwrite(descriptor, (strict_json.dumps(holder) + "\n").encode(), 0)
     return holder
 
 

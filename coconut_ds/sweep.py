@@ -18,7 +18,7 @@ from pathlib import Path
 from coconut_ds.config import RunConfig, load_run_config
 from coconut_ds.engine.ds_config import read_ds_json
 from coconut_ds.errors import InputError, problem_list
-from coconut_ds.run_events import read_metrics
+from coconut_ds.run_changes import changed_contents, changed_keys, is_finished
 from coconut_ds.run_lock import RUN_LOCK, holder_text, run_folder_is_held
 
 
@@ -89,18 +89,14 @@ def _checked(words: list[str]) -> RunConfig:
     return config
 
 
-def is_finished(config: RunConfig) -> bool:
-    """Whether the run folder says that as many epochs as the configuration asks for were trained to the end."""
-    records = config.run_folder / "metrics.jsonl"
-    return records.is_file() and any(end.epochs >= config.num_epochs for end in read_metrics(records).ends)
-
-
 def _trained_otherwise(config: RunConfig) -> list[str]:
-    """Keys whose value in the run folder is not that of `config`, but for those that are resolved when a run starts."""
-    stored = load_run_config(config.run_folder / "run_config.yaml").model_dump()
-    asked = config.model_dump()
-    resolved = {"activation_checkpointing", "num_epochs"}
-    return [key for key in asked if key not in resolved and asked[key] not in ("auto", stored[key])]
+    """Keys whose value in the run folder is not that of `config`, and data files whose content is another now.
+
+    What is resolved when a run starts does not count, nor that it was trained for more epochs.
+    """
+    folder = config.run_folder
+    keys = [key for key in changed_keys(folder, config) if key not in ("activation_checkpointing", "num_epochs")]
+    return [*keys, *(f"content of {key}" for key in changed_contents(folder, config))]
 
 
 if __name__ == "__main__":

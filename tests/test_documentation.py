@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, GPT2LMHea
 from warm_commands import Shell
 
 from coconut_ds.curriculum.examples import read_records
+from coconut_ds.engine.operator_build import waiting_text
 from coconut_ds.model.backbone import word_tokenizer
 from coconut_ds.run_lock import run_folder_held
 
@@ -446,20 +447,56 @@ def test_the_page_of_troubles_has_what_is_printed_where_the_folder_is_in_use(spo
         demand_quoted(spoiled.run(RUN).output)
 
 
+def test_the_page_of_troubles_has_what_is_printed_where_a_hostfile_is_missing(spoiled):
+    demand_quoted(spoiled.run(f"{RUN} name=alone", DLTS_HOSTFILE="hostfile").output)
+
+
+def test_the_page_of_troubles_has_what_is_printed_when_a_finished_run_is_started_again(spoiled):
+    records = json.loads((spoiled.tree / "tiny" / "prosqa_train.json").read_text(encoding="utf-8"))
+    environment = spoiled.tree / "trained" / "mine" / "environment.json"
+    text = environment.read_text(encoding="utf-8")
+    values = json.loads(text)
+    values["data"]["train_path"] |= {"sha256": "f" * 64, "examples": len(records) + 1}
+    environment.write_text(json.dumps(values), encoding="utf-8")
+    output = spoiled.run(f"{RUN} lr=3e-3 num_epochs=1").output
+    environment.write_text(text, encoding="utf-8")
+    said = [line for line in output.splitlines() if re.search("is finished, |^  - |^To train with ", line)]
+    assert len(said) == 5, output
+    demand_quoted(output)
+    assert {general(line) for line in said} <= quoted()
+
+
+def test_the_page_of_troubles_has_what_is_said_while_a_lock_file_is_waited_for(tmp_path):
+    lock = tmp_path / "torch_extensions" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    (lock.parent / "cpu_adam.so").touch()
+    lock.touch()
+    left = waiting_text(lock)
+    with subprocess.Popen(["sleep", "60"], cwd=lock.parent) as builder:
+        compiled = waiting_text(lock)
+        builder.kill()
+    for line in (left, compiled):
+        assert general(line.replace(str(tmp_path), "/home/me/coconut_ds/.venv")) in quoted()
+
+
+def quoted() -> set[str]:
+    return {general(line) for _, block in blocks(TROUBLES, "text") for line in block.splitlines()}
+
+
 def demand_quoted(output: str) -> None:
     """Every line in which a run complains stands in the page, but for numbers."""
-    quoted = {general(line) for _, block in blocks(TROUBLES, "text") for line in block.splitlines()}
     complaints = [
         line for line in output.splitlines() if re.match("error: |warning: |  - |.* is damaged|going on from", line)
     ]
     assert complaints, output
     for line in complaints:
-        assert general(line) in quoted, f"{line}\nstands nowhere in {TROUBLES}"
+        assert general(line) in quoted(), f"{line}\nstands nowhere in {TROUBLES}"
 
 
 def general(line: str) -> str:
     """A message without what differs from one attempt to the next: numbers, save_path, how the hub was missed."""
     line = re.sub(r"process \d+ on .*? since .*?\); ", "process .. on .. since .. (..); ", line)
+    line = re.sub(r"SHA-256 [0-9a-f]+", "SHA-256 ..", re.sub(r": /\S+/hostfile is", ": /../hostfile is", line))
     line = re.sub(r"\b(trained|one_cut|all_unsealed)/", "runs/", line)
     return re.sub(r"\d[\d.,]*", "0", re.sub(r"not give it \(\w+\)", "not give it (..)", line))
 

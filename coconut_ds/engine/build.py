@@ -21,6 +21,8 @@ from torch import nn
 from coconut_ds import distributed
 from coconut_ds.config import RunConfig
 from coconut_ds.engine.ds_config import Device, offloads_optimizer
+from coconut_ds.engine.hostfile import demand_hostfile
+from coconut_ds.engine.operator_build import builds_announced
 from coconut_ds.errors import InputError
 
 _LONGER = timedelta(minutes=1)
@@ -52,7 +54,9 @@ def start_process_group(hang_limit_s: float = 0) -> None:
     """Join the ranks the launcher started: NCCL on GPUs, gloo on CPUs. Without a launcher this is the only rank.
 
     Collectives wait longer than `hang_limit_s`: a rank that hangs is ended before those that wait for it give up.
+    Raises InputError for a port in use, and for a hostfile that the launcher was given and did not find.
     """
+    demand_hostfile()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -62,7 +66,8 @@ def start_process_group(hang_limit_s: float = 0) -> None:
         torch.cuda.set_device(distributed.device())
     timeout = max(default_pg_timeout, timedelta(seconds=hang_limit_s) + _LONGER)
     try:
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        with builds_announced():
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     except torch.distributed.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -88,8 +93,9 @@ def describe_device() -> Device:
 
 def build_engine(model: nn.Module, config: RunConfig, ds_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     """Wrap `model` in the engine it keeps for the life of the process; it learns nothing until a schedule starts."""
-    optimizer = _optimizer(model, config, on_host=offloads_optimizer(ds_config))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    with builds_announced():
+        optimizer = _optimizer(model, config, on_host=offloads_optimizer(ds_config))
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     # At stage 0 with bf16 DeepSpeed 0.19.8 takes an update without gradients here: it would decay the weights, which a
     # rate of 0 prevents, and Adam would begin to count at 1.
     engine.basic_optimizer.state.clear()

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from coconut_ds import distributed, strict_json, watchdog
 from coconut_ds.answer_lengths import cut_warning
-from coconut_ds.config import BatchSizes, RunConfig, batch_sizes
+from coconut_ds.config import BatchSizes, RunConfig, batch_sizes, load_run_config
 from coconut_ds.console import say, terminal
 from coconut_ds.curriculum.collator import Tokens
 from coconut_ds.curriculum.doubts import doubts, shared_questions
@@ -26,10 +26,11 @@ from coconut_ds.errors import InputError
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.pretrained import stored_settings
+from coconut_ds.run_changes import DATA_KEYS, changes, data_files, is_finished, stored_environment
 from coconut_ds.run_events import read_metrics
 from coconut_ds.tracking import Tracker, write_record
 from coconut_ds.training.batch_size import choose_eval_batch, choose_micro_batch, deciding_sequences, planned_peak
-from coconut_ds.training.checkpoint import Checkpoints
+from coconut_ds.training.checkpoint import Checkpoints, read_stored
 from coconut_ds.training.evaluator import Evaluator
 from coconut_ds.training.materials import (
     DEBUG_EXAMPLES,
@@ -39,7 +40,7 @@ from coconut_ds.training.materials import (
     records_if_any,
     tokenized,
 )
-from coconut_ds.training.summary import closing, evaluation_text, opening, skip_lines
+from coconut_ds.training.summary import changed_text, closing, evaluation_text, finished, opening, skip_lines
 from coconut_ds.training.trainer import Parts, Trainer, write_predictions
 from coconut_ds.training.weights import latent_settings, load_initial
 
@@ -62,6 +63,8 @@ def _train(
     config: RunConfig, resolve: Callable[[RunConfig, BatchSizes], dict[str, Any]], checkpoints: Checkpoints
 ) -> None:
     newest = checkpoints.newest_intact()
+    if distributed.from_main(distributed.is_main() and _say_if_finished(config, newest)):
+        return
     materials = load_materials(_going_on_from(newest, config))
     curriculum, backbone, model, tokens = materials.curriculum, materials.backbone, materials.model, materials.tokens
     world = distributed.world_size()
@@ -73,7 +76,7 @@ def _train(
     ds_config = resolve(config, sizes)
     planned = None
     if distributed.is_main():
-        _write_description(config, ds_config)
+        _describe(config, ds_config, materials, newest)
         # Before the engine takes the weights apart; the other ranks wait in it.
         planned = _planned(config, ds_config, materials, sizes.micro)
     # Ranks draw their own dropout from here on; weights and order were drawn from the seed they share.
@@ -203,8 +206,56 @@ def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:
     return stored["stage"] if "stage" in stored and not config.resume else curriculum.stage(config.resume)
 
 
-def _write_description(config: RunConfig, ds_config: dict[str, Any]) -> None:
+def _say_if_finished(config: RunConfig, newest: Path | None) -> bool:
+    """Whether the run was trained to its end before; then that is said, with its results, and nothing is written.
+
+    A run whose last checkpoint is lost is not finished: it goes on from the one before.
+    """
+    if newest is None or not is_finished(config):
+        return False
+    progress, metrics = read_stored(newest).progress, read_metrics(config.run_folder / "metrics.jsonl")
+    # With save_only_improve the last checkpoint may be older than the end.
+    saved_last = [checkpoint.step for checkpoint in metrics.checkpoints[-1:]]
+    if progress.epochs < config.num_epochs and saved_last != [progress.step]:
+        return False
+    n_examples = {key: len(read_records(getattr(config, key))) for key in DATA_KEYS}
+    changed = changes(config, data_files(config, n_examples))
+    say(finished(config, max(end.epochs for end in metrics.ends), changed))
+    say(closing(_as_trained(config), metrics.evaluations, progress.skipped, progress.step))
+    return True
+
+
+def _as_trained(config: RunConfig) -> RunConfig:
+    """The configuration in the run folder, wherever the folder lies now; `config` if that cannot be read."""
+    try:
+        stored = load_run_config(config.run_folder / "run_config.yaml")
+    except InputError:
+        return config
+    return stored.model_copy(update={"save_path": config.save_path, "name": config.name})
+
+
+def _describe(config: RunConfig, ds_config: dict[str, Any], materials: Materials, newest: Path | None) -> None:
+    """Write what this start trains with, and say in what it differs from the start it goes on from.
+
+    Where nothing is left to train, the files keep what the run was trained with.
+    """
+    n_examples = dict(zip(DATA_KEYS, (len(materials.train_set), len(materials.valid_set))))
+    data, ranks = data_files(config, n_examples), distributed.world_size()
+    environment = {
+        **describe_environment(),
+        "ranks": ranks,
+        "data": {key: file.model_dump() for key, file in data.items()},
+    }
+    if newest is not None:
+        progress, changed = read_stored(newest).progress, changes(config, data, ranks)
+        if progress.epochs >= config.num_epochs:
+            say(finished(config, progress.epochs, changed))
+            return
+        if changed:
+            say(changed_text(changed))
+        earlier = stored_environment(config.run_folder).get("changes", [])
+        environment["changes"] = [*earlier, *({"after_step": progress.step, "change": line} for line in changed)]
     folder = config.run_folder
     write_record(folder / "run_config.yaml", config.to_yaml())
     write_record(folder / "ds_config.json", strict_json.dumps(ds_config, indent=2) + "\n")
-    write_record(folder / "environment.json", strict_json.dumps(describe_environment(), indent=2) + "\n")
+    write_record(folder / "environment.json", strict_json.dumps(environment, indent=2) + "\n")

@@ -85,6 +85,26 @@ def skip_lines(n_skipped: int, n_steps: int) -> list[str]:
     return [f"  skipped   {skipped_text(n_skipped, n_steps)} (fp16, gradients overflowed)", *warning]
 
 
+def finished(config: RunConfig, n_epochs: int, changed: Sequence[str]) -> str:
+    """What is said of a run that has nothing left to train; `changed` are lines of `run_changes.changes`."""
+    said = f"{config.run_folder} is finished, {n_epochs} epochs were trained before: nothing was trained now"
+    if not changed:
+        return f"{said}; a higher num_epochs trains on"
+    return (
+        f"{said}, and the results below are not those of this command. The run was trained with (there -> here):\n"
+        f"{_listed(changed)}\nTo train with what this command says, set another name=; a higher num_epochs trains on"
+    )
+
+
+def changed_text(changed: Sequence[str]) -> str:
+    """What is said of a run that goes on with other settings or data."""
+    return f"changed since the run was last started (before -> now):\n{_listed(changed)}"
+
+
+def _listed(lines: Sequence[str]) -> str:
+    return "\n".join(f"  - {line}" for line in lines)
+
+
 def closing(config: RunConfig, evaluations: Sequence[EpochEvaluation], n_skipped: int = 0, n_steps: int = 0) -> str:
     """The table of stages, what was best, steps that fp16 skipped, and the commands to go on with."""
     report = f"  report    python -m coconut_ds.report {config.run_folder}"

@@ -1,0 +1,62 @@
+"""A hostfile that is not there: DeepSpeed's launcher only warns, and trains on this machine alone."""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+from deepspeed.launcher.runner import parse_args
+
+from coconut_ds.errors import InputError
+
+_STARTS_RANKS = "deepspeed.launcher.launch"
+_RUNNERS = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
+
+
+def demand_hostfile() -> None:
+    """Raise InputError if the launcher was given a hostfile that does not exist, before anything is trained.
+
+    Ranks are not told of it, so it is looked for in the command line of the launcher, their ancestor.
+    """
+    if int(os.environ.get("CROSS_SIZE", 1)) > 1:
+        return  # the launcher has read one
+    for path, text in _named_hostfiles():
+        if not path.is_file():
+            raise InputError(
+                f"hostfile {text}: {path} is not there, and without it DeepSpeed would train on this machine alone; "
+                "name the file with its lines `HOST slots=N`, or leave --hostfile out to train here"
+            )
+
+
+def _named_hostfiles() -> list[tuple[Path, str]]:
+    """Hostfiles somebody asked for, each as its path and as it was written."""
+    found = []
+    if text := os.environ.get("DLTS_HOSTFILE"):
+        found.append((Path(text).absolute(), text))
+    try:
+        command, folder = _launcher()
+    except psutil.Error:  # gone, or of another user
+        return found
+    text = parse_args(command).hostfile if command else None
+    # Without the option it is /job/hostfile, which need not be there.
+    if text and text != parse_args(["train.py"]).hostfile:
+        found.append((folder / text, text))
+    return found
+
+
+def _launcher() -> tuple[list[str], Path]:
+    """The arguments given to `deepspeed` and the folder it was started in; no arguments without that launcher."""
+    ancestors = psutil.Process().parents()
+    for starter, runner in pairwise(ancestors):
+        if _STARTS_RANKS in starter.cmdline():
+            words = runner.cmdline()
+            begin = next((place for place, word in enumerate(words) if _is_runner(word)), len(words))
+            return words[begin + 1 :], Path(runner.cwd())
+    return [], Path()
+
+
+def _is_runner(word: str) -> bool:
+    """Whether a word of a command line is DeepSpeed's command, its module, or the file of that module."""
+    return Path(word).name in _RUNNERS or word.endswith("deepspeed/launcher/runner.py")

@@ -1,0 +1,112 @@
+"""What a run folder says its run was trained with, against what a command asks for. Needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from coconut_ds.config import RunConfig, load_run_config
+from coconut_ds.errors import InputError
+from coconut_ds.run_events import read_metrics
+from coconut_ds.training.sealed_folder import fingerprint
+
+DATA_KEYS = ("train_path", "val_path")
+_PLACE = ("save_path", "name")
+_SHOWN_OF_HASH = 12
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run folder says that as many epochs as the configuration asks for were trained to the end."""
+    records = config.run_folder / "metrics.jsonl"
+    return records.is_file() and any(end.epochs >= config.num_epochs for end in read_metrics(records).ends)
+
+
+def changed_keys(folder: Path, asked: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Keys whose value in the run folder is not the one asked for, each as (there, asked).
+
+    A value of `auto` is not known before the run starts and differs from none; where the folder lies does not count.
+    Raises InputError if the folder's configuration cannot be read.
+    """
+    stored = load_run_config(folder / "run_config.yaml").model_dump(mode="json")
+    values = asked.model_dump(mode="json")
+    return {
+        key: (stored[key], value)
+        for key, value in values.items()
+        if key not in _PLACE and value not in ("auto", stored[key])
+    }
+
+
+class DataFile(BaseModel):
+    """A data file of a run, as `environment.json` has it."""
+
+    path: str
+    sha256: str
+    examples: int
+
+    def __str__(self) -> str:
+        return f"{self.examples} examples, SHA-256 {self.sha256[:_SHOWN_OF_HASH]}"
+
+
+def data_files(config: RunConfig, n_examples: Mapping[str, int]) -> dict[str, DataFile]:
+    """The files trained and validated on as they are now, by key. Raises InputError for one that cannot be read."""
+    return {
+        key: DataFile(path=path, sha256=_sha256(path), examples=n_examples[key])
+        for key in DATA_KEYS
+        if (path := getattr(config, key))
+    }
+
+
+def stored_environment(folder: Path) -> dict[str, Any]:
+    """`environment.json`, empty where it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        values = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        return values if isinstance(values, dict) else {}
+    return {}
+
+
+def stored_data_files(folder: Path) -> dict[str, DataFile]:
+    """The files a run was trained with; empty for runs of earlier versions."""
+    with contextlib.suppress(ValidationError):
+        return TypeAdapter(dict[str, DataFile]).validate_python(stored_environment(folder).get("data"))
+    return {}
+
+
+def changed_contents(folder: Path, config: RunConfig) -> list[str]:
+    """Keys of data files whose content is not what the run folder's run was trained with."""
+    stored = stored_data_files(folder)
+    return [key for key, file in stored.items() if (path := getattr(config, key)) and _sha256(path) != file.sha256]
+
+
+def changes(asked: RunConfig, data: Mapping[str, DataFile], ranks: int | None = None) -> list[str]:
+    """A line, `there -> here`, for all in which the run folder differs from what is asked for; none in a new folder."""
+    folder = asked.run_folder
+    if not (folder / "run_config.yaml").is_file():
+        return []
+    stored, lines = stored_data_files(folder), []
+    try:
+        for key, (there, here) in changed_keys(folder, asked).items():
+            is_same = key in stored and key in data and stored[key].sha256 == data[key].sha256
+            lines.append(f"{key}: {strict_json.dumps(there)} -> {strict_json.dumps(here)}" + is_same * " (the same content)")
+    except InputError as error:
+        lines.append(f"what else differs is not known: {error}")
+    before = stored_environment(folder).get("ranks", ranks)
+    if ranks is not None and before != ranks:
+        lines.append(f"ranks: {before} -> {ranks}")
+    lines += [
+        f"content of {key}: {stored[key]} -> {file}"
+        for key, file in data.items()
+        if key in stored and stored[key].sha256 != file.sha256
+    ]
+    return lines
+
+
+def _sha256(path: str) -> str:
+    try:
+        return str(fingerprint(Path(path))["sha256"])
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; data/README.md says how to get the data") from None
