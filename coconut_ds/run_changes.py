@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from coconut_ds import strict_json
 from coconut_ds.config import RunConfig, load_run_config
 from coconut_ds.errors import InputError
 from coconut_ds.run_events import read_metrics
@@ -91,7 +92,8 @@ def changes(asked: RunConfig, data: Mapping[str, DataFile], ranks: int | None = 
     try:
         for key, (there, here) in changed_keys(folder, asked).items():
             is_same = key in stored and key in data and stored[key].sha256 == data[key].sha256
-            lines.append(f"{key}: {strict_json.dumps(there)} -> {strict_json.dumps(here)}" + is_same * " (the same content)")
+            change = f"{key}: {strict_json.dumps(there)} -> {strict_json.dumps(here)}"
+            lines.append(change + is_same * " (the same content)")
     except InputError as error:
         lines.append(f"what else differs is not known: {error}")
     before = stored_environment(folder).get("ranks", ranks)
