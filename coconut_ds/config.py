@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
@@ -23,6 +24,7 @@ from pydantic import (
 )
 
 from coconut_ds.errors import InputError, did_you_mean, problem_list
+from coconut_ds.foreign_keys import known_elsewhere
 from coconut_ds.methods import METHODS, Method, Traits
 
 Scope = Literal["sequence", "last_pass"]
@@ -34,6 +36,13 @@ def _positive_or_auto(value: Any) -> Any:
         raise ValueError("must be a whole number of at least 1, or auto")
     return value
 
+
+def _off_is_null(value: Any) -> Any:
+    return None if value is False else value
+
+
+# What YAML reads as false, off and no are the natural words for a part that is not wanted.
+OrOff = BeforeValidator(_off_is_null)
 
 AutoBatchSize = Annotated[int | Literal["auto"], PlainValidator(_positive_or_auto)]
 
@@ -163,11 +172,11 @@ class RunConfig(_Section):
     """Beyond the last latent stage every example gets the same number of thoughts."""
     uniform_prob: float = Field(0.0, ge=0, le=1)
     """Probability with which a training example draws its stage uniformly."""
-    latent_context: LatentContextConfig | None = None
+    latent_context: Annotated[LatentContextConfig | None, OrOff] = None
     """Null is plain Coconut."""
     latent_norm: Literal["none", "rms", "embedding"] = "none"
     """Every thought is scaled to a root mean square of 1, or to the mean norm of its question's token embeddings."""
-    icot: IcotConfig | None = None
+    icot: Annotated[IcotConfig | None, OrOff] = None
     """For `method: icot`; null is its defaults."""
 
     # Model
@@ -181,7 +190,7 @@ class RunConfig(_Section):
     train_path: str | None = None
     val_path: str | None = None
     test_path: str | None = None
-    shuffle_facts: str | None = None
+    shuffle_facts: Annotated[str | None, OrOff] = None
     """The token that ends a fact of a question; a training question's facts stand in another order every epoch."""
 
     # Optimisation
@@ -224,9 +233,9 @@ class RunConfig(_Section):
 
     # Records
     save_only_improve: bool = False
-    save_every_steps: int | None = Field(None, ge=1)
+    save_every_steps: Annotated[int | None, OrOff] = Field(None, ge=1)
     """Optimizer steps between checkpoints within an epoch; null saves at the end of epochs only."""
-    keep_checkpoints: int | None = Field(None, ge=1)
+    keep_checkpoints: Annotated[int | None, OrOff] = Field(None, ge=1)
     """How many checkpoints stay on disk, the best one always among them; null keeps one for every epoch."""
     hang_limit_s: int = Field(1800, ge=1)
     """Seconds that an optimizer step, a batch of an evaluation or a part of a checkpoint may take."""
@@ -240,6 +249,30 @@ class RunConfig(_Section):
     @classmethod
     def _true_means_stage(cls, value: Any) -> Any:
         return "stage" if value is True else value
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _switch_of_wandb(cls, value: Any) -> Any:
+        is_on = _switch(value)
+        if is_on is None:
+            return value.lower() if isinstance(value, str) else value
+        return "online" if is_on else "disabled"
+
+    @field_validator("tensorboard", mode="before")
+    @classmethod
+    def _switch_of_tensorboard(cls, value: Any) -> Any:
+        is_on = _switch(value)
+        return value if is_on is None else is_on
+
+    @field_validator("latent_norm", mode="before")
+    @classmethod
+    def _no_norm(cls, value: Any) -> Any:
+        return "none" if value in (None, False) else value
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _switch_of_checkpointing(cls, value: Any) -> Any:
+        return {"enabled": value} if isinstance(value, bool) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -266,11 +299,20 @@ class RunConfig(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def _is_on(value: Any) -> bool:
+def _switch(value: Any) -> bool | None:
+    """Whether a value switches something on or off, in YAML's words or spelled out; None for any other value."""
+    if value is None:
+        return False
+    if isinstance(value, str) and value.lower() in ("enabled", "disabled", "none", "null"):
+        return value.lower() == "enabled"
     try:
         return TypeAdapter(bool).validate_python(value)
     except ValidationError:
-        return False  # is reported where the key is checked
+        return None
+
+
+def _is_on(value: Any) -> bool:
+    return _switch(value) is True  # what is no switch is reported where the key is checked
 
 
 @dataclass(frozen=True)
@@ -350,8 +392,9 @@ def _describe(item: Any) -> Problem:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        section = _SECTIONS.get(location[0], RunConfig) if len(location) > 1 else RunConfig
-        hint = did_you_mean(location[-1], section.model_fields)
+        section = location[0] if len(location) > 1 else ""
+        fields = _SECTIONS.get(section, RunConfig).model_fields
+        hint = known_elsewhere(location[-1], section) or did_you_mean(location[-1], fields)
         return Problem((location[0],), f"{key}: unknown key{hint}")
     rule = item["msg"].removeprefix("Value error, ")
     return Problem((location[0],), f"{key}: {item['input']!r}: {rule[0].lower()}{rule[1:]}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
 
@@ -19,9 +19,38 @@ def problem_list(source: str, problems: Sequence[str]) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the nearest known name, or an empty string."""
-    near = get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    """`" (did you mean 'x'?)"` for the known name that `name` is a misspelling of, or an empty string.
+
+    Only spelling counts: a name that shares words with another one need not mean the same, and whoever follows a hint
+    changes what it names.
+    """
+    typed = plain_spelling(name)
+    near = [(_edits(typed, plain_spelling(each)), abs(len(name) - len(each)), each) for each in known]
+    near = [each for each in near if each[0] <= (1 if len(typed) < 5 else 2)]
+    return f" (did you mean {min(near)[2]!r}?)" if near else ""
+
+
+def plain_spelling(name: str) -> str:
+    """Without case, underscores, hyphens and spaces, which are typed one way or the other."""
+    return re.sub(r"[_\-\s]", "", name).lower()
+
+
+def _edits(first: str, second: str) -> int:
+    """Letters left out, added or swapped with their neighbour, and twice the letters replaced by others.
+
+    A replaced letter counts twice, because names of different meaning often differ in a few (min and max, base and
+    save). `difflib` knows no swaps, and its ratio takes shared words for closeness.
+    """
+    before: list[int] = []
+    row = list(range(len(second) + 1))
+    for i, left in enumerate(first, start=1):
+        older, before, row = before, row, [i]
+        for j, right in enumerate(second, start=1):
+            least = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + 2 * (left != right))
+            if i > 1 and j > 1 and left == second[j - 2] and first[i - 2] == right:
+                least = min(least, older[j - 2] + 1)
+            row.append(least)
+    return row[-1]
 
 
 class ModelError(InputError):

@@ -27,7 +27,7 @@ LAYERS = (
         "figures.canvas",
         "training.sealed_folder",
     ),
-    ("comparison_tables", "inspection.prosqa_graph", "inspection.tables"),
+    ("comparison_tables", "foreign_keys", "inspection.prosqa_graph", "inspection.tables"),
     ("extras", "run_events", "run_lock", "figures.comparison", "figures.thoughts"),
     ("config", "distributed", "predictions"),
     (

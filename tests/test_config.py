@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
-from coconut_ds.config import BatchSizes, ConfigError, RunConfig, batch_sizes, load_run_config
-from coconut_ds.errors import InputError
+from coconut_ds.config import (
+    _SECTIONS,
+    BatchSizes,
+    ConfigError,
+    RunConfig,
+    _describe,
+    batch_sizes,
+    load_run_config,
+)
+from coconut_ds.engine.ds_config import _OWNED_KEYS, MEMORY_KEYS
+from coconut_ds.errors import InputError, plain_spelling
+from coconut_ds.foreign_keys import _TEXTS
 
 # Keys and spellings of the published `args/*.yaml`: numbers tagged as floats, null written None.
 PUBLISHED = """
@@ -235,3 +247,116 @@ def test_batch_sizes_are_worked_out():
         sizes(3, batch_size_training=8, train_batch_size=128)
     with pytest.raises(ConfigError, match="128 cannot be made from 8 a micro-batch x 2 accumulated x 2 ranks"):
         sizes(2, batch_size_training=8, train_batch_size=128, gradient_accumulation_steps=2)
+
+
+def misspelt(key: str) -> set[str]:
+    """A letter missing, doubled or swapped with its neighbour; other case; underscores left out or otherwise."""
+    found = {key.upper(), key.title(), key.replace("_", ""), key.replace("_", "-"), f"{key}_", f"_{key}"}
+    for place in range(len(key)):
+        found |= {key[:place] + key[place + 1 :], key[: place + 1] + key[place:]}
+        found.add(key[:place] + key[place : place + 2][::-1] + key[place + 2 :])
+    return found - {key, ""}
+
+
+KEYS = [(section, key) for section, fields in (("", RunConfig), *_SECTIONS.items()) for key in fields.model_fields]
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS)
+def test_a_misspelt_key_gets_the_key_it_is(section, key):
+    fields = _SECTIONS.get(section, RunConfig).model_fields
+    # Without one letter a key can be another one: icot, cot.
+    for name in misspelt(key) - set(fields):
+        location = (section, name) if section else (name,)
+        said = _describe({"loc": location, "type": "extra_forbidden"}).message
+        assert said == f"{'.'.join(location)}: unknown key (did you mean {key!r}?)"
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("train_size", "there is no setting for a part of a set"),
+        ("val_size", "there is no setting for a part of a set"),
+        ("max_size", "there is no setting for a part of a set"),
+        ("debug_val_size", "there is no setting for a part of a set"),
+        ("num_eval_samples", "there is no setting for a part of a set"),
+        ("alpha", "nothing to weigh"),
+        ("beta", "nothing to weigh"),
+        ("gamma", "nothing to weigh"),
+        ("distributed_training", "deepspeed --num_gpus N, or RANKS=N ./launch.sh"),
+        ("max_length", "an example longer than the model's positions is named"),
+        ("max_seq_length", "an example longer than the model's positions is named"),
+        ("stage_0_epochs", "train a run with method: cot"),
+        ("reversed", "there is no reversed curriculum"),
+        ("replacement_method", "latent_context and latent_norm"),
+        ("torch_compile", "the model is not compiled"),
+        ("gradient_checkpointing", "here it is activation_checkpointing"),
+        ("use_lora", "LoRA is not supported"),
+        ("learning_rate", "here it is lr"),
+        ("per_device_train_batch_size", "here it is batch_size_training"),
+        ("per_device_eval_batch_size", "here it is eval_batch_size"),
+        ("num_train_epochs", "here it is num_epochs"),
+        ("warmup_ratio", "set warmup_steps, in optimizer steps"),
+        ("lr_scheduler_type", "here it is lr_schedule: constant, linear or cosine"),
+        ("output_dir", "the run folder is save_path/name"),
+        ("fp16", "set precision: fp16"),
+        ("max_steps", "set num_epochs"),
+        ("logging_steps", "here it is log_every_steps"),
+        ("save_steps", "here it is save_every_steps"),
+        ("micro_batch_size", "here it is batch_size_training"),
+        ("sequence_len", "nothing is cut"),
+        ("base_model", "here it is model_id"),
+        ("LearningRate", "here it is lr"),
+    ],
+)
+def test_keys_of_other_trainers_get_what_to_set_here(tmp_path, key, said):
+    (found,) = problems(tmp_path, GOOD, f"{key}=1")
+    assert found.startswith(f"{key}: unknown key; ")
+    assert said in found
+
+
+def test_what_a_key_of_another_trainer_is_sent_to_is_there(tmp_path):
+    ours = {f"{section}.{key}" if section else key for section, key in KEYS}
+    ours |= {f"ds.{key}" for key in (*MEMORY_KEYS, *_OWNED_KEYS)}
+    assert not set(map(plain_spelling, ours)) & set(_TEXTS)
+    for text in _TEXTS.values():
+        if named := re.match(r"here it is ([\w.]+)", text):
+            key, _, inner = named[1].partition(".")
+            assert key in RunConfig.model_fields
+            assert not inner or inner in _SECTIONS[key].model_fields
+
+
+@pytest.mark.parametrize("key", "base_path min_new_tokens max_seq_tokens loss bf32 beam_size train_bits x".split())
+def test_other_words_get_no_hint(tmp_path, key):
+    assert problems(tmp_path, GOOD, f"{key}=1") == [f"{key}: unknown key"]
+
+
+@pytest.mark.parametrize("off", ["false", "off", "no", "False", "null", "None", "disabled", "Disabled", "0", '"false"'])
+def test_what_yaml_reads_as_off_is_off(tmp_path, off):
+    config = load(tmp_path, GOOD + f"wandb: {off}\ntensorboard: {off}\n")
+    assert (config.wandb, config.tensorboard) == ("disabled", False)
+    config = load(tmp_path, GOOD, f"wandb={off}", f"tensorboard={off}")
+    assert (config.wandb, config.tensorboard) == ("disabled", False)
+    assert load(tmp_path, config.to_yaml()) == config
+
+
+@pytest.mark.parametrize("on", ["true", "on", "yes", "True", "1"])
+def test_what_yaml_reads_as_on_is_on(tmp_path, on):
+    config = load(tmp_path, GOOD, f"wandb={on}", f"tensorboard={on}")
+    assert (config.wandb, config.tensorboard) == ("online", True)
+    assert load(tmp_path, GOOD, "wandb=Offline").wandb == "offline"
+
+
+def test_parts_of_a_run_are_switched_off_by_false(tmp_path):
+    off = "latent_context icot shuffle_facts save_every_steps keep_checkpoints latent_norm".split()
+    config = load(tmp_path, GOOD, *(f"{key}=off" for key in off))
+    assert config == load(tmp_path, GOOD)
+    assert load(tmp_path, GOOD, "activation_checkpointing=true").activation_checkpointing.enabled
+    # Off, and not left to the DeepSpeed file.
+    assert load(tmp_path, GOOD, "activation_checkpointing=no").activation_checkpointing.enabled is False
+
+
+def test_words_that_are_no_switch_are_refused(tmp_path):
+    assert problems(tmp_path, GOOD, "wandb=sometimes") == [
+        "wandb: 'sometimes': input should be 'online', 'offline' or 'disabled'"
+    ]
+    assert problems(tmp_path, GOOD, "tensorboard=offline")[0].startswith("tensorboard: 'offline': input should be a")

@@ -323,7 +323,7 @@ def test_the_records_of_a_data_page_are_records(page, tmp_path):
 RUN = "python coconut_ds/train.py --run run.yaml"
 EVALUATE = f"{RUN} only_eval=true name=other"
 MISTAKES = (
-    f"{RUN} batch_size_trainin=4 lr=-1 model.n_layers=3",
+    f"{RUN} batch_size_trainin=4 lr=-1 model.n_layers=3 learning_rate=1 train_size=9",
     f"{RUN} train_batch_size=10",
     f"{RUN} deepspeed=clash.json",
     f"{RUN} train_path=records.json",

@@ -49,6 +49,11 @@ BAD_FILES = {
 }
 
 
+def test_a_key_of_another_meaning_is_no_hint(tmp_path):
+    with pytest.raises(DataError, match=r"key 'steps' is missing$"):
+        read_records(write(tmp_path, [{"question": "a", "stages": [], "answer": "b"}]))
+
+
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_bad_files_are_named(tmp_path, kind):
     content, message = BAD_FILES[kind]

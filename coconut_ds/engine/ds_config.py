@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from coconut_ds.config import ActivationCheckpointingConfig, BatchSizes, RunConfig
 from coconut_ds.errors import InputError, did_you_mean, problem_list
+from coconut_ds.foreign_keys import known_elsewhere
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -271,7 +272,14 @@ def _unknown_keys(raw: dict[str, Any]) -> Iterator[str]:
         if key in _REFUSED_KEYS and not _is_off(raw[key]):
             yield f"{key}: refused: {_REFUSED_KEYS[key]}"
         elif key not in MEMORY_KEYS | _OWNED_KEYS | _REFUSED_KEYS.keys():
-            yield f"{key}: unknown key, which DeepSpeed would ignore{did_you_mean(key, MEMORY_KEYS | _OWNED_KEYS)}"
+            yield f"{key}: unknown key, which DeepSpeed would ignore{_hint(key)}"
+
+
+def _hint(key: str) -> str:
+    """For an unknown key at the top level."""
+    if key in DeepSpeedZeroConfig.model_fields:
+        return "; it belongs in zero_optimization"
+    return known_elsewhere(key, "ds") or did_you_mean(key, MEMORY_KEYS | _OWNED_KEYS)
 
 
 def _clashes(
