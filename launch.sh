@@ -130,7 +130,7 @@ start_run() {
     options+=(--quiet)
   fi
   local command=(deepspeed "${options[@]}" coconut_ds/train.py --run "$@")
-  [[ " $* " != *" --verbose "* ]] || echo "+ ${command[*]}"
+  [[ " $* " != *" --verbose "* ]] || printf '+%s\n' "$(printf ' %q' "${command[@]}")"
   # In a session of its own: DeepSpeed's launcher answers a signal by ending its ranks, so only they get it.
   setsid "${command[@]}" &
   launcher=$! asked=0
@@ -155,21 +155,16 @@ end_run() {
 }
 
 demo() {
-  local name=demo folder=runs control=() rest=()
+  local name=demo control=() rest=() verbose=()
   for argument in "$@"; do
     case "$argument" in
       --control)
         name=demo_control
         control=(method=no_cot latent_context=null)
         ;;
-      *=* | --verbose) rest+=("$argument") ;;
+      --verbose) verbose=(--verbose) ;;
+      *=*) rest+=("$argument") ;;
       *) fail "demo: $argument is neither --control, --verbose nor key=value" ;;
-    esac
-  done
-  for argument in "${rest[@]}"; do
-    case "$argument" in
-      name=*) name=${argument#*=} ;;
-      save_path=*) folder=${argument#*=} ;;
     esac
   done
   if [[ ! -f data/demo/prosqa_train.json ]]; then
@@ -178,8 +173,14 @@ demo() {
   fi
   # Its 64 examples a step are two micro-batches of 32.
   (($(rank_count) > 2)) && RANKS=2
-  start_run run_configs/demo.yaml "name=$name" "${control[@]}" "${rest[@]}"
-  python -m coconut_ds.report "$folder/$name"
+  local run=(run_configs/demo.yaml "name=$name" "${control[@]}" "${rest[@]}")
+  start_run "${run[@]}" "${verbose[@]}"
+  # Values are YAML, so the configuration says which folder they name.
+  local folder
+  folder=$(python -c 'import sys
+from coconut_ds.config import load_run_config
+print(load_run_config(sys.argv[1], sys.argv[2:]).run_folder)' "${run[@]}")
+  python -m coconut_ds.report "$folder"
 }
 
 # Each run is a process of its own, so that a signal reaches the one under way, and no other starts after it.
@@ -215,7 +216,9 @@ evaluate() {
   run_file=$(dirname "$(dirname "$checkpoint")")/run_config.yaml
   [[ -f "$run_file" ]] ||
     fail "eval: no $run_file beside $checkpoint; for other weights use ./launch.sh RUN.yaml only_eval=true load_model_path=..."
-  start_run "$run_file" only_eval=true "load_model_path=$checkpoint" resume=0 "$@"
+  # In YAML's quotes, so that the value is this text whatever is in it.
+  local quote="'"
+  start_run "$run_file" only_eval=true "load_model_path='${checkpoint//$quote/$quote$quote}'" resume=0 "$@"
 }
 
 case "${1:-help}" in

@@ -5,6 +5,7 @@ The keys of the published configurations (facebookresearch/coconut `args/*.yaml`
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -375,6 +376,15 @@ def _apply_override(values: dict[str, Any], text: str) -> Problem | None:
     except yaml.YAMLError as error:
         return Problem((key,), f"{key}: {raw!r} is not a YAML value: {' '.join(str(error).split())}")
     return None
+
+
+def override(key: str, text: str) -> str:
+    """`key=value` for a text, which `load_run_config` reads as YAML: quoted where YAML would take it for another."""
+    try:
+        is_plain = yaml.safe_load(text) == text
+    except yaml.YAMLError:
+        is_plain = False
+    return f"{key}={text if is_plain else json.dumps(text, ensure_ascii=False)}"
 
 
 def _validate(values: dict[str, Any]) -> tuple[RunConfig, list[Problem]]:

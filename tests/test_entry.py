@@ -16,6 +16,7 @@ import pytest
 import tiny
 import yaml
 from test_examples import BAD_FILES
+from test_summary import typed
 
 from coconut_ds import train
 from coconut_ds.config import load_run_config
@@ -234,3 +235,42 @@ def test_launch_sh_names_what_is_wrong():
     assert launch("nonsense").returncode == 2
     assert "unknown command 'nonsense'" in launch("nonsense").stderr
     assert "no such run file: none.yaml" in launch("none.yaml").stderr
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", 'say "x"', "$HOME `x`", "x #1", "a: b & c", "ünï 数"])
+def test_launch_sh_hands_paths_on_as_they_are(tmp_path, name):
+    """`deepspeed` is a stand-in that prints its words; the environment is one that is set up."""
+    stand_ins = tmp_path / "bin"
+    stand_ins.mkdir()
+    words = {
+        "deepspeed": "printf '%s\\0' \"$@\"",
+        "python": f"""[[ "$*" == *'print(sys.prefix)'* ]] && echo {stand_ins} || exec {sys.executable} "$@\"""",
+    }
+    for command, text in words.items():
+        (stand_ins / command).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (stand_ins / command).chmod(0o755)
+    settings = (ROOT / "constraints.txt").read_bytes() + (ROOT / "setup.cfg").read_bytes()
+    mark = subprocess.run(["cksum"], input=settings, capture_output=True, check=True).stdout
+    (stand_ins / ".coconut_ds").write_bytes(mark)
+    (stand_ins / ".built").touch()
+    place = {"PATH": f"{stand_ins}{os.pathsep}{os.environ['PATH']}", "TORCH_EXTENSIONS_DIR": str(stand_ins)}
+    environment = {**os.environ, **place, "VIRTUAL_ENV": sys.prefix, "RANKS": "1"}
+
+    def launched(*arguments: str) -> list[str]:
+        command = ["bash", str(ROOT / "launch.sh"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=True)
+        *shown, words = done.stdout.split("+ deepspeed")[-1].split("\n", 1) if "+ " in done.stdout else [done.stdout]
+        if shown:
+            assert typed(shown[0]) == words.split("\0")[:-1]
+        return words.split("\0")[:-1]
+
+    run = launching.write_run({"method": "cot", "train_path": "t", "val_path": "v", "name": name}, tmp_path / name)
+    run = run.rename(run.with_name(f"{name}.yaml"))
+    assert launched(str(run), "lr=1")[-3:] == ["--run", str(run), "lr=1"]
+    assert launched(str(run), "--verbose", f"val_path={name}")[-3:] == [str(run), "--verbose", f"val_path={name}"]
+    checkpoint = tmp_path / name / "checkpoints" / "epoch_0001"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / name / "run_config.yaml").write_bytes(run.read_bytes())
+    given = launched("eval", str(checkpoint))
+    config = load_run_config(given[given.index("--run") + 1], given[given.index("--run") + 2 :])
+    assert config.load_model_path == str(checkpoint)

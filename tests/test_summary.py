@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+
 import pytest
 
-from coconut_ds.config import RunConfig
+from coconut_ds.config import RunConfig, load_run_config, override
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.run_events import EpochEvaluation
 from coconut_ds.training.summary import _stages_text, closing
@@ -89,3 +92,60 @@ def test_without_an_evaluation_there_is_still_a_report_to_name(tmp_path):
 def test_stages_are_named_with_their_epochs(values, expected):
     run = RunConfig(**{"method": "coconut", "max_latent_stage": 2, **values})
     assert _stages_text(run, Curriculum.of(run), 10) == f"{expected}, 10 steps each"
+
+
+ODD = [
+    "a b",
+    "it's",
+    'say "x"',
+    "$HOME",
+    "$(touch x)",
+    "a;b",
+    "ünïcode 数",
+    "x #1",
+    "a: b",
+    "[1]",
+    "2024",
+    "null",
+    "*",
+    "~",
+]
+
+
+@pytest.mark.parametrize("checkout", [True, False])
+@pytest.mark.parametrize("name", ODD)
+def test_the_commands_at_the_end_can_be_pasted(tmp_path, monkeypatch, name, checkout):
+    """A shell and the reader of overrides get back the folder and the file."""
+    monkeypatch.chdir(tmp_path)
+    if checkout:
+        (tmp_path / "launch.sh").touch()
+    run = RunConfig(save_path=f"runs of {name}", name=name, method="coconut", test_path=f"{name}.json")
+    checkpoint = run.run_folder / "checkpoints" / "epoch_0001"
+    checkpoint.mkdir(parents=True)
+    lines = closing(run, [evaluation(1, 0, 90)]).splitlines()
+    (evaluate,) = (line.removeprefix("  evaluate  ") for line in lines if line.startswith("  evaluate"))
+    (report,) = (line.removeprefix("  report    ") for line in lines if line.startswith("  report"))
+    assert typed(report) == ["python", "-m", "coconut_ds.report", str(run.run_folder)]
+    words = typed(evaluate)
+    if checkout:
+        assert words[:3] == ["./launch.sh", "eval", str(checkpoint)]
+    else:
+        assert words[:5] == ["python", "-m", "coconut_ds.train", "--run", str(run.run_folder / "run_config.yaml")]
+    (tmp_path / "run.yaml").write_text("method: coconut\nval_path: v\nload_model_path: w\nonly_eval: true\n")
+    again = load_run_config("run.yaml", [word for word in words[3:] if re.match(r"\w+=", word)])
+    assert again.test_path == f"{name}.json"
+    assert again.load_model_path == ("w" if checkout else str(checkpoint))
+
+
+def typed(command: str) -> list[str]:
+    """The words a shell makes of a command."""
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True)
+    return done.stdout.split("\0")[:-1]
+
+
+@pytest.mark.parametrize(
+    "text", [*ODD, "true", "1e3", "- a", "{", "'", "a\tb", "", " a", "%x", "@x", "key=value", "a, b"]
+)
+def test_an_override_is_read_back_as_it_was(tmp_path, text):
+    (tmp_path / "run.yaml").write_text("method: coconut\nval_path: v\ntrain_path: t\n")
+    assert load_run_config(tmp_path / "run.yaml", [override("name", text)]).name == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from coconut_ds import distributed
 from coconut_ds.answer_lengths import cut_warning, lengths_text
-from coconut_ds.config import BatchSizes, RunConfig
+from coconut_ds.config import BatchSizes, RunConfig, override
 from coconut_ds.curriculum.loaders import windows_per_epoch
 from coconut_ds.curriculum.stages import Curriculum
 from coconut_ds.memory import GIB
@@ -107,7 +108,7 @@ def _listed(lines: Sequence[str]) -> str:
 
 def closing(config: RunConfig, evaluations: Sequence[EpochEvaluation], n_skipped: int = 0, n_steps: int = 0) -> str:
     """The table of stages, what was best, steps that fp16 skipped, and the commands to go on with."""
-    report = f"  report    python -m coconut_ds.report {config.run_folder}"
+    report = f"  report    {shlex.join(['python', '-m', 'coconut_ds.report', str(config.run_folder)])}"
     skips = skip_lines(n_skipped, n_steps)
     if not evaluations:
         return "\n".join([*skips, report])
@@ -125,12 +126,22 @@ def closing(config: RunConfig, evaluations: Sequence[EpochEvaluation], n_skipped
     # Not every run keeps them all.
     kept = [row for row in (best_of_last, best, *reversed(evaluations)) if _checkpoint(config, row).is_dir()]
     if kept:
-        test_set = f" test_path={config.test_path}" if config.test_path else ""
-        lines.append(f"  evaluate  ./launch.sh eval {_checkpoint(config, kept[0])}{test_set}")
+        lines.append(f"  evaluate  {_evaluate_command(config, _checkpoint(config, kept[0]))}")
     last = evaluations[-1]
     if last.n_cut:
         lines.append(f"  warning   {cut_warning(last.n_cut, last.n_total, config.max_new_tokens)}")
     return "\n".join([*lines, *skips, report])
+
+
+def _evaluate_command(config: RunConfig, checkpoint: Path) -> str:
+    """As one would type it, quoted for a shell."""
+    test_set = [override("test_path", config.test_path)] if config.test_path else []
+    if Path("launch.sh").is_file():
+        return shlex.join(["./launch.sh", "eval", str(checkpoint), *test_set])
+    # Installed without the checkout.
+    run = ["python", "-m", "coconut_ds.train", "--run", str(config.run_folder / "run_config.yaml")]
+    weights = ["only_eval=true", override("load_model_path", str(checkpoint)), "resume=0"]
+    return shlex.join([*run, *weights, *test_set])
 
 
 def _layout(config: RunConfig, stage: int) -> int:
