@@ -23,6 +23,7 @@ from coconut_ds.engine.ds_config import (
     resolve_checkpointing,
     resolve_ds_config,
     resolve_precision,
+    shipped_ds_jsons,
 )
 from coconut_ds.engine.model_states import ModelStates, model_states
 from coconut_ds.errors import InputError
@@ -102,8 +103,8 @@ def report(config: RunConfig, materials: Materials, stages: list[StagePlan], mem
             f"{each.cost.most_rows(budget - states.device):>19}"
         )
     lines += ["", "deepspeed file                  on the card  in host memory  largest micro-batch, all stages"]
-    for path in sorted({*Path("ds_configs").glob("*.json"), Path(config.deepspeed)}):
-        lines.append(_file_line(str(path), config, materials, stages, budget, ranks))
+    for path in sorted({*shipped_ds_jsons(), str(Path(config.deepspeed))}):
+        lines.append(_file_line(path, config, materials, stages, budget, ranks))
     return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ from coconut_ds.errors import InputError, did_you_mean, problem_list
 from coconut_ds.foreign_keys import known_elsewhere
 
 Precision = Literal["fp32", "bf16", "fp16"]
+_PACKAGE = Path(__file__).resolve().parent.parent
 
 MEMORY_KEYS = frozenset(
     """zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer bf16 bfloat16 fp16 data_types
@@ -129,12 +130,29 @@ class DeepSpeedConfigError(InputError):
     """Everything wrong with a ds JSON, or with it and the run YAML together, found in one pass."""
 
 
+def ds_json_path(name: str | Path) -> Path:
+    """The file that `deepspeed: NAME` means: NAME as it is given, else the one that the package brings along.
+
+    `ds_configs/` is a folder of the checkout and, by a link, of the package, so an installed trainer has it too.
+    """
+    path, shipped = Path(name), _PACKAGE / name
+    return shipped if path.parts[:1] == ("ds_configs",) and shipped.is_file() and not path.exists() else path
+
+
+def shipped_ds_jsons() -> list[str]:
+    """The names under which the files of `ds_configs/`, here and in the package, can be given."""
+    return sorted({f"ds_configs/{file.name}" for root in (Path(), _PACKAGE) for file in root.glob("ds_configs/*.json")})
+
+
 def read_ds_json(path: str | Path) -> dict[str, Any]:
-    """Read a ds JSON file; raises DeepSpeedConfigError when it cannot be read or is not an object."""
+    """Read a ds JSON file, found as `ds_json_path` says; raises DeepSpeedConfigError for what is not a JSON object."""
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = json.loads(ds_json_path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise DeepSpeedConfigError(f"deepspeed file {path} cannot be read: {error.strerror}; see ds_configs/") from None
+        known = ", ".join(shipped_ds_jsons())
+        raise DeepSpeedConfigError(
+            f"deepspeed file {path} cannot be read: {error.strerror}; name one of {known}"
+        ) from None
     except ValueError as error:
         raise DeepSpeedConfigError(f"deepspeed file {path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
