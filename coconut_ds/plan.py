@@ -1,8 +1,9 @@
 """Memory of a run before it is started: `python -m coconut_ds.plan --run RUN.yaml --memory 11 [key=value ...]`.
 
-Reads the run's data and model, measures the activations of every stage on tensors that have shapes and no data (about
-ten seconds a stage for GPT-2 on 2 CPU cores), and prints what a card of that size holds: per stage with the run's
-DeepSpeed file, and for every file of `ds_configs/`.
+Reads the run's data and the shape of its model (of a folder or hub id config.json and the tokenizer, no weights),
+measures the activations of every stage on tensors that have shapes and no data (about ten seconds a stage for GPT-2 on
+2 CPU cores), and prints what a card of that size holds: per stage with the run's DeepSpeed file, and for every file of
+`ds_configs/`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         _resolved(raw, config, options.ranks)
         config = config.model_copy(update={"activation_checkpointing": resolve_checkpointing(raw, config)})
         torch.manual_seed(config.seed)
-        materials = load_materials(config)
+        materials = load_materials(config, with_weights=False)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import launching
 import pytest
 import tiny
+import torch
 import yaml
+from transformers import GPT2Config
 
 from coconut_ds import plan
 from coconut_ds.config import ConfigError, RunConfig, batch_sizes, contradictions
 from coconut_ds.engine.model_states import model_states
+from coconut_ds.model.backbone import ModelError, load_backbone, scratch_backbone, word_tokenizer
 
 FP32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
 
@@ -50,6 +54,85 @@ def test_recomputing_makes_room(run_file, capsys):
 def test_what_is_wrong_ends_with_status_2(run_file, capsys):
     assert plan.main(["--run", run_file, "--memory", "11", "val_path=missing.json"]) == 2
     assert "error: missing.json: cannot be read" in capsys.readouterr().err
+
+
+@pytest.fixture
+def saved(run_file, tmp_path) -> Path:
+    """A model and its tokenizer in a folder; the run's data are of its vocabulary."""
+    records = json.loads((tmp_path / "prosqa_train.json").read_text())
+    texts = [text for record in records for text in (record["question"], *record["steps"], record["answer"])]
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer(texts, 64)
+    backbone = scratch_backbone("llama", tokenizer, n_layer=2, n_embd=16, n_head=2, n_positions=64, dropout=0.0)
+    backbone.model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def without(folder: Path, pattern: str) -> Path:
+    """A copy of a folder without the files that fit."""
+    shutil.copytree(folder, copy := folder.with_name("less"), ignore=shutil.ignore_patterns(pattern))
+    return copy
+
+
+@pytest.mark.parametrize("key", ["model_id", "load_model_path"])
+def test_a_config_without_weights_is_enough(run_file, saved, capsys, key):
+    plans = []
+    for folder in (saved, without(saved, "*.safetensors")):
+        changes = ["model=null", f"{key}={folder}", *(["model_id=x"] if key == "load_model_path" else [])]
+        assert plan.main(["--run", run_file, "--memory", "0.5", *changes]) == 0
+        plans.append(capsys.readouterr().out)
+    assert plans[0] == plans[1]
+    assert "largest micro-batch" in plans[0]
+
+
+def test_a_checkpoint_without_its_weights_is_enough(run_file, saved, capsys, tmp_path):
+    (tmp_path / "epoch_0001").mkdir()
+    shutil.copytree(without(saved, "*.safetensors"), tmp_path / "epoch_0001" / "model")
+    settings = {"latent_context": {"weights": [0.6, 0.4], "scope": "sequence", "learned": True}}
+    (tmp_path / "epoch_0001" / "model" / "coconut.json").write_text(json.dumps(settings))
+    changes = [f"load_model_path={tmp_path / 'epoch_0001'}", "model=null", "model_id=x", "latent_context.learned=true"]
+    assert plan.main(["--run", run_file, "--memory", "0.5", *changes]) == 0, capsys.readouterr().err
+
+
+def test_a_hub_id_of_which_only_the_config_is_in_the_cache(run_file, saved, capsys, tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(without(saved, "*.safetensors"), snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert plan.main(["--run", run_file, "--memory", "0.5", "model=null", "model_id=some/model"]) == 0
+    assert "largest micro-batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_without_a_tokenizer_one_line_says_what_to_copy(run_file, saved, capsys, architecture):
+    """For GPT-2 transformers makes an empty tokenizer, to which every text would be nothing."""
+    folder = without(saved, "tokenizer*")
+    if architecture == "gpt2":
+        (folder / "config.json").write_text(GPT2Config(n_layer=1, n_embd=16, n_head=2).to_json_string())
+    assert plan.main(["--run", run_file, "--memory", "0.5", "model=null", f"model_id={folder}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith(f"error: folder {folder} is not a model for transformers: no tokenizer (")
+    assert line.endswith("copy tokenizer.json and tokenizer_config.json of the model beside its config.json")
+
+
+def test_training_without_weights_stays_an_error(saved):
+    with pytest.raises(ModelError, match=r"is not a model for transformers: .*no file named model.safetensors"):
+        load_backbone(str(without(saved, "*.safetensors")))
+
+
+def test_what_carries_no_coconut_is_refused_by_its_config(run_file, saved, capsys):
+    config = json.loads((saved / "config.json").read_text())
+    for changes, said in (
+        ({"architectures": ["T5Model"], "model_type": "t5"}, "Unrecognized configuration class"),
+        ({"model_type": "none_such"}, "is not a model for transformers"),
+    ):
+        (saved / "config.json").write_text(json.dumps(config | changes))
+        assert plan.main(["--run", run_file, "--memory", "0.5", "model=null", f"model_id={saved}"]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

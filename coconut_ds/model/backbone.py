@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
@@ -79,12 +80,47 @@ def load_backbone(name: str) -> Backbone:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone, as `load_backbone` loads it."""
-    tokenizer = _load(name, AutoTokenizer.from_pretrained)
+    tokenizer = _load(name, _tokenizer)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name} has no EOS token, which ends every answer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Raises OSError where there are no files of one: for some families transformers makes an empty one of them."""
+    reason = "an empty vocabulary"
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
+        if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            return tokenizer
+    except (OSError, ValueError) as error:
+        reason = _first_line(error)
+    raise OSError(
+        f"no tokenizer ({reason}); copy tokenizer.json and tokenizer_config.json of the model beside its config.json"
+    )
+
+
+def backbone_from_config(name: str) -> Backbone:
+    """As `load_backbone`, with random weights: of a folder or hub id only config.json and the tokenizer are read.
+
+    For what depends on shapes alone, such as a plan of memory.
+    """
+    return Backbone(model_from_config(name), load_tokenizer(name))
+
+
+def model_from_config(name: str) -> PreTrainedModel:
+    """The model alone, in fp32, as `backbone_from_config` makes it."""
+    model = _load(name, _untrained)
+    _check(model, name)
+    return model
+
+
+def _untrained(name: str, **options: Any) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name, **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    return model
 
 
 def load_model(name: str) -> PreTrainedModel:

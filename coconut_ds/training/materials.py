@@ -44,16 +44,19 @@ class Materials:
     """What is doubtful in the data, a line each; on rank 0 alone."""
 
 
-def load_materials(config: RunConfig) -> Materials:
-    """Read data and model; raises InputError for whatever is wrong with them."""
+def load_materials(config: RunConfig, with_weights: bool = True) -> Materials:
+    """Read data and model; raises InputError for whatever is wrong with them.
+
+    `with_weights=False`: of a folder or hub id the weights need not be there, the model's are random.
+    """
     train_path, val_path = str(config.train_path), str(config.val_path)
     train_records = read_records(train_path, _DEBUG_TRAIN if config.debug else None)
     valid_records = read_records(val_path, DEBUG_EXAMPLES if config.debug else None)
-    backbone = load_initial(config, lambda: _scratch(config, train_records))
+    backbone = load_initial(config, lambda: _scratch(config, train_records), with_weights)
     curriculum = Curriculum.of(config)
     train_set = tokenized(train_path, train_records, backbone, curriculum, config.max_new_tokens)
     valid_set = tokenized(val_path, valid_records, backbone, curriculum, config.max_new_tokens)
-    model, tokens = build_coconut(config, backbone)
+    model, tokens = build_coconut(config, backbone, with_weights)
     _demand_facts(config, tokens, train_set)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     found = []
@@ -92,7 +95,7 @@ def tokenized(
     return examples
 
 
-def build_coconut(config: RunConfig, backbone: Backbone) -> tuple[Coconut, Tokens]:
+def build_coconut(config: RunConfig, backbone: Backbone, with_weights: bool = True) -> tuple[Coconut, Tokens]:
     tokens = _tokens(config, backbone)
     model = Coconut(
         backbone.model,
@@ -102,7 +105,7 @@ def build_coconut(config: RunConfig, backbone: Backbone) -> tuple[Coconut, Token
         eos_token_id=backbone.tokenizer.eos_token_id,
         latent_context=_latent_context(config),
     )
-    if config.load_model_path is not None:
+    if config.load_model_path is not None and with_weights:
         load_window(model.latent_window.logits, config.load_model_path)
     checkpointing = config.activation_checkpointing
     if checkpointing is not None and checkpointing.enabled and not config.only_eval:

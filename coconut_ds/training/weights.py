@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from coconut_ds.config import RunConfig
 from coconut_ds.errors import InputError, problem_list
-from coconut_ds.model.backbone import MARKERS, Backbone, add_markers, load_backbone
+from coconut_ds.model.backbone import MARKERS, Backbone, add_markers, backbone_from_config, load_backbone
 from coconut_ds.model.latents import LatentContext
 from coconut_ds.model.pretrained import MODEL_FOLDER, context_settings, model_folder, stored_settings
 from coconut_ds.model.state_dicts import demand_finite, demand_whole, plain_name
@@ -55,19 +55,26 @@ def _base_model(config: RunConfig) -> str | None:
     return None if name == "scratch" else name
 
 
-def load_initial(config: RunConfig, from_scratch: Callable[[], Backbone] | None = None) -> Backbone:
+def load_initial(
+    config: RunConfig,
+    from_scratch: Callable[[], Backbone] | None = None,
+    with_weights: bool = True,
+) -> Backbone:
     """The backbone a run starts from, with marker tokens where its method uses them.
 
     `load_model_path` may be a checkpoint of ours, an HF folder or hub id, or a `.pt` state dict as the published code
-    saves it. `from_scratch` makes the model of `model_id: scratch`. Raises InputError for a damaged checkpoint.
+    saves it. `from_scratch` makes the model of `model_id: scratch`. Without weights those of a folder or hub
+    id are random and need not be there. Raises InputError for a damaged checkpoint.
     """
     path = config.load_model_path
     if path is not None:
         _demand_there(Path(path))
-        check_intact(Path(path))
+        if with_weights:
+            check_intact(Path(path))
     is_state_dict = path is not None and Path(path).is_file()
+    load = load_backbone if with_weights else backbone_from_config
     if path is not None and not is_state_dict:
-        backbone = load_backbone(str(model_folder(path)))
+        backbone = load(str(model_folder(path)))
     elif config.model_id == "scratch":
         if from_scratch is None:
             raise InputError(
@@ -75,7 +82,7 @@ def load_initial(config: RunConfig, from_scratch: Callable[[], Backbone] | None 
             )
         backbone = from_scratch()
     else:
-        backbone = load_backbone(config.model_id)
+        backbone = load(config.model_id)
     if is_state_dict:
         _load_state_dict(backbone, str(path))
     if config.traits.thoughts != "none":
