@@ -26,7 +26,7 @@ from coconut_ds.engine.ds_config import (
     resolve_precision,
     shipped_ds_jsons,
 )
-from coconut_ds.engine.model_states import ModelStates, model_states
+from coconut_ds.engine.model_states import ModelStates, bucket_note, model_states
 from coconut_ds.errors import InputError
 from coconut_ds.memory import GIB
 from coconut_ds.training.activations import ActivationCost, measure, widest_sequence
@@ -87,6 +87,7 @@ def plan_stages(config: RunConfig, materials: Materials) -> list[StagePlan]:
 def report(config: RunConfig, materials: Materials, stages: list[StagePlan], memory: float, ranks: int) -> str:
     """The tables; sizes in GiB per card."""
     states = _states(config.deepspeed, config, materials, ranks)
+    note = bucket_note(_resolved(read_ds_json(config.deepspeed), config, ranks), config.deepspeed)
     budget = int(USABLE_SHARE * memory * GIB)
     micro = 1 if config.batch_size_training == "auto" else config.batch_size_training
     checkpointing = config.activation_checkpointing
@@ -103,6 +104,7 @@ def report(config: RunConfig, materials: Materials, stages: list[StagePlan], mem
             f"{activations / GIB:>18.2f}  {(states.device + activations) / GIB:>5.2f}  "
             f"{each.cost.most_rows(budget - states.device):>19}"
         )
+    lines += ["", f"buckets: {note}"] if note else []
     lines += ["", "deepspeed file                  on the card  in host memory  largest micro-batch, all stages"]
     for path in sorted({*shipped_ds_jsons(), str(Path(config.deepspeed))}):
         lines.append(_file_line(path, config, materials, stages, budget, ranks))

@@ -29,7 +29,7 @@ LAYERS = (
     ),
     ("comparison_tables", "foreign_keys", "inspection.prosqa_graph", "inspection.tables"),
     ("extras", "run_events", "run_lock", "figures.comparison", "figures.thoughts"),
-    ("config", "distributed", "predictions"),
+    ("config", "distributed", "predictions", "engine.model_states"),
     (
         "console",
         "curriculum.answer_form",
@@ -50,7 +50,6 @@ LAYERS = (
         "memory",
         "engine.ds_config",
         "engine.hostfile",
-        "engine.model_states",
         "engine.operator_build",
         "figures.curves",
         "report_tables",

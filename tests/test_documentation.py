@@ -333,6 +333,9 @@ MISTAKES = (
     f"{RUN} train_path=marked.json",
     f"{RUN} train_path=silent.json",
     f"{RUN} model=null model_id=openai-community/gpt2",
+    f"{RUN} model=null model_id=no_weights",
+    f"{RUN} model=null model_id=no_tokenizer",
+    "python -m coconut_ds.plan --run run.yaml --memory 11 model=null model_id=no_tokenizer",
     "./launch.sh eval runs/none/checkpoints/epoch_0001",
     f"{EVALUATE} load_model_path=trained/mine/checkpoints/epoch_0002 c_thought=2 max_latent_stage=1",
     f"{EVALUATE} load_model_path=copied",
@@ -375,6 +378,8 @@ def spoiled(shell) -> Shell:
     run = tiny.run(tree / "tiny") | {"name": "mine", "save_path": "trained", "num_epochs": 2, "lr": 1e-3}
     run |= {"batch_size_training": 8, "train_batch_size": 8, "deepspeed": "ds_configs/zero0.json"}
     launching.write_run(run, tree)
+    for less, files in (("no_weights", "*.safetensors"), ("no_tokenizer", "tokenizer*")):
+        shutil.copytree(tree / GPT2, tree / less, ignore=shutil.ignore_patterns(files))
     for name, text in FILES.items():
         (tree / name).write_text(text, encoding="utf-8")
     outcome = shell.run(RUN)

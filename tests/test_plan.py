@@ -11,12 +11,16 @@ import pytest
 import tiny
 import torch
 import yaml
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import GPT2Config
 
 from coconut_ds import plan
-from coconut_ds.config import ConfigError, RunConfig, batch_sizes, contradictions
-from coconut_ds.engine.model_states import model_states
+from coconut_ds.config import ConfigError, RunConfig, batch_sizes, contradictions, load_run_config
+from coconut_ds.engine.ds_config import resolve_ds_config
+from coconut_ds.engine.model_states import DEFAULT_BUCKETS, bucket_note, model_states
 from coconut_ds.model.backbone import ModelError, load_backbone, scratch_backbone, word_tokenizer
+from coconut_ds.training.materials import load_materials
+from coconut_ds.training.summary import opening
 
 FP32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
 
@@ -160,6 +164,64 @@ def test_what_carries_no_coconut_is_refused_by_its_config(run_file, saved, capsy
 def test_bytes_per_parameter(zero, world, precision, device, host):
     states = model_states({"zero_optimization": zero, **FP32, **precision}, 1000, 250, world)
     assert (states.device / 1000, states.host / 1000) == (device, host)
+
+
+def test_the_defaults_of_buckets_are_deepspeed_s():
+    fields = {field.alias or name: field.default for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert {key: fields[key] for key in DEFAULT_BUCKETS} == DEFAULT_BUCKETS
+
+
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        (
+            {"stage": 2, "overlap_comm": True},
+            "z.json has no reduce_bucket_size, so DeepSpeed's default of 500,000,000 elements takes 3.73 GiB; write "
+            '"reduce_bucket_size": "auto" (50,000,000 elements, 0.37 GiB) in zero_optimization',
+        ),
+        ({"stage": 1}, "500,000,000 elements takes 1.86 GiB; write"),
+        ({"stage": 2, "allgather_bucket_size": 5}, "has no reduce_bucket_size, so DeepSpeed's"),
+        (
+            {"stage": 3},
+            "takes 1.86 GiB, and has no stage3_prefetch_bucket_size, so DeepSpeed's default of 50,000,",
+        ),
+        ({"stage": 3, "reduce_bucket_size": 5}, "z.json has no stage3_prefetch_bucket_size"),
+        (
+            {"stage": 3, "stage3_prefetch_bucket_size": 5},
+            "z.json has no reduce_bucket_size, so DeepSpeed's default of 500",
+        ),
+        (
+            {"stage": 2, "reduce_bucket_size": 300_000_000},
+            'z.json has reduce_bucket_size 300,000,000, which takes 1.12 GiB; write "reduce_bucket_size": "auto"',
+        ),
+        (
+            {"stage": 3, "reduce_bucket_size": 5, "stage3_prefetch_bucket_size": 2**30},
+            "z.json has stage3_prefetch_bucket_size 1,073,741,824, which takes 4.00 GiB",
+        ),
+        # It cuts what is sent and is no buffer.
+        ({"stage": 2, "reduce_bucket_size": 5}, None),
+        ({"stage": 2, "reduce_bucket_size": 5, "allgather_bucket_size": 2**33}, None),
+        ({"stage": 2, "reduce_bucket_size": "auto", "allgather_bucket_size": "auto"}, None),
+        ({"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}, None),
+        ({"stage": 0}, None),
+        ({}, None),
+    ],
+)
+def test_buckets_that_cost_are_named_with_what_to_write(tmp_path, run_file, capsys, zero, said):
+    file = tmp_path / "z.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    config = load_run_config(run_file)
+    resolved = resolve_ds_config({"zero_optimization": zero}, config, batch_sizes(config, 1), plan._CARD)
+    note = bucket_note(resolved, "z.json")
+    assert (said is None and note is None) or said in note
+    at_start = opening(config, batch_sizes(config, 1), resolved, load_materials(config), (1, 1))
+    shown = [line for line in at_start.splitlines() if line.startswith("  buckets   ")]
+    assert shown == ([f"  buckets   {bucket_note(resolved, config.deepspeed)}"] if said else [])
+    if "overlap_comm" in zero:
+        page = (launching.ROOT / "docs" / "TROUBLESHOOTING.md").read_text(encoding="utf-8")
+        assert f"\nbuckets: {bucket_note(resolved, 'ds.json')}\n" in page
+        assert plan.main(["--run", run_file, "--memory", "11", f"deepspeed={file}"]) == 0
+        assert f"buckets: {bucket_note(resolved, str(file))}" in capsys.readouterr().out
 
 
 @pytest.mark.ranks

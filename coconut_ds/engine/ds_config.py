@@ -20,6 +20,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
 from coconut_ds.config import ActivationCheckpointingConfig, BatchSizes, RunConfig
+from coconut_ds.engine.model_states import SMALL_BUCKETS
 from coconut_ds.errors import InputError, did_you_mean, problem_list
 from coconut_ds.foreign_keys import known_elsewhere
 
@@ -97,12 +98,7 @@ _AUTO_KEYS = (
 )
 """Keys of training values that are the run's in any case, so that only "auto" can stand there."""
 
-_AUTO_VALUES = {
-    "reduce_bucket_size": 50_000_000,
-    "allgather_bucket_size": 50_000_000,
-    "stage3_prefetch_bucket_size": 20_000_000,
-    "stage3_param_persistence_threshold": 100_000,
-}
+_AUTO_VALUES = SMALL_BUCKETS | {"stage3_param_persistence_threshold": 100_000}
 """What "auto" stands for: the values of `ds_configs/`, where DeepSpeed's own would take up to 1.9 GiB."""
 
 _REFUSED_KEYS = {

@@ -13,6 +13,7 @@ from coconut_ds.answer_lengths import cut_warning, lengths_text
 from coconut_ds.config import BatchSizes, RunConfig, override
 from coconut_ds.curriculum.loaders import windows_per_epoch
 from coconut_ds.curriculum.stages import Curriculum
+from coconut_ds.engine.model_states import bucket_note
 from coconut_ds.memory import GIB
 from coconut_ds.run_events import EpochEvaluation
 from coconut_ds.skipped_steps import skipped_text, skipped_warning, skips_most
@@ -43,6 +44,7 @@ def opening(
         ),
         "stages": _stages_text(config, materials.curriculum, windows_per_epoch(len(materials.train_set), sizes)),
         "memory": _memory_text(planned),
+        **({"buckets": note} if (note := bucket_note(ds_config, config.deepspeed)) else {}),
         "folder": f"{config.run_folder} (run.log has what libraries say)",
     }
     return "\n".join([config.name, *(f"  {title:<8}  {text}" for title, text in lines.items())])
