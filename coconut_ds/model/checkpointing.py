@@ -27,13 +27,14 @@ from coconut_ds.model.kv_cache import TrainingCache
 from coconut_ds.model.weight_gradients import current_pass, within
 
 _LOG = logging.getLogger(__name__)
-_CACHE_ARGUMENT = "past_key_values"
+_CACHE_ARGUMENTS = ("past_key_values", "cache")
+"""What a decoder layer calls its cache up to transformers 5.23, and from 5.24 on."""
 
 
 def checkpoint_layers(model: PreTrainedModel, every_n_layers: int = 1, offload: bool = False) -> None:
     """Recompute every `every_n_layers`-th decoder layer of `model` in the backward, the first one included.
 
-    Raises ValueError for a model without decoder layers that take `past_key_values`, or checkpointed already.
+    Raises ValueError for a model without decoder layers that take a cache, or checkpointed already.
     """
     if every_n_layers < 1:
         raise ValueError(f"every_n_layers {every_n_layers}: must be at least 1")
@@ -54,15 +55,19 @@ def restore_layers(model: PreTrainedModel) -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers in order; raises ValueError where there are none that take `past_key_values`."""
+    """The decoder layers in order; raises ValueError where there are none that take a cache."""
     layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers or any(_CACHE_ARGUMENT not in inspect.signature(type(layer).forward).parameters for layer in layers):
+    if not layers or any(_cache_argument(inspect.signature(type(layer).forward)) is None for layer in layers):
         kinds = sorted({type(layer).__name__ for layer in layers}) or ["none"]
         raise ValueError(
-            f"activation checkpointing: {type(model).__name__} has no decoder layers that take {_CACHE_ARGUMENT} "
+            f"activation checkpointing: {type(model).__name__} has no decoder layers that take {_CACHE_ARGUMENTS[0]} "
             f"(found {', '.join(kinds)}); switch it off for this model"
         )
     return layers
+
+
+def _cache_argument(signature: inspect.Signature) -> str | None:
+    return next((name for name in _CACHE_ARGUMENTS if name in signature.parameters), None)
 
 
 def _checkpointed(
@@ -70,14 +75,14 @@ def _checkpointed(
 ) -> Any:
     """What a checkpointed layer runs in place of its forward; same arguments, same result."""
     forward = functools.partial(type(layer).forward, layer)
-    call = signature.bind(*args, **kwargs)
-    cache = call.arguments.get(_CACHE_ARGUMENT)
+    call, name = signature.bind(*args, **kwargs), str(_cache_argument(signature))
+    cache = call.arguments.get(name)
     if not torch.is_grad_enabled() or not (cache is None or isinstance(cache, TrainingCache)):
         return forward(*args, **kwargs)
-    call.arguments.pop(_CACHE_ARGUMENT, None)
+    call.arguments.pop(name, None)
     hidden, *rest = call.args
     earlier = cache.layer(index).written if cache is not None else ()
-    run = _region(forward, index, cache, rest, call.kwargs)
+    run = _region(forward, index, cache, name, rest, call.kwargs)
     # The prefix is what pays; the passes after it have a column or a few.
     with on_host(hidden) if offload and hidden.is_cuda and not earlier else nullcontext():
         output, *written = checkpoint(run, hidden, *earlier, use_reentrant=False)
@@ -87,9 +92,17 @@ def _checkpointed(
 
 
 def _region(
-    forward: Callable[..., Any], index: int, cache: TrainingCache | None, rest: list[Any], kwargs: dict[str, Any]
+    forward: Callable[..., Any],
+    index: int,
+    cache: TrainingCache | None,
+    name: str,
+    rest: list[Any],
+    kwargs: dict[str, Any],
 ) -> Callable[..., tuple[Any, ...]]:
-    """(layer input, keys and values so far) -> (layer output, keys and values with those of this pass)."""
+    """(layer input, keys and values so far) -> (layer output, keys and values with those of this pass).
+
+    `name`: what the layer calls its cache.
+    """
     this = current_pass()
     # Without what is written: a region lives until its backward, and would keep the keys and values of all layers.
     empty = cache.of_layer(index, ()) if cache is not None else None
@@ -100,7 +113,7 @@ def _region(
                 return (forward(hidden, *rest, **kwargs),)
             own = empty.of_layer(index, earlier)
             n_before = own.get_seq_length(index)
-            output = forward(hidden, *rest, **kwargs, **{_CACHE_ARGUMENT: own})
+            output = forward(hidden, *rest, **kwargs, **{name: own})
             if len(own.layers) != index + 1 or own.get_seq_length(index) != n_before + hidden.shape[1]:
                 raise RuntimeError(
                     f"decoder layer {index} wrote keys and values of another layer, or not once for each column; "
