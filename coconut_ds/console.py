@@ -42,6 +42,8 @@ def quiet_libraries() -> None:
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # From transformers 5.24 on it has a new name, which 5.23 does not know.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`past_key_values` is deprecated")
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
