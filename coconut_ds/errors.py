@@ -57,7 +57,7 @@ class ModelError(InputError):
     """A model that cannot be loaded or cannot carry Coconut."""
 
 
-def in_one_line(error: Exception, width: int = 200) -> str:
+def in_one_line(error: Exception, width: int = 300) -> str:
     """What an error of a library says, shortened; its class where it says nothing."""
     return shorten(str(error) or type(error).__name__, width)
 

@@ -96,7 +96,7 @@ def _tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
         if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
             return tokenizer
     except (OSError, ValueError) as error:
-        reason = _first_line(error)
+        reason = in_one_line(error)
     raise OSError(
         f"no tokenizer ({reason}); copy tokenizer.json and tokenizer_config.json of the model beside its config.json"
     )
@@ -113,7 +113,7 @@ def backbone_from_config(name: str) -> Backbone:
 def model_from_config(name: str) -> PreTrainedModel:
     """The model alone, in fp32, as `backbone_from_config` makes it."""
     model = _load(name, _untrained)
-    _check(model, name)
+    demand_plain_head(model, name)
     return model
 
 
