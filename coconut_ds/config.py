@@ -5,7 +5,6 @@ The keys of the published configurations (facebookresearch/coconut `args/*.yaml`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from coconut_ds import strict_json
 from coconut_ds.errors import InputError, did_you_mean, problem_list
 from coconut_ds.foreign_keys import known_elsewhere
 from coconut_ds.methods import METHODS, Method, Traits
@@ -384,7 +384,7 @@ def override(key: str, text: str) -> str:
         is_plain = yaml.safe_load(text) == text
     except yaml.YAMLError:
         is_plain = False
-    return f"{key}={text if is_plain else json.dumps(text, ensure_ascii=False)}"
+    return f"{key}={text if is_plain else strict_json.dumps(text, ensure_ascii=False)}"
 
 
 def _validate(values: dict[str, Any]) -> tuple[RunConfig, list[Problem]]:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import launching
@@ -39,7 +40,7 @@ from coconut_ds.run_records import read_run
 from coconut_ds.tracking import Tracker
 from coconut_ds.training.checkpoint import Progress, Stored, _write_progress
 from coconut_ds.training.evaluator import Evaluator
-from coconut_ds.training.session import _write_description
+from coconut_ds.training.session import _describe
 from coconut_ds.training.trainer import write_predictions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,8 +122,10 @@ def test_predictions(tmp_path, value):
 
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_the_descriptions_of_a_run_and_of_a_checkpoint(tmp_path, value):
-    config = RunConfig(save_path=str(tmp_path), name="run")
-    _write_description(config, {"gradient_clipping": value})
+    data = tmp_path / "data.json"
+    data.write_text("[]")
+    config = RunConfig(save_path=str(tmp_path), name="run", train_path=str(data), val_path=str(data))
+    _describe(config, {"gradient_clipping": value}, SimpleNamespace(train_set=[], valid_set=[]), None)
     assert strictly((tmp_path / "run" / "ds_config.json").read_text()) == {"gradient_clipping": None}
     assert strictly((tmp_path / "run" / "environment.json").read_text())["packages"]
     _write_progress(tmp_path, Stored(Progress(best_accuracy=value), 8, 0, 0, 0, {"cur_scale": value}))

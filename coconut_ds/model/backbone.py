@@ -96,7 +96,7 @@ def _tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
         if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
             return tokenizer
     except (OSError, ValueError) as error:
-        reason = in_one_line(error)
+        reason = in_one_line(error, 100)
     raise OSError(
         f"no tokenizer ({reason}); copy tokenizer.json and tokenizer_config.json of the model beside its config.json"
     )
