@@ -186,10 +186,10 @@ def test_answers_of_a_data_file_that_cannot_be_read_back_are_counted(checkpoint,
     path = tmp_path / "known.json"
     path.write_text(json.dumps([records[0], {**records[1], "answer": "no node"}, {**records[2], "answer": "C#"}]))
     assert ask.main([checkpoint, "--file", str(path), "--max-new-tokens", "2"]) == 0
-    assert capsys.readouterr().err == (
+    assert capsys.readouterr().err.splitlines()[0] == (
         f"warning: {path}: 2 of 3 answers cannot be read back from their own tokens, so that nothing a model writes is "
         "right (first: record 1: 'no node' is read as ''); write them in words and signs the tokenizer keeps, without "
-        "a line that begins with ###\n"
+        "a line that begins with ###"
     )
     path.write_text(json.dumps(records[:2]))
     assert ask.main([checkpoint, "--file", str(path), "--max-new-tokens", "2"]) == 0

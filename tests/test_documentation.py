@@ -330,11 +330,11 @@ MISTAKES = (
     f"{RUN} train_path=data.jsonl",
     f"{RUN} train_path=data.json",
     f"{RUN} train_path=data/prosqa/none.json",
-    f"{RUN} train_path=marked.json",
-    f"{RUN} train_path=silent.json",
-    f"{RUN} model=null model_id=openai-community/gpt2",
-    f"{RUN} model=null model_id=no_weights",
-    f"{RUN} model=null model_id=no_tokenizer",
+    f"{RUN} name=unreached train_path=marked.json",
+    f"{RUN} name=unreached train_path=silent.json",
+    f"{RUN} name=unreached model=null model_id=openai-community/gpt2",
+    f"{RUN} name=unreached model=null model_id=no_weights",
+    f"{RUN} name=unreached model=null model_id=no_tokenizer",
     "python -m coconut_ds.plan --run run.yaml --memory 11 model=null model_id=no_tokenizer",
     "./launch.sh eval runs/none/checkpoints/epoch_0001",
     f"{EVALUATE} load_model_path=trained/mine/checkpoints/epoch_0002 c_thought=2 max_latent_stage=1",
@@ -344,7 +344,7 @@ MISTAKES = (
     f"{RUN} save_path=all_unsealed",
     "python -m coconut_ds.export incomplete out",
     "python -m coconut_ds.export pieces out",
-    f"{RUN} model=null model_id=bert",
+    f"{RUN} name=unreached model=null model_id=bert",
 )
 GOOD = {"question": "one ?", "steps": ["a b"], "answer": "b"}
 FILES = {

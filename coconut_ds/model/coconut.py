@@ -260,7 +260,8 @@ class Coconut(nn.Module):
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
         span = self._find_thoughts(input_ids) if thought_span is None else tuple(thought_span)
         embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (B, T, D)
-        keys = 0 if cache is None else cache.get_max_length()  # -1 where it grows
+        # -1 for a cache that grows.
+        keys = cache.get_max_length() if cache is not None and cache.layers else 0
         if cache is None and span:
             cache = TrainingCache(input_ids.shape[1])
         mask = causal_mask(attention_mask, self.base_causallm.config)
