@@ -438,7 +438,9 @@ def test_the_page_of_troubles_has_what_a_run_warns_of(spoiled, command):
 
 
 def test_of_clean_data_nothing_is_said(spoiled):
-    assert "warning: " not in spoiled.run(f"{RUN} name=clean num_epochs=1").output
+    output = spoiled.run(f"{RUN} name=clean num_epochs=1").output
+    # A model of one epoch does not end its answers.
+    assert [line for line in output.splitlines() if "warning: " in line and "max_new_tokens" not in line] == []
 
 
 def test_the_page_of_troubles_has_what_is_printed_where_the_port_is_taken(spoiled):
