@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, Deepseek
 from coconut_ds import Coconut
 from coconut_ds.config import RunConfig
 from coconut_ds.errors import ModelError
+from coconut_ds.model import self_check
 from coconut_ds.model.backbone import n_positions, word_tokenizer
 from coconut_ds.model.self_check import demand_fit
 from coconut_ds.training.materials import build_coconut
@@ -90,6 +91,16 @@ def test_other_precisions_pass_and_are_told_from_a_model_that_does_not_fit(famil
     wrapped(tiny.backbone(family).to(dtype))
     with pytest.raises(ModelError, match="its LM head on the states of its body"):
         wrapped(families.small_model("bert").to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_of_a_decoded_token_in_half_precision_is_no_difference(dtype, monkeypatch):
+    """The logits of `generate` are fp32, and rounded as those of the model."""
+    exact = self_check.next_token_logits
+    monkeypatch.setattr(self_check, "next_token_logits", lambda *given: exact(*given).float() * 1.004)
+    assert wrapped(tiny.backbone("llama").to(dtype)).decodes_on_static_cache
+    with pytest.raises(ModelError, match="a decoded token"):
+        wrapped(tiny.backbone("llama"))
 
 
 @pytest.mark.parametrize("latent", [tiny.LATENT, None], ids=["with thoughts", "without"])
