@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from coconut_ds import distributed, strict_json, watchdog
+from coconut_ds import distributed, run_changes, strict_json, watchdog
 from coconut_ds.answer_lengths import cut_warning
 from coconut_ds.config import BatchSizes, RunConfig, batch_sizes, load_run_config
 from coconut_ds.console import say, terminal
@@ -26,7 +26,7 @@ from coconut_ds.errors import InputError
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.pretrained import stored_settings
-from coconut_ds.run_changes import DATA_KEYS, changes, data_files, is_finished, stored_environment
+from coconut_ds.run_changes import DATA_KEYS, DataFile
 from coconut_ds.run_events import read_metrics
 from coconut_ds.tracking import Tracker, write_record
 from coconut_ds.training.batch_size import choose_eval_batch, choose_micro_batch, deciding_sequences, planned_peak
@@ -63,9 +63,12 @@ def _train(
     config: RunConfig, resolve: Callable[[RunConfig, BatchSizes], dict[str, Any]], checkpoints: Checkpoints
 ) -> None:
     newest = checkpoints.newest_intact()
-    if distributed.from_main(distributed.is_main() and _say_if_finished(config, newest)):
+    is_finished = distributed.from_main(distributed.is_main() and _is_finished(config, newest))
+    materials = load_materials(_going_on_from(newest, config, is_finished))
+    if is_finished:
+        if distributed.is_main() and newest is not None:
+            _say_finished(config, newest, materials)
         return
-    materials = load_materials(_going_on_from(newest, config))
     curriculum, backbone, model, tokens = materials.curriculum, materials.backbone, materials.model, materials.tokens
     world = distributed.world_size()
     if config.batch_size_training == "auto":
@@ -117,13 +120,14 @@ def _planned(config: RunConfig, ds_config: dict[str, Any], materials: Materials,
         return None
 
 
-def _going_on_from(newest: Path | None, config: RunConfig) -> RunConfig:
+def _going_on_from(newest: Path | None, config: RunConfig, is_finished: bool) -> RunConfig:
     """The configuration to load the model with: an interrupted run has its own weights."""
     if newest is None:
         return config
-    say(f"going on from {newest}")
-    if config.load_model_path:
-        say(f"load_model_path {config.load_model_path} is not used: the run goes on from its own weights")
+    if not is_finished:
+        say(f"going on from {newest}")
+        if config.load_model_path:
+            say(f"load_model_path {config.load_model_path} is not used: the run goes on from its own weights")
     return config.model_copy(update={"load_model_path": str(newest)})
 
 
@@ -206,23 +210,31 @@ def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:
     return stored["stage"] if "stage" in stored and not config.resume else curriculum.stage(config.resume)
 
 
-def _say_if_finished(config: RunConfig, newest: Path | None) -> bool:
-    """Whether the run was trained to its end before; then that is said, with its results, and nothing is written.
+def _is_finished(config: RunConfig, newest: Path | None) -> bool:
+    """Whether the run was trained to its end before.
 
     A run whose last checkpoint is lost is not finished: it goes on from the one before.
     """
-    if newest is None or not is_finished(config):
+    if newest is None or not run_changes.is_finished(config):
         return False
-    progress, metrics = read_stored(newest).progress, read_metrics(config.run_folder / "metrics.jsonl")
+    progress = read_stored(newest).progress
     # With save_only_improve the last checkpoint may be older than the end.
-    saved_last = [checkpoint.step for checkpoint in metrics.checkpoints[-1:]]
-    if progress.epochs < config.num_epochs and saved_last != [progress.step]:
-        return False
-    n_examples = {key: len(read_records(getattr(config, key))) for key in DATA_KEYS}
-    changed = changes(config, data_files(config, n_examples))
+    saved_last = [each.step for each in read_metrics(config.run_folder / "metrics.jsonl").checkpoints[-1:]]
+    return progress.epochs >= config.num_epochs or saved_last == [progress.step]
+
+
+def _say_finished(config: RunConfig, newest: Path, materials: Materials) -> None:
+    """Say that nothing was trained, what differs from what was, and the results; nothing is written."""
+    metrics = read_metrics(config.run_folder / "metrics.jsonl")
+    changed = run_changes.changes(config, _data_files(config, materials))
     say(finished(config, max(end.epochs for end in metrics.ends), changed))
+    progress = read_stored(newest).progress
     say(closing(_as_trained(config), metrics.evaluations, progress.skipped, progress.step))
-    return True
+
+
+def _data_files(config: RunConfig, materials: Materials) -> dict[str, DataFile]:
+    n_examples = (len(materials.train_set), len(materials.valid_set))
+    return run_changes.data_files(config, dict(zip(DATA_KEYS, n_examples)))
 
 
 def _as_trained(config: RunConfig) -> RunConfig:
@@ -239,21 +251,20 @@ def _describe(config: RunConfig, ds_config: dict[str, Any], materials: Materials
 
     Where nothing is left to train, the files keep what the run was trained with.
     """
-    n_examples = dict(zip(DATA_KEYS, (len(materials.train_set), len(materials.valid_set))))
-    data, ranks = data_files(config, n_examples), distributed.world_size()
+    data, ranks = _data_files(config, materials), distributed.world_size()
     environment = {
         **describe_environment(),
         "ranks": ranks,
         "data": {key: file.model_dump() for key, file in data.items()},
     }
     if newest is not None:
-        progress, changed = read_stored(newest).progress, changes(config, data, ranks)
+        progress, changed = read_stored(newest).progress, run_changes.changes(config, data, ranks)
         if progress.epochs >= config.num_epochs:
             say(finished(config, progress.epochs, changed))
             return
         if changed:
             say(changed_text(changed))
-        earlier = stored_environment(config.run_folder).get("changes", [])
+        earlier = run_changes.stored_environment(config.run_folder).get("changes", [])
         environment["changes"] = [*earlier, *({"after_step": progress.step, "change": line} for line in changed)]
     folder = config.run_folder
     write_record(folder / "run_config.yaml", config.to_yaml())
