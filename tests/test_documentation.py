@@ -28,7 +28,9 @@ from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, GPT2LMHea
 from warm_commands import Shell
 
 from coconut_ds.curriculum.examples import read_records
+from coconut_ds.engine import hostfile
 from coconut_ds.engine.operator_build import waiting_text
+from coconut_ds.errors import InputError
 from coconut_ds.model.backbone import word_tokenizer
 from coconut_ds.run_lock import run_folder_held
 
@@ -454,8 +456,12 @@ def test_the_page_of_troubles_has_what_is_printed_where_the_folder_is_in_use(spo
         demand_quoted(spoiled.run(RUN).output)
 
 
-def test_the_page_of_troubles_has_what_is_printed_where_a_hostfile_is_missing(spoiled):
-    demand_quoted(spoiled.run(f"{RUN} name=alone", DLTS_HOSTFILE="hostfile").output)
+def test_the_page_of_troubles_has_what_is_printed_where_a_hostfile_is_missing(monkeypatch):
+    launcher = ["--hostfile", "hostfile", "coconut_ds/train.py"], Path("/home/me/coconut_ds")
+    monkeypatch.setattr(hostfile, "_launcher", lambda: launcher)
+    with pytest.raises(InputError) as caught:
+        hostfile.demand_hostfile()
+    demand_quoted(f"error: {caught.value}")
 
 
 def test_the_page_of_troubles_has_what_is_printed_when_a_finished_run_is_started_again(spoiled):

@@ -22,28 +22,17 @@ def demand_hostfile() -> None:
     """
     if int(os.environ.get("CROSS_SIZE", 1)) > 1:
         return  # the launcher has read one
-    for path, text in _named_hostfiles():
-        if not path.is_file():
-            raise InputError(
-                f"hostfile {text}: {path} is not there, and without it DeepSpeed would train on this machine alone; "
-                "name the file with its lines `HOST slots=N`, or leave --hostfile out to train here"
-            )
-
-
-def _named_hostfiles() -> list[tuple[Path, str]]:
-    """Hostfiles somebody asked for, each as its path and as it was written."""
-    found = []
-    if text := os.environ.get("DLTS_HOSTFILE"):
-        found.append((Path(text).absolute(), text))
     try:
         command, folder = _launcher()
     except psutil.Error:  # gone, or of another user
-        return found
+        return
     text = parse_args(command).hostfile if command else None
     # Without the option it is /job/hostfile, which need not be there.
-    if text and text != parse_args(["train.py"]).hostfile:
-        found.append((folder / text, text))
-    return found
+    if text and text != parse_args(["train.py"]).hostfile and not (folder / text).is_file():
+        raise InputError(
+            f"hostfile {text}: {folder / text} is not there, and without it DeepSpeed would train on this machine "
+            "alone; name the file with its lines `HOST slots=N`, or leave --hostfile out to train here"
+        )
 
 
 def _launcher() -> tuple[list[str], Path]:
