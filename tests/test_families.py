@@ -10,7 +10,16 @@ import naive
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, DeepseekV3Config, GPT2Config, MptConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    DeepseekV3Config,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    MptConfig,
+)
 
 from coconut_ds import Coconut
 from coconut_ds.config import RunConfig
@@ -215,3 +224,41 @@ def test_decoding_past_a_local_window_that_a_fixed_cache_does_not_know():
     given = model.eval().generate(torch.tensor([prompt]), max_new_tokens=12)[0].tolist()
     expected = naive.greedy(model, prompt, 12)
     assert given[: len(expected)] == expected
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"repetition_penalty": 1.8},
+        {"suppress_tokens": list(range(20))},
+        {"forced_eos_token_id": tiny.EOS},
+        {"guidance_scale": 1.5},
+        {"return_dict_in_generate": True},
+        {"cache_implementation": "static"},
+        {"do_sample": True, "temperature": 5.0, "top_k": 3},
+        {"max_length": 2, "min_new_tokens": 9},
+    ],
+    ids=str,
+)
+def test_greedy_is_greedy_whatever_a_folder_stores_for_generation(stored):
+    base = tiny.backbone("qwen2")
+    prompt = torch.tensor([[7, 8, 9, tiny.START, tiny.LATENT, tiny.LATENT, tiny.END]])
+    plain = wrapped(base).generate(prompt, max_new_tokens=8)
+    own = GenerationConfig(**stored)
+    base.generation_config = own
+    model = wrapped(base)
+    assert torch.equal(model.generate(prompt, max_new_tokens=8), plain)
+    assert base.generation_config is own
+
+
+def test_positions_that_turn_otherwise_in_longer_sequences_are_not_counted():
+    """LongRoPE has other factors beyond the original length, for keys in the cache, too."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    shape = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = LlamaConfig(
+        num_attention_heads=4,
+        max_position_embeddings=96,
+        rope_parameters=rope | {"original_max_position_embeddings": 16},
+        **shape,
+    )
+    assert n_positions(AutoModelForCausalLM.from_config(config)) == 16

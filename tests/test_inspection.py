@@ -190,6 +190,14 @@ def test_every_published_record_has_its_graph(shared):
     assert len(records) == 300
 
 
+@pytest.mark.parametrize("form", prosqa.FORMS)
+def test_spaces_and_newlines_make_no_other_graph(form):
+    """Evaluation leaves them out as well."""
+    for record in prosqa.generate(20, "graph", form=form):
+        question, answer = "  " + record["question"].replace(" ", "  ") + " \n", record["answer"] + " "
+        assert isinstance(graph_of(record | {"question": question, "answer": answer}), ProsqaGraph)
+
+
 @pytest.mark.parametrize("shape", [{}, {"n_nodes": 40, "min_steps": 7, "max_steps": 9}, {"mean_parents": 2.5}])
 @pytest.mark.parametrize("form", prosqa.FORMS)
 def test_every_generated_record_has_its_graph_whatever_the_order_of_facts(form, shape):

@@ -336,6 +336,24 @@ DAMAGES = {
         lambda folder: change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
         "is not a model for transformers: Loading a GPTQ quantized model requires",
     ),
+    "integers under the name of a weight": (
+        lambda folder: change_weights(folder, put(model__norm__weight=torch.ones(32, dtype=torch.int8))),
+        r"holds quantized weights: \['model.norm.weight \(I8\)'\]; save it in fp32",
+    ),
+    "8 bits without their scales": (
+        lambda folder: change_weights(folder, lambda w: w | {DOWN: w[DOWN].to(torch.float8_e4m3fn)}),
+        r"holds quantized weights: \['model.layers.1.mlp.down_proj.weight \(F8_E4M3\)'\]",
+    ),
+    "a weight twice": (
+        lambda folder: change_weights(folder, lambda w: w | {f"base_causallm.{DOWN}": 2 * w[DOWN]}),
+        "has weights twice, with and without prefixes",
+    ),
+    "a window that is not finite": (
+        lambda folder: save_file(
+            {"latent_window.logits": torch.full((3,), torch.nan)}, Path(folder) / "latent_window.safetensors"
+        ),
+        r"values that are not finite: \['latent_window.logits'\]",
+    ),
     "a configuration that cannot be": (lambda folder: change_config(folder, num_attention_heads=5), "not a multiple"),
     "no tokenizer of its own": (
         lambda folder: make("llama", markers=False).tokenizer.save_pretrained(folder),
@@ -414,10 +432,17 @@ def test_commands_end_with_status_2_where_weights_are_missing(tmp_path, capsys):
         lambda folder: change_weights(
             folder, lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
         ),
+        lambda folder: change_weights(
+            folder,
+            lambda w: (
+                {f"base_causallm.{key}": each for key, each in w.items()}
+                | {"embedding.weight": w["model.embed_tokens.weight"].clone()}
+            ),
+        ),
         lambda folder: shard(folder),
         lambda folder: as_bin(folder, lambda weights: weights),
     ],
-    ids=["published", "parallel", "compiled", "FSDP", "body alone", "old buffers", "sharded", "bin"],
+    ids=["published", "parallel", "compiled", "FSDP", "body alone", "old buffers", "second table", "sharded", "bin"],
 )
 def test_forms_of_a_folder_that_are_whole(tmp_path, harmless):
     folder = trained_folder(tmp_path)
@@ -465,6 +490,19 @@ STATE_DICTS = {
         lambda state: state | {f"module.{key}": value for key, value in state.items()},
         "has weights twice, with and without prefixes",
     ),
+    "8 bits": (
+        lambda state: state | {"transformer.ln_f.bias": state["transformer.ln_f.bias"].to(torch.float8_e4m3fn)},
+        r"of another shape \['transformer.ln_f.bias'\] \(\[32\] of torch.float8_e4m3fn",
+    ),
+    "sparse": (
+        lambda state: state | {"transformer.ln_f.bias": state["transformer.ln_f.bias"].to_sparse()},
+        r"of another shape \['transformer.ln_f.bias'\]",
+    ),
+    "numbered": (lambda state: dict(enumerate(state.values())), r"is not a state dict of tensors \(dict\)"),
+    "not tensors alone": (
+        lambda state: state | {"epoch": 3},
+        r"is not a state dict of tensors \(\w+\); \['epoch'\] are none: take them out with `python -c",
+    ),
     "nested": (
         lambda state: {"epoch": 3, "optimizer": {"step": torch.ones(1)}, "model_state_dict": state},
         r"they are in \['model_state_dict'\]: take them out with `python -c 'import torch; torch.save\(torch.load\(",
@@ -485,9 +523,10 @@ def test_state_dicts_that_are_not_what_they_seem(tmp_path, kind):
         load_initial(run(model_id=folder, load_model_path=str(tmp_path / "some.pt")))
 
 
-def test_the_printed_way_out_of_a_nested_state_dict_works(tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", [lambda state: {"model": state}, lambda state: state | {"epoch": 3}])
+def test_the_printed_way_out_of_a_nested_state_dict_works(tmp_path, form):
     trained = make("gpt2", markers=False, seed=1)
-    torch.save({"model": trained.model.state_dict()}, tmp_path / "it's nested.pt")
+    torch.save(form(trained.model.state_dict()), tmp_path / "it's nested.pt")
     folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
     config = run(model_id=folder, load_model_path=str(tmp_path / "it's nested.pt"))
     with pytest.raises(InputError) as caught:
@@ -526,3 +565,40 @@ def test_an_adapter_is_refused_with_the_way_out(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(InputError, match="holds a LoRA adapter and not a model; merge it"):
         load_initial(run(load_model_path=str(tmp_path)))
+
+
+def test_a_head_of_its_own_stays_where_markers_are_added(tmp_path):
+    """Two tables in the file and `tie_word_embeddings` in config.json: the file is what was trained."""
+    folder = save_plain(make("llama", markers=False, seed=1), tmp_path / "base")
+    change_config(folder, tie_word_embeddings=True)
+    head = load_file(Path(folder) / "model.safetensors")["lm_head.weight"]
+    loaded = load_initial(run(load_model_path=folder))
+    assert torch.equal(loaded.model.get_output_embeddings().weight[: len(head)], head)
+    export.export(folder, tmp_path / "out", "unused")
+    again = load_initial(run(load_model_path=str(tmp_path / "out")))
+    assert torch.equal(again.model.get_output_embeddings().weight[: len(head)], head)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_ids": {"latent_token_id": 5}}, "token_ids of coconut.json has latent_token_id; save the model again"),
+        ({"c_thought": None}, "coconut.json names no c_thought; name a checkpoint of a run"),
+    ],
+)
+def test_settings_that_lack_something(tmp_path, change, message):
+    folder = trained_folder(tmp_path)
+    file = Path(folder) / "coconut.json"
+    settings = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+    with pytest.raises(InputError, match=message):
+        TrainedModel.load(folder)
+
+
+def test_a_thought_that_is_another_token_for_the_tokenizer(tmp_path):
+    folder = trained_folder(tmp_path)
+    file = Path(folder) / "coconut.json"
+    ids = {"latent_token_id": 5, "start_latent_id": 6, "end_latent_id": 7, "eos_token_id": 0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"token_ids": ids}))
+    with pytest.raises(InputError, match="says that token 5 stands for a thought, the tokenizer has"):
+        TrainedModel.load(folder)

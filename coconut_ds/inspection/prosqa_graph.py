@@ -41,7 +41,7 @@ class ProsqaGraph(BaseModel):
     @property
     def form(self) -> Form:
         """How steps are written, which the question tells."""
-        if self.question.endswith("?"):
+        if self.question.rstrip().endswith("?"):
             return "text"
         return "edges" if ">" in self.question else "symbolic"
 
@@ -87,10 +87,11 @@ class ProsqaGraph(BaseModel):
             return f"idx_to_symbol: {twice!r} names two nodes"
         options = [(name[self.target], name[self.neg_target]), (name[self.neg_target], name[self.target])]
         endings = [_ENDINGS[self.form].format(name[self.root], *pair) for pair in options]
-        ending = next((each for each in endings if f" {self.question}".endswith(f" {each}")), None)
+        question = " ".join(self.question.split())
+        ending = next((each for each in endings if f" {question}".endswith(f" {each}")), None)
         if ending is None:
             return f"root, target, neg_target: the question does not end with {endings[0]!r} or {endings[1]!r}"
-        written = _facts(self.form, self.question.removesuffix(ending).strip())
+        written = _facts(self.form, question.removesuffix(ending).strip())
         edges = {self._fact(*edge) for edge in self.edges}
         if edges - written:
             return f"edges: {min(edges - written)!r} is not in the question"
@@ -146,6 +147,6 @@ def graph_of(record: Mapping[str, Any]) -> ProsqaGraph | str:
 def _difference_to_answer(graph: ProsqaGraph, answer: Any) -> str | None:
     target = graph.idx_to_symbol[graph.target]
     right = f"{graph.idx_to_symbol[graph.root]} is a {target}." if graph.form == "text" else target
-    if answer is None or answer == right:
+    if answer is None or str(answer).strip() == right:
         return None
     return f"target: the answer is {answer!r}, the graph's {right!r}"

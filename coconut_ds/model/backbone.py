@@ -29,7 +29,14 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 
 from coconut_ds.errors import ModelError, in_one_line
-from coconut_ds.model.state_dicts import PLAIN_NAMES, demand_finite, demand_whole, plain_name
+from coconut_ds.model.state_dicts import (
+    PLAIN_NAMES,
+    SECOND_TABLE,
+    demand_finite,
+    demand_plain_tensors,
+    demand_whole,
+    plain_name,
+)
 
 START_LATENT, END_LATENT, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
 MARKERS = (START_LATENT, END_LATENT, LATENT)
@@ -142,10 +149,26 @@ def load_model(name: str) -> PreTrainedModel:
     if any(plain_name(key) != key for key in report["unexpected_keys"]):
         model, report = load(key_mapping=PLAIN_NAMES)
     demand_plain_head(model, name)
+    _keep_own_head(model)
     misshaped = {key: f"{list(found)}, not {list(own)}" for key, found, own in sorted(report["mismatched_keys"])}
-    demand_whole(name, model, sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), misshaped)
+    # Published Coconut also stores its embedding table under a second name.
+    unexpected = sorted(key for key in report["unexpected_keys"] if plain_name(key) != SECOND_TABLE)
+    demand_whole(name, model, sorted(report["missing_keys"]), unexpected, misshaped)
+    demand_plain_tensors(Path(name), model)
     demand_finite(name, dict(model.named_parameters()))
     return model
+
+
+def _keep_own_head(model: PreTrainedModel) -> None:
+    """A head that a folder holds beside the embedding is one, whatever its configuration says of tying them.
+
+    transformers loads both, and would tie them when the embedding is resized.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if head.weight is not embeddings.weight:
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config(decoder=True).tie_word_embeddings = False
 
 
 def demand_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -206,7 +229,12 @@ def n_positions(model: PreTrainedModel) -> int:
     """Longest sequence a model takes, in tokens; `sys.maxsize` for a family without such a limit (ALiBi, Bloom)."""
     config = model.config.get_text_config(decoder=True)
     limits = (getattr(config, name, None) for name in _POSITION_LIMITS)
-    return next((int(limit) for limit in limits if limit and limit > 0), sys.maxsize)  # XLNet says -1
+    limit = next((int(limit) for limit in limits if limit and limit > 0), sys.maxsize)  # XLNet says -1
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Longer sequences turn all their positions otherwise, those of keys that are in the cache already, too.
+        return min(limit, int(rope.get("original_max_position_embeddings") or limit))
+    return limit
 
 
 def demand_plain_head(model: PreTrainedModel, name: str) -> None:

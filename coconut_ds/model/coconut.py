@@ -144,6 +144,8 @@ class Coconut(nn.Module):
             raise InputError(pretrained.where_it_is(name))
         folder = str(pretrained.model_folder(name))
         ids = settings.get("token_ids") or _token_ids(load_tokenizer(folder), settings)
+        if set(ids) != {"latent_token_id", "start_latent_id", "end_latent_id", "eos_token_id"}:
+            raise InputError(f"{name}: token_ids of coconut.json has {', '.join(ids)}; save the model again")
         model = cls(load_model(folder), **ids, latent_context=pretrained.latent_context(settings))
         pretrained.load_window(model.latent_window.logits, name)
         model.training_settings = settings

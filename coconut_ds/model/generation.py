@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers.generation.streamers import BaseStreamer
 
 if TYPE_CHECKING:
     from coconut_ds.model.coconut import Coconut, Encoded, Intervention
@@ -71,7 +72,7 @@ def next_token_logits(model: Coconut, input_ids: torch.Tensor, attention_mask: t
     """Logits (B, 1, V) that `decode` chooses the first new token of prompts (B, T) without thoughts from."""
     cache = _cache(model, input_ids.shape[1] + 1)
     model.encode(input_ids[:, :-1], attention_mask[:, :-1], None, (), cache)
-    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     return _generate(model, input_ids, attention_mask, cache, 1, **options).logits[0][:, None]
 
 
@@ -89,13 +90,11 @@ def _generate(
     attention_mask: torch.Tensor,
     cache: Cache | None,
     max_new_tokens: int,
+    streamer: BaseStreamer | None = None,
     **options: Any,
 ) -> Any:
     backbone: Any = model.base_causallm
-    return backbone.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        past_key_values=cache,
+    wanted = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=1,
         use_cache=True,
@@ -104,3 +103,16 @@ def _generate(
         pad_token_id=model.eos_token_id,
         **options,
     )
+    # transformers fills in what is left open from the model's own: a chat model's folder brings a repetition penalty
+    # along, and "greedy" would not be.
+    own, backbone.generation_config = backbone.generation_config, GenerationConfig()
+    try:
+        return backbone.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            generation_config=wanted,
+            streamer=streamer,
+        )
+    finally:
+        backbone.generation_config = own

@@ -25,6 +25,7 @@ from coconut_ds.errors import InputError, in_one_line
 from coconut_ds.methods import METHODS
 from coconut_ds.model.card import model_card
 from coconut_ds.model.latents import LatentContext
+from coconut_ds.model.state_dicts import demand_finite
 
 MODEL_FOLDER, WEIGHTS_FILE, WINDOW_FILE = "model", "model.safetensors", "latent_window.safetensors"
 _SETTINGS_FILE, _CARD_FILE = "coconut.json", "README.md"
@@ -111,6 +112,7 @@ def stored_window(name: str) -> dict[str, torch.Tensor]:
             raise InputError(f"{file} cannot be read: {in_one_line(error)}; copy the folder again") from None
         if set(window) != {_WINDOW_NAME}:
             raise InputError(f"{file} must hold {_WINDOW_NAME} alone, found {sorted(window)}; copy the folder again")
+        demand_finite(str(file), window)
         return window
     if ((stored_settings(name) or {}).get("latent_context") or {}).get("learned"):
         raise InputError(f"{name} learned its latent window, and {WINDOW_FILE} is missing; copy the folder again")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from coconut_ds.errors import ModelError
@@ -21,6 +24,10 @@ PLAIN_NAMES = {
 _STORED_BY_OLDER_VERSIONS = re.compile(r"\.(?:attn\.bias|attention\.bias|masked_bias|inv_freq|position_ids)$")
 """Buffers that older versions of transformers saved and newer ones work out."""
 _NAMED = 3
+SECOND_TABLE = "embedding.weight"
+"""The name under which published Coconut stores its embedding table once more."""
+_PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
+_PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def plain_name(key: str) -> str:
@@ -53,6 +60,45 @@ def demand_whole(
             f"{source} does not fit {model.config.model_type}: {', '.join(parts)}{first}; a missing weight would be "
             "random: copy or export the model again, or set model_id to the model it was trained from"
         )
+
+
+def demand_plain_tensors(folder: Path, model: PreTrainedModel) -> None:
+    """Look at the headers of the safetensors that `model` was read from.
+
+    Raises ModelError for names that are one without the prefixes of wrappers, of which one would win, and for weights
+    in integers or 8 bits, whose numbers mean nothing without their scales.
+    """
+    names: list[str] = []
+    odd: list[str] = []
+    known = {name for name, _ in model.named_parameters()}
+    for file in _weight_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            for name in sorted(weights.keys()):
+                plain, kind = plain_name(name), weights.get_slice(name).get_dtype()
+                names.append(plain)
+                if kind not in _PLAIN_TYPES and {plain, f"{model.base_model_prefix}.{plain}"} & known:
+                    odd.append(f"{name} ({kind})")
+    if len(set(names)) < len(names):
+        raise ModelError(f"{folder} has weights twice, with and without prefixes; save one of them")
+    if odd:
+        raise ModelError(f"{folder} holds quantized weights: {_few(odd)}; save it in fp32, bf16 or fp16")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """What is there of a folder's safetensors; a shard that is missing is reported by transformers."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    try:
+        if single.is_file():
+            return [single]
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+        return [folder / name for name in sorted(shards) if (folder / name).is_file()]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return []
+
+
+def is_plain(value: torch.Tensor) -> bool:
+    """Whether a tensor holds numbers as they are: neither quantized, nor sparse, nor without data."""
+    return value.dtype in _PLAIN_DTYPES and value.layout == torch.strided and not value.is_meta
 
 
 def demand_finite(source: str, weights: Mapping[str, torch.Tensor]) -> None:

@@ -22,6 +22,9 @@ from coconut_ds.model.pretrained import model_folder
 from coconut_ds.training.evaluator import to_device
 from coconut_ds.training.weights import check_intact
 
+_SETTINGS = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")
+"""What prompts cannot be made without."""
+
 
 @dataclass(frozen=True)
 class TrainedModel:
@@ -43,11 +46,17 @@ class TrainedModel:
         check_intact(Path(name))
         model = Coconut.from_pretrained(name).to(distributed.device())
         settings = model.training_settings
-        if "method" not in settings:
-            raise InputError(f"{name}: coconut.json names no method it was trained by; name a checkpoint of a run")
+        if missing := [key for key in _SETTINGS if key not in settings]:
+            what = "method it was trained by" if "method" in missing else ", ".join(missing)
+            raise InputError(f"{name}: coconut.json names no {what}; name a checkpoint of a run")
         tokenizer = load_tokenizer(str(model_folder(name)))
         demand_rows(model.base_causallm, tokenizer, name)
         tokens = tokens_of(settings["method"], tokenizer)
+        if tokens.thought != model.latent_token_id and tokens.thought is not None:
+            raise InputError(
+                f"{name}: coconut.json says that token {model.latent_token_id} stands for a thought, the tokenizer has "
+                f"{tokens.thought} for it; copy the folder again"
+            )
         return cls(model, tokenizer, tokens, curriculum_of(settings), settings.get("stage"))
 
     @property

@@ -16,7 +16,7 @@ from coconut_ds.errors import InputError, problem_list
 from coconut_ds.model.backbone import MARKERS, Backbone, add_markers, backbone_from_config, load_backbone
 from coconut_ds.model.latents import LatentContext
 from coconut_ds.model.pretrained import MODEL_FOLDER, context_settings, model_folder, stored_settings
-from coconut_ds.model.state_dicts import demand_finite, demand_whole, plain_name
+from coconut_ds.model.state_dicts import SECOND_TABLE, demand_finite, demand_whole, is_plain, plain_name
 from coconut_ds.training import sealed_folder
 
 
@@ -138,14 +138,15 @@ def _load_state_dict(backbone: Backbone, path: str) -> None:
 
 def _is_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether one can be copied into the other; numbers of quantized weights mean nothing by themselves."""
-    return one.shape == other.shape and one.is_floating_point() == other.is_floating_point()
+    return one.shape == other.shape and is_plain(one) == is_plain(other)
 
 
 def _demand_one_head(path: str, model: Any, state: Mapping[str, torch.Tensor]) -> None:
     """Raise InputError where a model whose head is its embedding would get two tables, of which one would win."""
-    tied = [[key for key in state if key in own] for own in _tied_names(model)]
-    for names in tied:
-        if any(not torch.equal(state[names[0]], state[name]) for name in names[1:]):
+    for own in _tied_names(model):
+        first, *others = [key for key in state if key in own] or [""]
+        if any(_is_alike(state[first], state[key]) and not torch.equal(state[first], state[key]) for key in others):
+            names = [first, *others]
             raise InputError(
                 f"load_model_path: {path} has different values in {' and '.join(names)}, which are one weight in "
                 f"{model.config.model_type}; set tie_word_embeddings to false in config.json of the model_id"
@@ -174,15 +175,19 @@ def _read_state_dict(path: str) -> dict[str, torch.Tensor]:
     except Exception as error:
         problem = f"is not a state dict of tensors ({type(error).__name__})"
         raise InputError(f"load_model_path: {path} {problem}{_of_deepspeed(path)}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(map(_is_named_tensor, state.items())):
         problem = f"is not a state dict of tensors ({type(state).__name__})"
         raise InputError(f"load_model_path: {path} {problem}{_of_deepspeed(path) or _nested(path, state)}")
     plain = {plain_name(key): value for key, value in state.items()}
     if len(plain) < len(state):
         raise InputError(f"load_model_path: {path} has weights twice, with and without prefixes; save one of them")
     # Published Coconut also stores its embedding table under a second name.
-    plain.pop("embedding.weight", None)
+    plain.pop(SECOND_TABLE, None)
     return plain
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
 
 
 def _of_deepspeed(path: str) -> str:
@@ -195,13 +200,23 @@ def _of_deepspeed(path: str) -> str:
 
 
 def _nested(path: str, values: Any) -> str:
-    """Where in a dict of dicts the tensors are, and how to take them out."""
-    keys = _path_to_tensors(values)
-    if not keys:
+    """Where in a dict of dicts the tensors are, or what is beside them, and how to take them out."""
+    if not isinstance(values, dict):
         return ""
-    place = "".join(f"[{key!r}]" for key in keys)
-    code = f"import torch; torch.save(torch.load({path!r}, weights_only=True){place}, 'weights.pt')"
-    return f"; they are in {place}: take them out with `python -c {shlex.quote(code)}` and name weights.pt"
+    keys = _path_to_tensors(values)
+    if keys:
+        place = "".join(f"[{key!r}]" for key in keys)
+        return f"; they are in {place}: {_taken_out(f'torch.load({path!r}, weights_only=True){place}')}"
+    others = [key for key, value in values.items() if not _is_named_tensor((key, value))]
+    if len(others) == len(values):
+        return ""
+    tensors = f"{{k: v for k, v in torch.load({path!r}, weights_only=True).items() if torch.is_tensor(v)}}"
+    return f"; {others[:3]} are none: {_taken_out(tensors)}"
+
+
+def _taken_out(tensors: str) -> str:
+    code = f"import torch; torch.save({tensors}, 'weights.pt')"
+    return f"take them out with `python -c {shlex.quote(code)}` and name weights.pt"
 
 
 def _path_to_tensors(values: Any) -> list[str] | None:
