@@ -70,6 +70,7 @@ class EpochEvaluation(_Record):
 class CheckpointWritten(_Record):
     event: Literal["checkpoint"]
     epoch: int
+    path: str
     seconds: float
 
 

@@ -219,8 +219,8 @@ def _is_finished(config: RunConfig, newest: Path | None) -> bool:
         return False
     progress = read_stored(newest).progress
     # With save_only_improve the last checkpoint may be older than the end.
-    saved_last = [each.step for each in read_metrics(config.run_folder / "metrics.jsonl").checkpoints[-1:]]
-    return progress.epochs >= config.num_epochs or saved_last == [progress.step]
+    saved_last = [Path(each.path).name for each in read_metrics(config.run_folder / "metrics.jsonl").checkpoints[-1:]]
+    return progress.epochs >= config.num_epochs or saved_last == [newest.name]
 
 
 def _say_finished(config: RunConfig, newest: Path, materials: Materials) -> None:
