@@ -249,6 +249,8 @@ class RunConfig(_Section):
     @field_validator("reset_optimizer", mode="before")
     @classmethod
     def _true_means_stage(cls, value: Any) -> Any:
+        if value is None or value in ("None", "none"):
+            return False
         return "stage" if value is True else value
 
     @field_validator("wandb", mode="before")
@@ -268,7 +270,7 @@ class RunConfig(_Section):
     @field_validator("latent_norm", mode="before")
     @classmethod
     def _no_norm(cls, value: Any) -> Any:
-        return "none" if value in (None, False) else value
+        return "none" if value in (None, "None", False) else value
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod

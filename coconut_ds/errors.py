@@ -26,7 +26,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     typed = plain_spelling(name)
     near = [(_edits(typed, plain_spelling(each)), abs(len(name) - len(each)), each) for each in known]
-    near = [each for each in near if each[0] <= (1 if len(typed) < 5 else 2)]
+    # As many as a person mistypes in a name of that length.
+    limit = next(edits for length, edits in ((5, 1), (9, 2), (14, 3), (len(typed) + 1, 4)) if len(typed) < length)
+    near = [each for each in near if each[0] <= limit]
     return f" (did you mean {min(near)[2]!r}?)" if near else ""
 
 

@@ -54,7 +54,8 @@ for _text, _keys in {
         n_gpus gpus num_processes world_size nproc_per_node accelerator devices num_nodes""",
     _LORA: """use_lora lora lora_r lora_alpha lora_dropout lora_rank lora_target_modules lora_modules_to_save
         lora_target_linear lora_bias use_peft use_dora adapter peft peft_config lora_config lora_init qlora""",
-    _here("c_thought"): "n_latent num_latent num_latents latent_length num_thoughts thoughts_per_step",
+    _here("c_thought"): """num_thoughts n_latent num_latent num_latents n_latent_tokens num_latent_tokens
+        latent_length thoughts_per_step""",
     _here("max_latent_stage"): "max_stage max_stages num_stages n_stages scheduled_to",
     _here("load_model_path"): """checkpoint_path load_path pretrained_path ckpt_path ckpt init_from checkpoint
         load_checkpoint lora_model_dir adapter_name_or_path""",

@@ -57,6 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     quiet_libraries()
     try:
+        if not 0 < options.memory < float("inf") or options.ranks < 1:
+            raise InputError(
+                f"--memory {options.memory:g} --ranks {options.ranks}: both must be above 0, memory in GiB"
+            )
         config = load_run_config(options.run, options.overrides)
         raw = read_ds_json(config.deepspeed)
         _resolved(raw, config, options.ranks)

@@ -64,10 +64,20 @@ def data_files(config: RunConfig, n_examples: Mapping[str, int]) -> dict[str, Da
 
 def stored_environment(folder: Path) -> dict[str, Any]:
     """`environment.json`, empty where it is missing or damaged."""
+    return _json_object(folder / "environment.json")
+
+
+def _json_object(file: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        values = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
         return values if isinstance(values, dict) else {}
     return {}
+
+
+def earlier_changes(folder: Path) -> list[Any]:
+    """What `environment.json` says of changes between starts before; none where it is damaged."""
+    found = stored_environment(folder).get("changes")
+    return found if isinstance(found, list) else []
 
 
 def stored_data_files(folder: Path) -> dict[str, DataFile]:
@@ -83,8 +93,14 @@ def changed_contents(folder: Path, config: RunConfig) -> list[str]:
     return [key for key, file in stored.items() if (path := getattr(config, key)) and _sha256(path) != file.sha256]
 
 
-def changes(asked: RunConfig, data: Mapping[str, DataFile], ranks: int | None = None) -> list[str]:
-    """A line, `there -> here`, for all in which the run folder differs from what is asked for; none in a new folder."""
+def changes(
+    asked: RunConfig, data: Mapping[str, DataFile], ranks: int, ds_config: Mapping[str, Any] | None = None
+) -> list[str]:
+    """A line, `there -> here`, for all in which the run folder differs from what is asked for; none in a new folder.
+
+    `ds_config` is the resolved DeepSpeed configuration, where there is one: with the same path a file can say otherwise
+    than before, and `auto` come to something else on another machine.
+    """
     folder = asked.run_folder
     if not (folder / "run_config.yaml").is_file():
         return []
@@ -97,14 +113,36 @@ def changes(asked: RunConfig, data: Mapping[str, DataFile], ranks: int | None = 
     except InputError as error:
         lines.append(f"what else differs is not known: {error}")
     before = stored_environment(folder).get("ranks", ranks)
-    if ranks is not None and before != ranks:
+    if before != ranks:
         lines.append(f"ranks: {before} -> {ranks}")
+    lines += _changes_of_deepspeed(folder, ds_config) if ds_config is not None else []
     lines += [
         f"content of {key}: {stored[key]} -> {file}"
         for key, file in data.items()
         if key in stored and stored[key].sha256 != file.sha256
     ]
     return lines
+
+
+def _changes_of_deepspeed(folder: Path, ds_config: Mapping[str, Any]) -> list[str]:
+    """Of the memory strategy and the precision; batch sizes and the rest are the run's and the ranks'."""
+    stored = _json_object(folder / "ds_config.json")
+    if not stored:
+        return []
+    sections = ("zero_optimization", "bf16", "fp16", "data_types")
+    there, here = (_flat({key: each.get(key) for key in sections}) for each in (stored, ds_config))
+    return [
+        f"deepspeed, {key}: {strict_json.dumps(there.get(key))} -> {strict_json.dumps(here.get(key))}"
+        for key in sorted({*there, *here})
+        if there.get(key) != here.get(key)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _sha256(path: str) -> str:

@@ -360,3 +360,23 @@ def test_words_that_are_no_switch_are_refused(tmp_path):
         "wandb: 'sometimes': input should be 'online', 'offline' or 'disabled'"
     ]
     assert problems(tmp_path, GOOD, "tensorboard=offline")[0].startswith("tensorboard: 'offline': input should be a")
+
+
+@pytest.mark.parametrize(
+    ("typo", "key"),
+    [
+        ("gradiant_accumalation_steps", "gradient_accumulation_steps"),
+        ("max_latant_stege", "max_latent_stage"),
+        ("lr_schedular", "lr_schedule"),
+        ("training_path", "train_path"),
+    ],
+)
+def test_several_letters_of_a_long_key_may_be_mistyped(tmp_path, typo, key):
+    with pytest.raises(ConfigError, match=f"{typo}: unknown key .did you mean '{key}'"):
+        load(tmp_path, GOOD, f"{typo}=1")
+
+
+def test_other_words_for_off(tmp_path):
+    assert load(tmp_path, GOOD, "latent_norm=None").latent_norm == "none"
+    for word in ("null", "none", "None", "false"):
+        assert load(tmp_path, GOOD, f"reset_optimizer={word}").reset_optimizer is False

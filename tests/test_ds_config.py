@@ -17,6 +17,7 @@ from coconut_ds.engine.ds_config import (
     resolve_ds_config,
     resolve_precision,
 )
+from coconut_ds.engine.model_states import bucket_note, model_states
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = BatchSizes(4, 2, 2)
@@ -264,3 +265,28 @@ def test_files_that_are_no_configuration(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(DeepSpeedConfigError, match=message):
         read_ds_json(path)
+
+
+def test_values_written_as_text_and_other_names_of_a_key_are_read_as_deepspeed_reads_them():
+    raw = {
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": "20000000",
+            "prefetch_bucket_size": 1000,
+            "overlap_comm": "false",
+            "offload_optimizer": None,
+        }
+    }
+    resolved = resolve_ds_config(raw, RunConfig(method="cot"), BatchSizes(1, 1, 1), Device("cuda", True, True))
+    zero = resolved["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (20_000_000, 1000)
+    assert zero["overlap_comm"] is False
+    assert bucket_note(resolved, "a.json") is None
+    assert model_states(resolved, 1000, 100, 1).device > 0
+
+
+@pytest.mark.parametrize("typo", ["stage3_max_live_parameter", "stage3_prefetch_bucketsize"])
+def test_a_misspelt_key_of_stage_3_gets_its_name(typo):
+    raw = {"zero_optimization": {"stage": 3, typo: 5}}
+    with pytest.raises(DeepSpeedConfigError, match=r"did you mean 'stage3_(max_live_parameters|prefetch_bucket_size)'"):
+        resolve_ds_config(raw, RunConfig(method="cot"), BatchSizes(1, 1, 1), Device("cuda", True, True))

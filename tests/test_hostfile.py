@@ -92,6 +92,13 @@ def test_an_absolute_path(started, tmp_path):
         demand_hostfile()
 
 
+@pytest.mark.parametrize("text", ["", "/job/hostfile"], ids=["an unset variable", "DeepSpeed's default, named"])
+def test_names_that_look_like_none(started, text):
+    started("deepspeed", "--hostfile", text, *RUN)
+    with pytest.raises(InputError, match="is not there, and without it DeepSpeed"):
+        demand_hostfile()
+
+
 def test_ranks_on_several_machines_have_had_one(started, monkeypatch):
     started("deepspeed", "-H", "hosts", *RUN)
     monkeypatch.setenv("CROSS_SIZE", "2")

@@ -214,10 +214,36 @@ def test_killed_before_its_end_was_recorded_and_asked_for_fewer_epochs(folder):
     said = start_apart(folder, "num_epochs=2", "lr=0.002")
     assert "nothing was trained now" in said
     assert listed(said) == ["num_epochs: 3 -> 2", "lr: 0.0001 -> 0.002"]
-    after = records(folder)
-    assert after.pop("metrics.jsonl")[1].decode() == "".join(lines)
-    before.pop("metrics.jsonl")
-    assert after == before
+    assert records(folder) == before
+
+
+def test_an_interrupted_run_asked_for_less_than_it_has_is_not_called_trained_to_its_end(folder):
+    """Nothing is written, no `end` either: the run was asked for more epochs before."""
+    run_folder = folder / "runs" / "run"
+    (run_folder / "run_config.yaml").write_text(
+        (run_folder / "run_config.yaml").read_text().replace("num_epochs: 3", "num_epochs: 600")
+    )
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_folder / "metrics.jsonl").write_text("".join(lines[:-1]))
+    before = records(folder)
+    said = start_apart(folder, "num_epochs=2")
+    assert listed(said) == ["num_epochs: 600 -> 2"]
+    assert "going on from" not in said
+    assert records(folder) == before
+
+
+@pytest.mark.ranks
+def test_another_number_of_ranks_and_another_deepspeed_file_under_the_same_name_are_listed(folder):
+    values = json.loads((folder / "runs" / "run" / "environment.json").read_text())
+    (folder / "runs" / "run" / "environment.json").write_text(json.dumps(values | {"ranks": 4, "changes": 5}))
+    assert "ranks: 4 -> 1" in listed(start_apart(folder))
+    stored = json.loads((folder / "runs" / "run" / "ds_config.json").read_text())
+    stored["zero_optimization"]["stage"] = 2
+    stored["bf16"]["enabled"] = True
+    (folder / "runs" / "run" / "ds_config.json").write_text(json.dumps(stored))
+    changed = listed(start_apart(folder, "num_epochs=4"))
+    assert "deepspeed, bf16.enabled: true -> false" in changed
+    assert any(line.startswith("deepspeed, zero_optimization.stage: 2 -> ") for line in changed)
 
 
 @pytest.mark.ranks

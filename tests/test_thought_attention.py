@@ -90,6 +90,7 @@ def test_padding_that_sees_nothing_makes_no_nan(family):
 
 def test_half_precision_is_left_to_torch(asked):
     model = tiny.coconut("gpt2", CONTEXTS["sequence"])
+    asked.clear()  # what the self-check had asked for
     model(**batch_of(RAGGED).inputs)
     assert 1 not in asked
     model.bfloat16()(**batch_of(RAGGED).inputs)

@@ -179,7 +179,7 @@ def resolve_ds_config(
     Raises DeepSpeedConfigError listing unknown keys, clashes between the two files, and combinations known to break.
     """
     precision = resolve_precision(config, device)
-    zero = _with_small_buckets(raw.get("zero_optimization", {}))
+    zero = _as_deepspeed_reads(_with_small_buckets(raw.get("zero_optimization", {})))
     problems = [
         *_unknown_keys(raw),
         *_clashes(raw, config, sizes, precision, run_file),
@@ -245,6 +245,25 @@ def _with_small_buckets(zero: Any) -> Any:
     )
 
 
+_ZERO_ALIASES = {name: field.alias for name, field in DeepSpeedZeroConfig.model_fields.items() if field.alias}
+
+
+def _as_deepspeed_reads(zero: Any) -> Any:
+    """Keys under the names that stand in most files, numbers and switches written as text as what they are."""
+    if not isinstance(zero, dict):
+        return zero
+    named = {_ZERO_ALIASES.get(key, key): value for key, value in zero.items() if value is not None}
+    return {key: _of_text(value) if isinstance(value, str) else value for key, value in named.items()}
+
+
+def _of_text(value: str) -> Any:
+    try:
+        read = json.loads(value.strip().lower())
+    except ValueError:
+        return value
+    return int(read) if isinstance(read, float) and read.is_integer() else read
+
+
 def _schema_problems(raw: dict[str, Any]) -> Iterator[str]:
     """Unknown keys and unusable values inside the sections."""
     for section, value in raw.items():
@@ -269,11 +288,16 @@ def _against_schema(section: str, schema: type[BaseModel], values: dict[str, Any
         for item in error.errors():
             key = ".".join((section, *map(str, item["loc"])))
             if item["type"] == "extra_forbidden":
-                yield f"{key}: unknown key{did_you_mean(str(item['loc'][-1]), schema.model_fields)}"
+                yield f"{key}: unknown key{did_you_mean(str(item['loc'][-1]), _known_names(schema))}"
             else:
                 yield f"{key}: {item['input']!r}: {item['msg']}"
     except DeepSpeedError as error:
         yield f"{section}: {error}"
+
+
+def _known_names(schema: type[BaseModel]) -> list[str]:
+    """Of fields with two names the one that stands in most files."""
+    return [field.alias or name for name, field in schema.model_fields.items()]
 
 
 def _is_off(section: Any) -> bool:

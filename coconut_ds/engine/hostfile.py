@@ -26,9 +26,14 @@ def demand_hostfile() -> None:
         command, folder = _launcher()
     except psutil.Error:  # gone, or of another user
         return
-    text = parse_args(command).hostfile if command else None
+    if not command:
+        return
+    given = parse_args(command)
+    options = command[: command.index(given.user_script)]
     # Without the option it is /job/hostfile, which need not be there.
-    if text and text != parse_args(["train.py"]).hostfile and not (folder / text).is_file():
+    is_named = any(word.startswith(("-H", "--host")) for word in options)
+    text = given.hostfile
+    if is_named and not (folder / text).is_file():
         raise InputError(
             f"hostfile {text}: {folder / text} is not there, and without it DeepSpeed would train on this machine "
             "alone; name the file with its lines `HOST slots=N`, or leave --hostfile out to train here"

@@ -55,10 +55,10 @@ def model_states(ds_config: dict[str, Any], n_parameters: int, largest_parameter
     if stage == 3:
         # In a multi-pass backward weights are released late: as many are gathered as the file allows.
         live = min(n_parameters, zero.get("stage3_max_live_parameters", 1_000_000_000)) * width
-        is_resident = zero.get("offload_param", {}).get("device", "none") == "none"
+        is_resident = (zero.get("offload_param") or {}).get("device", "none") == "none"
         resident, on_host = live + (share * width if is_resident else 0), 0 if is_resident else share * width
     optimizer = share * (_FP32 + _MOMENTS)
-    if zero.get("offload_optimizer", {}).get("device", "none") == "none":
+    if (zero.get("offload_optimizer") or {}).get("device", "none") == "none":
         return ModelStates(resident + gradients + optimizer + buckets, on_host)
     passing = largest_parameter * width + (0 if stage >= 2 else gradients)
     return ModelStates(resident + buckets + passing, on_host + optimizer + share * _FP32)
@@ -97,7 +97,7 @@ def bucket_note(ds_config: dict[str, Any], file: str) -> str | None:
             continue
         what = f"no {key}, so DeepSpeed's default of {DEFAULT_BUCKETS[key]:,} elements takes"
         if not is_default:
-            what = f"{key} {zero[key]:,}, which takes"
+            what = f"{key} {int(zero[key]):,}, which takes"
         clauses.append(f"has {what} {n_bytes / _GIB:.2f} GiB")
         write.append(f'"{key}": "auto" ({SMALL_BUCKETS[key]:,} elements, {small[key] / _GIB:.2f} GiB)')
     if not clauses:

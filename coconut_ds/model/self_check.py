@@ -10,6 +10,7 @@ Shapes: B rows, T columns, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -156,6 +157,11 @@ def _demand_equal(
     tolerance = _TOLERANCES.get(expected.dtype, 1e-1)
     if expected.is_cuda and expected.dtype == torch.float32:
         tolerance = _WITH_TF32
+    if math.isnan(share):
+        raise ModelError(
+            f"{type(base).__name__}: the logits of a few tokens are not finite; the weights are damaged or overflow, "
+            "take an earlier checkpoint"
+        )
     if not share <= tolerance:
         raise _misfit(base, what, f"logits differ from those of a plain forward by {share:.1e} of the largest")
 

@@ -211,13 +211,17 @@ def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:
 
 
 def _is_finished(config: RunConfig, newest: Path | None) -> bool:
-    """Whether the run was trained to its end before.
+    """Whether nothing is left of the run to train.
 
     A run whose last checkpoint is lost is not finished: it goes on from the one before.
     """
-    if newest is None or not run_changes.is_finished(config):
+    if newest is None:
         return False
     progress = read_stored(newest).progress
+    if progress.epochs > config.num_epochs:
+        return True  # asked for less than there is, whether that was its end or not
+    if not run_changes.is_finished(config):
+        return False
     # With save_only_improve the last checkpoint may be older than the end.
     saved_last = [Path(each.path).name for each in read_metrics(config.run_folder / "metrics.jsonl").checkpoints[-1:]]
     return progress.epochs >= config.num_epochs or saved_last == [newest.name]
@@ -226,9 +230,10 @@ def _is_finished(config: RunConfig, newest: Path | None) -> bool:
 def _say_finished(config: RunConfig, newest: Path, materials: Materials) -> None:
     """Say that nothing was trained, what differs from what was, and the results; nothing is written."""
     metrics = read_metrics(config.run_folder / "metrics.jsonl")
-    changed = run_changes.changes(config, _data_files(config, materials))
-    say(finished(config, max(end.epochs for end in metrics.ends), changed))
     progress = read_stored(newest).progress
+    changed = run_changes.changes(config, _data_files(config, materials), distributed.world_size())
+    # With save_only_improve the last checkpoint may be older than the end.
+    say(finished(config, max([progress.epochs, *(end.epochs for end in metrics.ends)]), changed))
     say(closing(_as_trained(config), metrics.evaluations, progress.skipped, progress.step))
 
 
@@ -258,13 +263,13 @@ def _describe(config: RunConfig, ds_config: dict[str, Any], materials: Materials
         "data": {key: file.model_dump() for key, file in data.items()},
     }
     if newest is not None:
-        progress, changed = read_stored(newest).progress, run_changes.changes(config, data, ranks)
+        progress, changed = read_stored(newest).progress, run_changes.changes(config, data, ranks, ds_config)
         if progress.epochs >= config.num_epochs:
             say(finished(config, progress.epochs, changed))
             return
         if changed:
             say(changed_text(changed))
-        earlier = run_changes.stored_environment(config.run_folder).get("changes", [])
+        earlier = run_changes.earlier_changes(config.run_folder)
         environment["changes"] = [*earlier, *({"after_step": progress.step, "change": line} for line in changed)]
     folder = config.run_folder
     write_record(folder / "run_config.yaml", config.to_yaml())
