@@ -19,6 +19,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MptConfig,
+    Qwen3Config,
 )
 
 from coconut_ds import Coconut
@@ -26,6 +27,7 @@ from coconut_ds.config import RunConfig
 from coconut_ds.errors import ModelError
 from coconut_ds.model import self_check
 from coconut_ds.model.backbone import n_positions, word_tokenizer
+from coconut_ds.model.checkpointing import decoder_layers
 from coconut_ds.model.self_check import demand_fit
 from coconut_ds.training.materials import build_coconut
 from coconut_ds.training.weights import load_initial
@@ -92,6 +94,30 @@ def test_the_check_changes_no_mode_no_gradient_and_no_random_number():
     demand_fit(model)
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+def test_a_known_family_is_tried_with_a_few_layers_and_has_all_of_them_again(family):
+    """ZeRO fills its buckets in the order of the parameters."""
+    base = tiny.backbone(family, n_layer=5)
+    names, ran = [name for name, _ in base.named_parameters()], set()
+    for number, layer in enumerate(decoder_layers(base)):
+        layer.register_forward_pre_hook(lambda *_, number=number: ran.add(number))
+    wrapped(base)
+    assert ran == {0, 1}
+    assert [name for name, _ in base.named_parameters()] == names
+    assert len(decoder_layers(base)) == 5
+
+
+def test_of_layers_of_several_kinds_one_of_each_is_tried():
+    shape = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    kinds = ["full_attention"] * 3 + ["sliding_attention"] * 2
+    config = Qwen3Config(num_hidden_layers=5, layer_types=kinds, use_sliding_window=True, sliding_window=4, **shape)
+    base, ran = AutoModelForCausalLM.from_config(config), set()
+    for number, layer in enumerate(decoder_layers(base)):
+        layer.register_forward_pre_hook(lambda *_, number=number: ran.add(number))
+    wrapped(base)
+    assert ran == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

@@ -37,6 +37,8 @@ _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, to
 """Of the largest logit. Rounding gave 2.5e-6, 4e-3 and 1e-2 in SmolLM2-135M (fp32, fp16, bf16); a part that is left out
 changes logits by a good share of their own size."""
 _WITH_TF32 = 1e-2
+_ALIKE = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+"""Families whose layers are alike but for `layer_types`, so that a few of them are enough."""
 
 
 def demand_fit(model: Coconut) -> None:
@@ -59,7 +61,7 @@ def demand_fit(model: Coconut) -> None:
     if table.is_meta or not table.numel() or columns <= _THOUGHTS[1]:
         return
     ids, mask = _ragged_pair(model, table, columns)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), _evaluating(model), _few_layers(base):
         expected = _attempt(base, "a forward over a few tokens", lambda: _plain_logits(base, mask, input_ids=ids))
         try:
             if model.latent_token_id is None:
@@ -185,6 +187,22 @@ def _ragged_pair(model: Coconut, table: torch.Tensor, columns: int) -> tuple[tor
     mask = torch.ones_like(ids)
     mask[1, :_PADDING] = 0
     return ids, mask
+
+
+@contextmanager
+def _few_layers(base: PreTrainedModel) -> Iterator[None]:
+    """Inside it a known family has its first layers only, at least one of each kind: the others compute as they do."""
+    if base.config.model_type not in _ALIKE:
+        yield
+        return
+    body = base.base_model
+    name, layers = next((name, each) for name, each in body.named_children() if isinstance(each, nn.ModuleList))
+    kinds = list(getattr(base.config, "layer_types", None) or [])
+    setattr(body, name, layers[: max([2, *(kinds.index(kind) + 1 for kind in kinds)])])
+    try:
+        yield
+    finally:
+        setattr(body, name, layers)
 
 
 @contextmanager
