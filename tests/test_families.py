@@ -110,7 +110,13 @@ def test_a_known_family_is_tried_with_a_few_layers_and_has_all_of_them_again(fam
 
 
 def test_of_layers_of_several_kinds_one_of_each_is_tried():
-    shape = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    shape = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     kinds = ["full_attention"] * 3 + ["sliding_attention"] * 2
     config = Qwen3Config(num_hidden_layers=5, layer_types=kinds, use_sliding_window=True, sliding_window=4, **shape)
     base, ran = AutoModelForCausalLM.from_config(config), set()
