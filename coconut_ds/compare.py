@@ -19,7 +19,7 @@ McNemar      Exact test of two models of the same seed, on the questions that on
              whether these two trained models differ on questions like these, not whether the methods do.
 p, Holm      The same p-values, adjusted for all of them being printed together.
 tokens       Thoughts plus generated tokens before the end of the answer, mean per question; then thoughts alone.
-cut          Answers that reached `max_new_tokens` before their end; the column is there where there are such.
+cut          Answers that reached `max_new_tokens` before their end; the column appears only if there are any.
 """
 
 from __future__ import annotations

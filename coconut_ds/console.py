@@ -156,7 +156,7 @@ def say(text: str) -> None:
 
 
 def log_line(text: str) -> None:
-    """A line of ours from rank 0 among what libraries print: in `run.log`, or with `--verbose` on the terminal."""
+    """Print a line on rank 0 to where library output goes: `run.log`, or the terminal with `--verbose`."""
     if distributed.is_main():
         print(text, flush=True)
 

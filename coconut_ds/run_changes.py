@@ -98,8 +98,8 @@ def changes(
 ) -> list[str]:
     """A line, `there -> here`, for all in which the run folder differs from what is asked for; none in a new folder.
 
-    `ds_config` is the resolved DeepSpeed configuration, where there is one: with the same path a file can say otherwise
-    than before, and `auto` come to something else on another machine.
+    `ds_config` is the resolved DeepSpeed configuration, if known: the file can have new content under the same path,
+    and `auto` can resolve to another value on another machine.
     """
     folder = asked.run_folder
     if not (folder / "run_config.yaml").is_file():

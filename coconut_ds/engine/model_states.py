@@ -71,7 +71,7 @@ def _width(ds_config: dict[str, Any]) -> int:
 def bucket_bytes(ds_config: dict[str, Any], sizes: dict[str, int] | None = None) -> dict[str, int]:
     """Bytes of ZeRO's buckets by their key, as far as they are buffers: allgather_bucket_size only cuts what is sent.
 
-    `sizes`: elements in place of those of the file.
+    `sizes`: number of elements per key, instead of the file's.
     """
     zero = ds_config["zero_optimization"]
     elements = sizes or DEFAULT_BUCKETS | {key: zero[key] for key in DEFAULT_BUCKETS if key in zero}

@@ -96,7 +96,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
-    """Raises OSError where there are no files of one: for some families transformers makes an empty one of them."""
+    """Raises OSError if the tokenizer files are missing: for some families transformers returns an empty tokenizer."""
     reason = "an empty vocabulary"
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
@@ -193,7 +193,7 @@ def _load(name: str, load: Callable[..., Any], **options: Any) -> Any:
     except Exception as error:
         if Path(name).is_dir():
             raise ModelError(f"folder {name} is not a model for transformers: {in_one_line(error)}") from None
-        if not isinstance(error, OSError | ValueError | SafetensorError):  # not for want of files
+        if not isinstance(error, OSError | ValueError | SafetensorError):  # the files exist, but cannot be loaded
             raise ModelError(f"{name} cannot be loaded: {in_one_line(error)}") from None
     try:
         # One request with a time limit first: loading alone would retry for minutes where the hub cannot be reached.

@@ -55,7 +55,7 @@ def restore_layers(model: PreTrainedModel) -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers in order; raises ValueError where there are none that take a cache."""
+    """The decoder layers in order; raises ValueError if the model has none that accept a cache."""
     layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers or any(_cache_argument(inspect.signature(type(layer).forward)) is None for layer in layers):
         kinds = sorted({type(layer).__name__ for layer in layers}) or ["none"]

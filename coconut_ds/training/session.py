@@ -213,7 +213,7 @@ def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:
 def _is_finished(config: RunConfig, newest: Path | None) -> bool:
     """Whether nothing is left of the run to train.
 
-    A run whose last checkpoint is lost is not finished: it goes on from the one before.
+    A run whose last checkpoint is lost is not finished: it resumes from the checkpoint before it.
     """
     if newest is None:
         return False
