@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import textwrap
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,7 @@ from coconut_ds import strict_json
 from coconut_ds.config import RunConfig
 from coconut_ds.console import say
 from coconut_ds.dashboards import Dashboard, dashboards_of, forget_earlier_run
-from coconut_ds.errors import InputError
+from coconut_ds.errors import InputError, in_one_line
 
 _LONGEST_REASON = 200
 
@@ -161,7 +160,7 @@ def _guarded(name: str, call: Callable[[], object]) -> bool:
     try:
         call()
     except Exception as error:  # these libraries raise many kinds, and none of them is worth a run
-        reason = textwrap.shorten(str(error) or type(error).__name__, _LONGEST_REASON)
+        reason = in_one_line(error, _LONGEST_REASON)
         say(f"{name}: {reason}; the run goes on without it, metrics.jsonl has everything")
         return False
     return True
