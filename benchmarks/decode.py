@@ -14,10 +14,10 @@ import torch
 import workload
 
 from coconut_ds import Coconut
-from coconut_ds.curriculum.examples import tokenize
-from coconut_ds.curriculum.loaders import prompt_loader
-from coconut_ds.curriculum.stages import Curriculum
-from coconut_ds.training.evaluator import to_device
+from coconut_ds.data.batches import to_device
+from coconut_ds.data.loaders import prompt_loader
+from coconut_ds.data.records import tokenize
+from coconut_ds.data.stages import Curriculum
 
 
 def main() -> None:

@@ -26,12 +26,13 @@ from typing import Any
 import torch
 import workload
 
-from coconut_ds import Coconut, distributed, strict_json
-from coconut_ds.config import BatchSizes, RunConfig
+from coconut_ds import Coconut, strict_json
+from coconut_ds.config.deepspeed_config import read_ds_json, resolve_ds_config
+from coconut_ds.config.run_config import BatchSizes, RunConfig
 from coconut_ds.engine.build import build_engine, describe_device, start_process_group
-from coconut_ds.engine.ds_config import read_ds_json, resolve_ds_config
-from coconut_ds.memory import LiveTensorMeter
-from coconut_ds.training.activations import ActivationCost, batch_of, measure, measured_peak
+from coconut_ds.memory.activations import ActivationCost, batch_of, measure, measured_peak
+from coconut_ds.memory.meter import LiveTensorMeter
+from coconut_ds.runtime import distributed
 from coconut_ds.training.step import optimizer_step
 
 MIB = 2**20

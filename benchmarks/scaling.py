@@ -16,8 +16,8 @@ import numpy as np
 import workload
 
 from coconut_ds import Coconut
-from coconut_ds.training.activations import batch_of
-from coconut_ds.training.evaluator import to_device
+from coconut_ds.data.batches import to_device
+from coconut_ds.memory.activations import batch_of
 
 _BASE = {"prefix": 192, "thoughts": 4, "micro_batch": 4}
 _ANSWER = 20

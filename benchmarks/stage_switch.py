@@ -22,11 +22,11 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
 
 import workload
 
-from coconut_ds.config import BatchSizes
-from coconut_ds.curriculum.collator import Tokens
-from coconut_ds.curriculum.examples import tokenize
-from coconut_ds.curriculum.loaders import TrainingWindows, training_loader
-from coconut_ds.curriculum.stages import Curriculum
+from coconut_ds.config.run_config import BatchSizes
+from coconut_ds.data.batches import Tokens
+from coconut_ds.data.loaders import TrainingWindows, training_loader
+from coconut_ds.data.records import tokenize
+from coconut_ds.data.stages import Curriculum
 
 
 def main() -> None:

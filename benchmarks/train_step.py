@@ -30,13 +30,12 @@ import workload
 from transformers import DynamicCache
 
 from coconut_ds import Coconut, LatentContext
-from coconut_ds.config import BatchSizes
-from coconut_ds.curriculum.collator import Batch
-from coconut_ds.curriculum.examples import tokenize
-from coconut_ds.curriculum.loaders import TrainingWindows
-from coconut_ds.curriculum.stages import Curriculum
+from coconut_ds.config.run_config import BatchSizes
+from coconut_ds.data.batches import Batch, to_device
+from coconut_ds.data.loaders import TrainingWindows
+from coconut_ds.data.records import tokenize
+from coconut_ds.data.stages import Curriculum
 from coconut_ds.model.backbone import Backbone
-from coconut_ds.training.evaluator import to_device
 
 _WINDOW_ROUNDS = 200
 _ROWS = ("floor", "coconut", "window of 3", "recomputed", "straightforward")

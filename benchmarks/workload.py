@@ -23,13 +23,15 @@ import prosqa
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from coconut_ds import Coconut, LatentContext, distributed, strict_json
-from coconut_ds.console import quiet_libraries
-from coconut_ds.curriculum.collator import Tokens, TokenSequence
-from coconut_ds.curriculum.examples import read_records
-from coconut_ds.environment import describe_environment
-from coconut_ds.memory import GIB
-from coconut_ds.model.backbone import END_LATENT, LATENT, START_LATENT, Backbone, add_markers, word_tokenizer
+from coconut_ds import Coconut, LatentContext, strict_json
+from coconut_ds.data.batches import Tokens, TokenSequence
+from coconut_ds.data.markers import END_LATENT, LATENT, START_LATENT
+from coconut_ds.data.records import read_records
+from coconut_ds.memory.meter import GIB
+from coconut_ds.model.backbone import Backbone, add_markers, word_tokenizer
+from coconut_ds.runs.environment import describe_environment
+from coconut_ds.runs.terminal import quiet_libraries
+from coconut_ds.runtime import distributed
 
 WINDOW = LatentContext((0.6, 0.3, 0.1))
 PROSQA_COLUMNS = 382

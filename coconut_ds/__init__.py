@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Coconut": "coconut_ds.model.coconut",
     "LatentContext": "coconut_ds.model.latents",
-    "RunConfig": "coconut_ds.config",
+    "RunConfig": "coconut_ds.config.run_config",
 }
 __all__ = ["Coconut", "LatentContext", "RunConfig", "__version__"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 
@@ -72,3 +73,10 @@ def unwritable_save_path(folder: Path, error: OSError) -> InputError:
 def unwritable_output(path: Path, error: OSError) -> InputError:
     """For what a command was asked to write."""
     return InputError(f"{path} cannot be written: {error.strerror or error}; name another place")
+
+
+def demand_libraries(names: Sequence[str], extra: str) -> None:
+    """Raises InputError with the command that installs `extra` where a library of `names` is missing."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise InputError(f"{' and '.join(missing)} missing: pip install 'coconut_ds[{extra}]'")

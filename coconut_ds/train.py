@@ -17,9 +17,9 @@ import traceback
 from typing import Any
 
 from coconut_ds import strict_json
-from coconut_ds.config import BatchSizes, RunConfig, batch_sizes, load_run_config
+from coconut_ds.config.run_config import BatchSizes, RunConfig, batch_sizes, load_run_config
 from coconut_ds.errors import InputError
-from coconut_ds.run_lock import run_folder_held
+from coconut_ds.runs.lock import run_folder_held
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -34,7 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Status 0: complete, or asked to stop; 2: the user has to put something right; 130: a second SIGINT; else 1."""
-    from coconut_ds import distributed
+    from coconut_ds.runtime import distributed
 
     options = parse_arguments(arguments)
     try:
@@ -50,13 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(config: RunConfig, options: argparse.Namespace) -> None:
-    from coconut_ds.console import libraries_to, say
+    from coconut_ds.runs.terminal import libraries_to, say
 
     log = None if options.verbose or options.dry_run else config.run_folder / "run.log"
     with run_folder_held(None if options.dry_run else config.run_folder), libraries_to(log):
-        from coconut_ds import distributed  # in here: libraries have something to say when they are imported
-        from coconut_ds.engine import ds_config
+        from coconut_ds.config import deepspeed_config as ds_config
         from coconut_ds.engine.build import describe_device
+        from coconut_ds.runtime import distributed  # in here: libraries have something to say when they are imported
         from coconut_ds.training import session
 
         raw, device = ds_config.read_ds_json(config.deepspeed), describe_device()
@@ -75,6 +75,6 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    from coconut_ds.distributed import end_process
+    from coconut_ds.runtime.distributed import end_process
 
     end_process(main())

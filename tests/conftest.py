@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coconut_ds.curriculum.stages import Curriculum
+from coconut_ds.data.stages import Curriculum
 
 hardware.settle()
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +81,7 @@ def curriculum():
 @pytest.fixture
 def in_process():
     """For runs inside this process, which leave it in a group, on a port that one started later would ask for."""
-    from coconut_ds import distributed
+    from coconut_ds.runtime import distributed
 
     before = dict(os.environ)
     yield

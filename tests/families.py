@@ -31,8 +31,8 @@ import naive  # noqa: E402
 import tiny  # noqa: E402
 
 from coconut_ds import Coconut, LatentContext  # noqa: E402
-from coconut_ds.curriculum.collator import Tokens, collate_training, training_sequence  # noqa: E402
-from coconut_ds.curriculum.stages import Layout  # noqa: E402
+from coconut_ds.data.batches import Tokens, collate_training, training_sequence  # noqa: E402
+from coconut_ds.data.stages import Layout  # noqa: E402
 from coconut_ds.errors import ModelError, in_one_line  # noqa: E402
 
 PAGE = _TESTS.parent / "docs" / "FAMILIES.md"
@@ -251,7 +251,7 @@ it is wrapped (`coconut_ds/model/self_check.py`), because transformers does not 
 family of transformers {version("transformers")}, each as a tiny model with random weights and a sliding window of 5
 where it has one: loss, gradients and greedy continuations of ragged batches with thoughts beside the naive twin of the
 tests. `python -m tests.families --write` makes it (torch {version("torch").split("+")[0]}, CPU);
-`tests/test_families.py` repeats the common ones.
+`tests/model/test_families.py` repeats the common ones.
 
 ## Exact: {len(exact)}
 

@@ -143,7 +143,7 @@ def on_ranks(ranks: int, code: str, **values: Any) -> list[Any]:
         prologue = f"import json, os\nglobals().update(json.loads({json.dumps(json.dumps(values))}))\n"
         epilogue = (
             f"\nopen(f'{folder}/result' + os.environ['RANK'], 'w').write(json.dumps(result))\n"
-            "from coconut_ds import distributed\ndistributed.close()\ndistributed.end_process(0)\n"
+            "from coconut_ds.runtime import distributed\ndistributed.close()\ndistributed.end_process(0)\n"
         )
         script.write_text(prologue + code + epilogue, encoding="utf-8")
         port = str(free_port())

@@ -16,20 +16,21 @@ from datasets import Dataset
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
 
-from coconut_ds import LatentContext, distributed
-from coconut_ds.config import BatchSizes, RunConfig
-from coconut_ds.curriculum.collator import Batch, Tokens, collate_training, training_sequence
-from coconut_ds.curriculum.loaders import TrainingWindows
-from coconut_ds.curriculum.stages import Curriculum
+from coconut_ds import LatentContext
+from coconut_ds.checkpoints.store import Checkpoints, Progress, Stored, read_stored, restore
+from coconut_ds.config.deepspeed_config import read_ds_json, resolve_ds_config
+from coconut_ds.config.run_config import BatchSizes, RunConfig
+from coconut_ds.data.batches import Batch, Tokens, collate_training, training_sequence
+from coconut_ds.data.loaders import TrainingWindows
+from coconut_ds.data.stages import Curriculum
 from coconut_ds.engine.build import build_engine, describe_device, start_process_group
-from coconut_ds.engine.ds_config import read_ds_json, resolve_ds_config
-from coconut_ds.engine.model_states import model_states
-from coconut_ds.engine.optimizer_states import gather, loss_scale, updates_done
-from coconut_ds.engine.optimizer_states import restore as restore_states
-from coconut_ds.engine.stage_boundary import new_schedule, reset_optimizer_state
+from coconut_ds.engine.reset import new_schedule, reset_optimizer_state
+from coconut_ds.engine.states import gather, loss_scale, updates_done
+from coconut_ds.engine.states import restore as restore_states
+from coconut_ds.memory.model_states import model_states
 from coconut_ds.model.backbone import Backbone, word_tokenizer
-from coconut_ds.model.pretrained import load_window
-from coconut_ds.training.checkpoint import Checkpoints, Progress, Stored, read_stored, restore
+from coconut_ds.model.folder import load_window
+from coconut_ds.runtime import distributed
 from coconut_ds.training.step import NonFiniteLossError, optimizer_step
 
 # DeepSpeed's CPU Adam asks for the processor's name each time it is made, which takes a second.

@@ -1,1 +1,1 @@
-"""DeepSpeed: its configuration, its engine, and what a stage switch does to it."""
+"""How is DeepSpeed driven? The engine, its states, what a stage switch does to it."""

@@ -18,12 +18,12 @@ from deepspeed.constants import default_pg_timeout
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import nn
 
-from coconut_ds import distributed
-from coconut_ds.config import RunConfig
-from coconut_ds.engine.ds_config import Device, offloads_optimizer
+from coconut_ds.config.deepspeed_config import Device, offloads_optimizer
+from coconut_ds.config.run_config import RunConfig
 from coconut_ds.engine.hostfile import demand_hostfile
 from coconut_ds.engine.operator_build import builds_announced
 from coconut_ds.errors import InputError
+from coconut_ds.runtime import distributed
 
 _LONGER = timedelta(minutes=1)
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -24,8 +24,8 @@ import psutil
 from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder
 from torch.utils.file_baton import FileBaton
 
-from coconut_ds import distributed
-from coconut_ds.console import libraries_to, terminal
+from coconut_ds.runs.terminal import libraries_to, terminal
+from coconut_ds.runtime import distributed
 
 _QUIET_S = 10.0
 """Seconds until something is said; an operator that is compiled already is loaded in one."""

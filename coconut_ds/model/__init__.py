@@ -1,1 +1,1 @@
-"""The multi-pass model: backbone, latents, forward, generation."""
+"""What is a thought? The multi-pass model: backbone, latents, forward, decoding."""

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 
+from coconut_ds.data.markers import MARKERS
 from coconut_ds.errors import ModelError, in_one_line
 from coconut_ds.model.state_dicts import (
     PLAIN_NAMES,
@@ -38,8 +39,6 @@ from coconut_ds.model.state_dicts import (
     plain_name,
 )
 
-START_LATENT, END_LATENT, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
-MARKERS = (START_LATENT, END_LATENT, LATENT)
 _MARKERS_START_FROM = "<<"
 
 _POSITION_LIMITS = ("max_position_embeddings", "max_seq_len", "max_target_positions")

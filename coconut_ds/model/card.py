@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from coconut_ds.methods import METHODS
+from coconut_ds.config.methods import METHODS
 
 _TITLES = {
     "method": "method",

@@ -15,35 +15,21 @@ from torch import nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from coconut_ds.config.methods import METHODS
+from coconut_ds.data.markers import END_LATENT, LATENT, START_LATENT
 from coconut_ds.errors import InputError
-from coconut_ds.methods import METHODS
-from coconut_ds.model import pretrained
-from coconut_ds.model.backbone import (
-    END_LATENT,
-    LATENT,
-    START_LATENT,
-    fuse_gelu,
-    load_model,
-    load_tokenizer,
-    marker_ids,
-)
-from coconut_ds.model.checkpointing import checkpoint_layers, restore_layers
-from coconut_ds.model.deferred import Deferred
-from coconut_ds.model.generation import decode, takes_static_cache
-from coconut_ds.model.kv_cache import TrainingCache
-from coconut_ds.model.latents import (
-    LatentContext,
-    LatentWindow,
-    next_thought,
-    scaled,
-    states_in_reach,
-    wanted_norm,
-)
+from coconut_ds.model import folder as pretrained
+from coconut_ds.model.backbone import fuse_gelu, load_model, load_tokenizer, marker_ids
+from coconut_ds.model.decoding import decode, takes_static_cache
+from coconut_ds.model.fast.checkpointing import checkpoint_layers, restore_layers
+from coconut_ds.model.fast.deferred import Deferred
+from coconut_ds.model.fast.kv_cache import TrainingCache
+from coconut_ds.model.fast.thought_attention import gather_attention_gradients
+from coconut_ds.model.fast.weight_gradients import Pass, gather_weight_gradients, within
+from coconut_ds.model.latents import LatentContext, LatentWindow, next_thought, scaled, states_in_reach, wanted_norm
 from coconut_ds.model.loss import summed_cross_entropy
 from coconut_ds.model.masks import causal_mask, columns_of
 from coconut_ds.model.self_check import demand_fit
-from coconut_ds.model.thought_attention import gather_attention_gradients
-from coconut_ds.model.weight_gradients import Pass, gather_weight_gradients, within
 
 IGNORED_LABEL = -100
 

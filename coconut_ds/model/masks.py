@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
-from coconut_ds.model.thought_attention import GATHERING_SDPA
+from coconut_ds.model.fast.thought_attention import GATHERING_SDPA
 
 
 def causal_mask(attention_mask: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from coconut_ds.errors import ModelError, in_one_line
 from coconut_ds.model.backbone import demand_plain_head, keeps_recurrent_state, n_positions
-from coconut_ds.model.generation import next_token_logits
+from coconut_ds.model.decoding import next_token_logits
 
 if TYPE_CHECKING:
     from coconut_ds.model.coconut import Coconut

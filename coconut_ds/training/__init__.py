@@ -1,1 +1,1 @@
-"""The training loop, evaluation and checkpoints."""
+"""What happens in an epoch? Setup, the loop, one optimizer step."""

@@ -10,29 +10,32 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from coconut_ds import distributed, run_changes, strict_json, watchdog
-from coconut_ds.answer_lengths import cut_warning
-from coconut_ds.config import BatchSizes, RunConfig, batch_sizes, load_run_config
-from coconut_ds.console import say, terminal
-from coconut_ds.curriculum.collator import Tokens
-from coconut_ds.curriculum.doubts import doubts, shared_questions
-from coconut_ds.curriculum.examples import longest_prompt, read_records
-from coconut_ds.curriculum.stages import Curriculum
-from coconut_ds.dashboards import demand_libraries_of
+from coconut_ds import strict_json
+from coconut_ds.checkpoints.store import Checkpoints, read_stored
+from coconut_ds.checkpoints.weights import latent_settings, load_initial
+from coconut_ds.config.deepspeed_config import Precision
+from coconut_ds.config.run_config import BatchSizes, RunConfig, batch_sizes, load_run_config
+from coconut_ds.data.batches import Tokens
+from coconut_ds.data.doubts import doubts, shared_questions
+from coconut_ds.data.records import longest_prompt, read_records
+from coconut_ds.data.stages import Curriculum
 from coconut_ds.engine.build import build_engine, process_group
-from coconut_ds.engine.ds_config import Precision
-from coconut_ds.environment import describe_environment
 from coconut_ds.errors import InputError
+from coconut_ds.inference.evaluator import Evaluator
+from coconut_ds.memory.batch_size import choose_eval_batch, choose_micro_batch, deciding_sequences, planned_peak
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.model.pretrained import stored_settings
-from coconut_ds.run_changes import DATA_KEYS, DataFile
-from coconut_ds.run_events import read_metrics
-from coconut_ds.tracking import Tracker, write_record
-from coconut_ds.training.batch_size import choose_eval_batch, choose_micro_batch, deciding_sequences, planned_peak
-from coconut_ds.training.checkpoint import Checkpoints, read_stored
-from coconut_ds.training.evaluator import Evaluator
-from coconut_ds.training.materials import (
+from coconut_ds.model.folder import stored_settings
+from coconut_ds.runs import changes as run_changes
+from coconut_ds.runs.answer_lengths import cut_warning
+from coconut_ds.runs.changes import DATA_KEYS, DataFile
+from coconut_ds.runs.dashboards import demand_libraries_of
+from coconut_ds.runs.environment import describe_environment
+from coconut_ds.runs.events import read_metrics
+from coconut_ds.runs.terminal import say, terminal
+from coconut_ds.runs.tracker import Tracker, write_record
+from coconut_ds.runtime import distributed, watchdog
+from coconut_ds.training.setup import (
     DEBUG_EXAMPLES,
     Materials,
     build_coconut,
@@ -42,7 +45,6 @@ from coconut_ds.training.materials import (
 )
 from coconut_ds.training.summary import changed_text, closing, evaluation_text, finished, opening, skip_lines
 from coconut_ds.training.trainer import Parts, Trainer, write_predictions
-from coconut_ds.training.weights import latent_settings, load_initial
 
 _MOST_TO_COMPARE = 32 * 2**20
 """Bytes of a training file that is read for an evaluation alone."""

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from coconut_ds import distributed
-from coconut_ds.curriculum.collator import Batch
+from coconut_ds.data.batches import Batch, to_device
 from coconut_ds.errors import InputError
-from coconut_ds.training.evaluator import to_device
+from coconut_ds.runtime import distributed
 
 if TYPE_CHECKING:
     import deepspeed

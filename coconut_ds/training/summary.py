@@ -8,18 +8,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from coconut_ds import distributed
-from coconut_ds.answer_lengths import cut_warning, lengths_text
-from coconut_ds.config import BatchSizes, RunConfig, override
-from coconut_ds.curriculum.loaders import windows_per_epoch
-from coconut_ds.curriculum.stages import Curriculum
-from coconut_ds.engine.model_states import bucket_note
-from coconut_ds.memory import GIB
-from coconut_ds.run_events import EpochEvaluation
-from coconut_ds.skipped_steps import skipped_text, skipped_warning, skips_most
-from coconut_ds.training.evaluator import Evaluation
-from coconut_ds.training.materials import Materials
-from coconut_ds.training.weights import source
+from coconut_ds.checkpoints.weights import source
+from coconut_ds.config.run_config import BatchSizes, RunConfig, override
+from coconut_ds.data.loaders import windows_per_epoch
+from coconut_ds.data.stages import Curriculum
+from coconut_ds.inference.evaluator import Evaluation
+from coconut_ds.memory.meter import GIB
+from coconut_ds.memory.model_states import bucket_note
+from coconut_ds.runs.answer_lengths import cut_warning, lengths_text
+from coconut_ds.runs.events import EpochEvaluation
+from coconut_ds.runs.skipped_steps import skipped_text, skipped_warning, skips_most
+from coconut_ds.runtime import distributed
+from coconut_ds.training.setup import Materials
 
 
 def opening(
@@ -110,7 +110,7 @@ def _listed(lines: Sequence[str]) -> str:
 
 def closing(config: RunConfig, evaluations: Sequence[EpochEvaluation], n_skipped: int = 0, n_steps: int = 0) -> str:
     """The table of stages, what was best, steps that fp16 skipped, and the commands to go on with."""
-    report = f"  report    {shlex.join(['python', '-m', 'coconut_ds.report', str(config.run_folder)])}"
+    report = f"  report    {shlex.join(['python', '-m', 'coconut_ds.commands.report', str(config.run_folder)])}"
     skips = skip_lines(n_skipped, n_steps)
     if not evaluations:
         return "\n".join([*skips, report])

@@ -10,27 +10,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 
-from coconut_ds import distributed, strict_json, watchdog
-from coconut_ds.answer_lengths import cut_warning, lengths_text
-from coconut_ds.config import BatchSizes, RunConfig
-from coconut_ds.console import EpochProgress, log_line, say, terminal
-from coconut_ds.curriculum.collator import Batch, Tokens
-from coconut_ds.curriculum.loaders import TrainingWindows, training_loader, windows_per_epoch
-from coconut_ds.curriculum.stages import Curriculum
-from coconut_ds.engine.optimizer_states import loss_scale, updates_done
-from coconut_ds.engine.stage_boundary import epochs_until_reset, new_schedule, reset_optimizer_state, resets_before
+from coconut_ds import strict_json
+from coconut_ds.checkpoints.store import Checkpoints, Progress, Stored, read_stored, restore
+from coconut_ds.checkpoints.weights import latent_settings, origin
+from coconut_ds.config.run_config import BatchSizes, RunConfig
+from coconut_ds.data.batches import Batch, Tokens
+from coconut_ds.data.loaders import TrainingWindows, training_loader, windows_per_epoch
+from coconut_ds.data.stages import Curriculum
+from coconut_ds.engine.reset import epochs_until_reset, new_schedule, reset_optimizer_state, resets_before
+from coconut_ds.engine.states import loss_scale, updates_done
 from coconut_ds.engine.whole_weights import whole_weights
 from coconut_ds.errors import InputError
-from coconut_ds.interruption import Interruption
-from coconut_ds.memory import peak_memory_gib
+from coconut_ds.inference.evaluator import Evaluation, Evaluator
+from coconut_ds.memory.meter import peak_memory_gib
 from coconut_ds.model.backbone import Backbone
-from coconut_ds.pace import Pace
-from coconut_ds.skipped_steps import skipped_text, skipped_warning, skips_most
-from coconut_ds.tracking import Tracker, write_record
-from coconut_ds.training.checkpoint import Checkpoints, Progress, Stored, read_stored, restore
-from coconut_ds.training.evaluator import Evaluation, Evaluator
+from coconut_ds.runs.answer_lengths import cut_warning, lengths_text
+from coconut_ds.runs.pace import Pace
+from coconut_ds.runs.skipped_steps import skipped_text, skipped_warning, skips_most
+from coconut_ds.runs.terminal import EpochProgress, log_line, say, terminal
+from coconut_ds.runs.tracker import Tracker, write_record
+from coconut_ds.runtime import distributed, watchdog
+from coconut_ds.runtime.interruption import Interruption
 from coconut_ds.training.step import NonFiniteLossError, accumulate_gradients, fetch, update
-from coconut_ds.training.weights import latent_settings, origin
 
 if TYPE_CHECKING:
     import deepspeed

@@ -1,0 +1,1 @@
+"""What came of it? Comparisons, reports, what is inside the thoughts."""

@@ -1,0 +1,168 @@
+"""Which node of a ProsQA graph the model would go on from after 0..k thoughts (arXiv 2412.06769, section 5).
+
+The model is stopped after k thoughts and `<|end-latent|>`, and its own distribution of what comes next is read:
+
+    p_k(v) = P(the next step starts from node v)    product of the probabilities of the tokens that begin such a step
+    a_k(v) = P(the answer names node v)             the same for its name, after "### " (in sentences "### Alex is a")
+
+A step from a concept begins with "Every jompus", from an entity with "Alex"; in the symbolic form with the node's word;
+where a word is an edge, p_k(v) sums over all words "v>...". k counts steps' worth of thoughts: step k + 1 of a solution
+starts k edges away from the root, so that in every form, and from k = 0 on, the frontier is at distance k. What is left
+of 1 is on no node: "###", with which an answer begins, and everything else.
+
+A model made to begin a step has p_k(v) / sum_u p_k(u). The paper's p(v | "Every") is the same where the model knows
+which concepts the question names, and where it starts from a concept. No step starts from a leaf, as the target and the
+distractor are, so what the model knows of them shows in a_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from coconut_ds.analysis.inspection.continuations import Continuation, exclusive_probabilities, token_log_probs
+from coconut_ds.analysis.inspection.prosqa_graph import ProsqaGraph
+from coconut_ds.errors import InputError
+from coconut_ds.inference.trained_model import TrainedModel
+from coconut_ds.model.backbone import n_positions
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """The distributions after so many thoughts, over the nodes in the graph's order; they need not sum to 1."""
+
+    n_thoughts: int
+    n_replaced: int
+    """k, the steps that so many thoughts stand for."""
+    step: list[float]
+    answer: list[float]
+
+
+@dataclass(frozen=True)
+class Masses:
+    """What a distribution has on sets of nodes; `reachable`, `unreachable` and `no_node` sum to 1."""
+
+    reachable: float
+    """From the root, itself included."""
+    frontier: float
+    """At distance k exactly."""
+    leading: float
+    """At distance k, and with a path to the target."""
+    target: float
+    distractor: float
+    """`neg_target`, the wrong option of the question."""
+    unreachable: float
+    no_node: float
+
+
+def masses(graph: ProsqaGraph, probabilities: Sequence[float], distance: int) -> Masses:
+    """The masses of a distribution over the nodes; `distance` is k."""
+    reached = graph.distances
+    reachable = sum(probabilities[node] for node in reached)
+    nodes = sum(probabilities)
+    frontier = [node for node, edges in reached.items() if edges == distance]
+    return Masses(
+        reachable=reachable,
+        frontier=sum(probabilities[node] for node in frontier),
+        leading=sum(probabilities[node] for node in frontier if node in graph.leads_to_target),
+        target=probabilities[graph.target],
+        distractor=probabilities[graph.neg_target],
+        unreachable=nodes - reachable,
+        no_node=1 - nodes,
+    )
+
+
+def among_nodes(probabilities: Sequence[float]) -> list[float]:
+    """The distribution once a node is taken for granted: the model is made to begin a step, or to answer."""
+    total = sum(probabilities)
+    return [each / total if total else 0.0 for each in probabilities]
+
+
+def next_steps(
+    trained: TrainedModel, graphs: Sequence[ProsqaGraph], n_thoughts: Sequence[int], batch_size: int
+) -> list[list[NextStep]]:
+    """For each graph the distributions after 0, c_thought, 2 c_thought .. `n_thoughts` thoughts.
+
+    The questions are run at once, `batch_size` limits the rows of texts after them. Raises InputError where these need
+    more positions than the model has.
+    """
+    inputs = trained.prompts([graph.question for graph in graphs], n_thoughts).inputs
+    prompts = inputs["input_ids"][:, :-1], inputs["attention_mask"][:, :-1]  # without `<|end-latent|>`
+    texts = [_Texts.of(graph, trained) for graph in graphs]
+    _check_positions(trained, prompts[1], texts)
+    a_step = trained.curriculum.thoughts_per_step
+    # Of each graph every k, and how many thoughts are left out for it.
+    stops = [[(k, most - k * a_step) for k in range(most // a_step + 1)] for most in n_thoughts]
+    wanted = [
+        Continuation(row, n_dropped, tokens)
+        for row, mine in enumerate(stops)
+        for _, n_dropped in mine
+        for tokens in texts[row].all
+    ]
+    log_probs = token_log_probs(trained.model, *prompts, wanted, batch_size)
+    found: list[list[NextStep]] = [[] for _ in graphs]
+    for row, mine in enumerate(stops):
+        for k, n_dropped in mine:
+            after = {tokens: log_probs[Continuation(row, n_dropped, tokens)] for tokens in texts[row].all}
+            found[row].append(NextStep(k * a_step, k, *texts[row].distributions(after)))
+    return found
+
+
+def _check_positions(trained: TrainedModel, attention_mask: torch.Tensor, texts: Sequence[_Texts]) -> None:
+    positions = n_positions(trained.model.base_causallm)
+    for length, mine in zip(attention_mask.sum(dim=1).tolist(), texts):
+        longest = max((len(tokens) for tokens in mine.all), default=0)
+        if length + longest > positions:
+            raise InputError(
+                f"the next step after a prompt of {length} tokens needs {longest} more positions, the model has "
+                f"{positions} in all; lower --thoughts"
+            )
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Tokens of the texts that begin a step, and of those that answer, with the node each belongs to.
+
+    All of them start with `<|end-latent|>`.
+    """
+
+    n_nodes: int
+    steps: dict[tuple[int, ...], int]
+    answers: dict[tuple[int, ...], int]
+    n_opening: int
+    """Tokens of an answer before the name, without `<|end-latent|>`."""
+
+    @classmethod
+    def of(cls, graph: ProsqaGraph, trained: TrainedModel) -> _Texts:
+        tokenizer, end_latent = trained.tokenizer, trained.tokens.end_latent
+        assert end_latent is not None  # of every method with thoughts
+
+        def ids(text: str) -> tuple[int, ...]:
+            return end_latent, *tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        def known(texts: Sequence[tuple[int, str]]) -> dict[tuple[int, ...], int]:
+            # A word that has no token cannot be written.
+            tokens = {ids(text): node for node, text in texts}
+            return {each: node for each, node in tokens.items() if tokenizer.unk_token_id not in each}
+
+        opening, answers = graph.answers()
+        return cls(len(graph.idx_to_symbol), known(graph.step_beginnings()), known(answers), len(ids(opening)) - 1)
+
+    @property
+    def all(self) -> list[tuple[int, ...]]:
+        return [*self.steps, *self.answers]
+
+    def distributions(self, log_probs: Mapping[tuple[int, ...], list[float]]) -> tuple[list[float], list[float]]:
+        """Over the nodes, of the next step and of the answer, from the log probabilities of every token."""
+        return self._over_nodes(self.steps, log_probs, 0), self._over_nodes(self.answers, log_probs, self.n_opening)
+
+    def _over_nodes(
+        self, nodes: Mapping[tuple[int, ...], int], log_probs: Mapping[tuple[int, ...], list[float]], n_given: int
+    ) -> list[float]:
+        found = [0.0] * self.n_nodes
+        of_texts = {tokens: sum(log_probs[tokens][n_given:]) for tokens in nodes}
+        for tokens, probability in exclusive_probabilities(of_texts).items():
+            found[nodes[tokens]] += probability
+        return found

@@ -1,0 +1,168 @@
+"""What an inspection found, as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from coconut_ds.analysis.text_tables import Rows, aligned
+from coconut_ds.runs.answer_lengths import cut_warning
+
+_MASSES = {
+    "reachable": "reachable",
+    "frontier": "at distance k",
+    "leading": "leading to target",
+    "target": "target",
+    "distractor": "distractor",
+    "unreachable": "unreachable",
+    "no_node": "no node",
+}
+_ABOUT_STEP = "Next step after k steps' worth of thoughts: probability that it starts from"
+_ABOUT_AMONG_NODES = "The same, made to start a step from some node; below each k the share of the nodes that are such"
+_ABOUT_ANSWER = "Answer after k steps' worth of thoughts, begun for the model: probability that it names"
+
+
+def question_tables(found: dict[str, Any], misses_picture: bool = False) -> str:
+    """One question: the answer, its thoughts, the next steps.
+
+    With `misses_picture` the line that says why there is no graph says also that there is no picture of it.
+    """
+    cut = f", cut off after {found['n_new_tokens']} tokens" if found["cut"] else ""
+    verdict = f"{'right' if found['correct'] else 'wrong'}{cut}"
+    head = aligned(
+        [
+            ["question", found["question"]],
+            ["expected", found["expected"]],
+            ["given", f"{found['given'] or '(nothing)'} ({verdict})"],
+        ]
+    )
+    steps = _next_step_tables(found, _share, "; so no picture was drawn" if misses_picture else "")
+    return "\n\n".join([_flush_left(head), _thought_lines(found), *steps])
+
+
+def _flush_left(text: str) -> str:
+    return "\n".join("  ".join([line[:8], line[8:].lstrip()]) for line in text.splitlines())
+
+
+def _thought_lines(found: dict[str, Any]) -> str:
+    norms = found["embedding_norms"]
+    lines = [
+        "Norms are L2 of what was fed; token embeddings of the question have "
+        f"{norms['mean']:.3g} on average, {norms['min']:.3g} to {norms['max']:.3g}. Entropies are in bits."
+    ]
+    for number, thought in enumerate(found["thoughts"], start=1):
+        top = ", ".join(f"{_visible(token)} {share:.1%}" for token, share in thought["top"])
+        window = ", ".join(f"{_visible(state)} {share:.1%}" for state, share in thought["window"] if share)
+        lines += [
+            f"thought {number}: norm {thought['norm']:.3g}, entropy {thought['entropy_bits']:.2f}",
+            f"  LM head: {top}",
+            f"  window:  {window}",
+        ]
+    return "\n".join(lines)
+
+
+def _visible(token: str) -> str:
+    shown = token.strip(" ")
+    return shown if shown.isprintable() and shown and "," not in shown else repr(token)
+
+
+def file_tables(found: dict[str, Any]) -> str:
+    """A whole file: averages by thought and by k, interventions."""
+    accuracy, norm = found["accuracy"], found["embedding_norm"]
+    parts = [
+        f"{found['n_questions']} questions, accuracy {_percent(accuracy)}; "
+        f"token embeddings of the questions have a norm of {_number(norm)}.\n"
+        "In brackets 95% intervals: percentile bootstrap over questions, 10,000 draws."
+        f"{_cut_line(found)}",
+        aligned(_thought_rows(found["thoughts"])),
+        *_next_step_tables(found, _percent),
+    ]
+    if found.get("interventions"):
+        parts.append(_intervention_table(found["interventions"]))
+    return "\n\n".join(parts)
+
+
+def _cut_line(found: dict[str, Any]) -> str:
+    n_cut, limit = found["n_cut"], found["max_new_tokens"]
+    return f"\nwarning: {cut_warning(n_cut, found['n_questions'], limit, '--max-new-tokens')}" if n_cut else ""
+
+
+def _thought_rows(thoughts: Sequence[dict[str, Any]]) -> Rows:
+    reach = max(len(each["window"]) for each in thoughts)
+    shares = [f"state -{back}" for back in range(1, reach + 1)]
+    rows = [["thought", "questions", "norm", "entropy (bits)", "top probability", *shares]]
+    for each in thoughts:
+        window = [_percent(share) for share in each["window"]]
+        figures = [_number(each["norm"]), _number(each["entropy_bits"]), _percent(each["top_probability"])]
+        missing = [""] * (reach - len(window))
+        rows.append([str(each["thought"]), str(each["n_questions"]), *figures, *window, *missing])
+    return rows
+
+
+def _next_step_tables(found: dict[str, Any], cell: Callable[[Any], str], consequence: str = "") -> list[str]:
+    if found["why_no_graph"]:
+        return [f"No next steps, for want of a graph: {found['why_no_graph']}{consequence}."]
+    steps, nodes = found["next_steps"], list(_MASSES)[:-1]
+    return [
+        f"{_ABOUT_STEP}\n{_mass_table(steps, 'step_masses', list(_MASSES), cell)}",
+        f"{_ABOUT_AMONG_NODES}\n{_mass_table(steps, 'step_among_nodes_masses', nodes, cell, with_chance=True)}",
+        f"{_ABOUT_ANSWER}\n{_mass_table(steps, 'answer_masses', ['target', 'distractor', 'no_node'], cell)}",
+    ]
+
+
+def _mass_table(
+    steps: Sequence[dict[str, Any]],
+    key: str,
+    names: Sequence[str],
+    cell: Callable[[Any], str],
+    with_chance: bool = False,
+) -> str:
+    averaged = "n_questions" in steps[0]
+    rows = [["k", *["questions"] * averaged, *(_MASSES[name] for name in names)]]
+    for after in steps:
+        counts = [str(after["n_questions"])] if averaged else []
+        rows.append([str(after["n_replaced"]), *counts, *(cell(after[key][name]) for name in names)])
+        if with_chance:
+            shares = (_mean(after["node_shares"][name]) for name in names)
+            rows.append(["  of the nodes", *[""] * averaged, *shares])
+    return aligned(rows)
+
+
+def _mean(value: Any) -> str:
+    return f"{value['mean'] if isinstance(value, dict) else value:.1%}"
+
+
+def _intervention_table(outcomes: Sequence[dict[str, Any]]) -> str:
+    names = {"n_lost": "lost", "n_gained": "gained", "n_changed": "other answer"}
+    if any(each["n_cut"] for each in outcomes):
+        names["n_cut"] = "cut off"
+    rows = [["thought, fed instead", "questions", "accuracy", "change", "95% interval", *names.values()]]
+    for each in outcomes:
+        which = "all" if each["thought"] is None else str(each["thought"])
+        low, high = (100 * end for end in each["interval"])
+        counts = [str(each[key]) for key in names]
+        change = f"{100 * each['change']:+.1f}"
+        name = f"{which}, {_INSTEAD[each['by']]}"
+        rows.append(
+            [name, str(each["n_replaced"]), f"{each['accuracy']:.1%}", change, f"{low:+.1f} to {high:+.1f}", *counts]
+        )
+    return (
+        "Interventions, over the questions that have the thought: accuracy, its change in points, paired bootstrap;\n"
+        "answers right before and wrong after (lost), wrong before and right after (gained), other than before\n"
+        + aligned(rows)
+    )
+
+
+_INSTEAD = {"zero": "zero", "mean": "mean thought", "other": "another question's"}
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _percent(average: dict[str, float]) -> str:
+    return f"{average['mean']:.1%} [{100 * average['low']:.1f}, {100 * average['high']:.1f}]"
+
+
+def _number(average: dict[str, float]) -> str:
+    return f"{average['mean']:.3g} [{average['low']:.3g}, {average['high']:.3g}]"

@@ -1,0 +1,89 @@
+"""The picture of a comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from coconut_ds.analysis.plots.canvas import LIGHT, new_figure
+
+_WIDTH, _HEIGHT, _DPI = 12, 5, 100  # inches and dots an inch: 1200 x 500 px
+
+
+def draw(comparison: dict[str, Any]) -> Figure:
+    """The picture of what `compare.compare` returns.
+
+    Left, accuracy of each group with its interval and a dot per seed. Right, accuracy by number of steps; where all
+    questions have as many steps, accuracy over generated tokens; where those are the same too, nothing.
+    """
+    groups = comparison["groups"]
+    figure = new_figure(_WIDTH, _HEIGHT, _DPI)
+    has_steps = len(groups[0]["accuracy_by_steps"]) > 1
+    has_tokens = len({group["mean_tokens"] for group in groups}) > 1
+    panels = figure.subplots(1, 2 if has_steps or has_tokens else 1, squeeze=False)[0]
+    _draw_accuracies(panels[0], groups)
+    if has_steps:
+        _draw_steps(panels[1], groups)
+    elif has_tokens:
+        _draw_tokens(panels[1], groups)
+    return figure
+
+
+def _draw_accuracies(axes: Axes, groups: list[dict[str, Any]]) -> None:
+    # Groups lie below each other, so that long names can be read.
+    for row, group in enumerate(groups):
+        colour, marker = LIGHT.look(row)
+        accuracy, (low, high) = 100 * group["accuracy"], group["interval"]
+        spread = [[max(0, accuracy - 100 * low)], [max(0, 100 * high - accuracy)]]
+        axes.errorbar(accuracy, row, xerr=spread, fmt=marker, color=colour, capsize=5, markersize=8)
+        shares = [100 * run["accuracy"] for run in group["runs"]]
+        # Each seed a little lower, or equal ones would hide each other.
+        heights = [row + 0.18 + 0.3 * place / len(shares) for place in range(len(shares))]
+        axes.scatter(shares, heights, s=28, facecolors="none", edgecolors=colour, linewidths=1.2)
+    axes.set_yticks(range(len(groups)), [group["group"] for group in groups])
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    axes.set_xlabel("accuracy (%): mean, 95% interval, one circle per seed")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _draw_steps(axes: Axes, groups: list[dict[str, Any]]) -> None:
+    steps = list(groups[0]["accuracy_by_steps"])
+    for index, group in enumerate(groups):
+        colour, marker = LIGHT.look(index)
+        shares = [100 * group["accuracy_by_steps"][each]["accuracy"] for each in steps]
+        # Side by side, or equal accuracies would hide each other.
+        places = [place + 0.06 * (index - (len(groups) - 1) / 2) for place in range(len(steps))]
+        axes.plot(places, shares, marker=marker, color=colour, markersize=7, linewidth=1.2, label=group["group"])
+    counts = [groups[0]["accuracy_by_steps"][each]["examples"] for each in steps]
+    axes.set_xticks(range(len(steps)), [f"{each}\nn = {count}" for each, count in zip(steps, counts)])
+    axes.set_xlabel("steps of the solution, number of questions n")
+    _finish(axes)
+
+
+def _draw_tokens(axes: Axes, groups: list[dict[str, Any]]) -> None:
+    for index, group in enumerate(groups):
+        colour, marker = LIGHT.look(index)
+        # Hollow and of falling size: groups in the same place stay visible.
+        axes.plot(
+            group["mean_tokens"],
+            100 * group["accuracy"],
+            marker=marker,
+            color=colour,
+            fillstyle="none",
+            markersize=18 - 12 * index / len(groups),
+            markeredgewidth=1.8,
+            linestyle="none",
+            label=group["group"],
+        )
+    axes.margins(0.15)
+    axes.set_xlim(0, axes.get_xlim()[1])
+    axes.set_xlabel("generated tokens and thoughts per answer (mean)")
+    _finish(axes)
+
+
+def _finish(axes: Axes) -> None:
+    axes.set_ylabel("accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, markerscale=0.6)

@@ -1,0 +1,300 @@
+"""Checkpoints of a run: whole or not there, and the same whatever ZeRO, precision and number of ranks made them.
+
+    checkpoints/epoch_0003/                     at the end of an epoch
+    checkpoints/epoch_0003_step_00000420/       within the fourth epoch, after optimizer step 420
+        model/                     fp32 weights, config, tokenizer, coconut.json: plain transformers loads it;
+                                   latent_window.safetensors where the window is learned
+        exp_avg.safetensors        Adam's moments by parameter name, fp32
+        exp_avg_sq.safetensors
+        random_states.safetensors  of every rank
+        progress.json              where the run stands, loss scale
+        manifest.json              size and SHA-256 of every file
+
+Rank 0 writes all of it; nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import traceback
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from coconut_ds import strict_json
+from coconut_ds.engine import states as optimizer_states
+from coconut_ds.errors import InputError
+from coconut_ds.memory.meter import GIB
+from coconut_ds.model.backbone import Backbone
+from coconut_ds.model.folder import MODEL_FOLDER, WEIGHTS_FILE, stored_window, write_folder
+from coconut_ds.runs import atomic_folder
+from coconut_ds.runs.terminal import say
+from coconut_ds.runtime import distributed, watchdog
+
+_PROGRESS, _RANDOM, _LATEST = "progress.json", "random_states.safetensors", "latest"
+_PREFIX = "base_causallm."
+_BESIDE_TENSORS = 64 * 2**20
+"""Bytes for tokenizer, configuration and the like."""
+_KEPT_WITHIN_EPOCHS = 2
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be written or gone on from."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. `windows` are the optimizer steps done in the epoch under way."""
+
+    epochs: int = 0
+    windows: int = 0
+    step: int = 0
+    best_accuracy: float = -1.0
+    best_checkpoint: str | None = None
+    skipped: int = 0
+    """Of the `step` optimizer steps, those that fp16 skipped; earlier versions did not write it."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What `progress.json` holds."""
+
+    progress: Progress
+    train_batch_size: int
+    metrics_bytes: int
+    """Length of `metrics.jsonl` when the checkpoint was made."""
+    updates: int
+    """Of the optimizer since its last reset."""
+    scheduled: int
+    """Steps that the learning-rate schedule in force has taken."""
+    loss_scale: dict[str, float]
+
+
+def read_stored(path: Path) -> Stored:
+    values = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
+    return Stored(**values | {"progress": Progress(**values["progress"])})
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. `keep` is how many stay, None for all at ends of epochs."""
+
+    def __init__(self, run_folder: Path, keep: int | None):
+        self.folder = run_folder / "checkpoints"
+        self._keep = keep
+
+    def found(self) -> list[Path]:
+        """Published checkpoints, oldest first, not checked."""
+        return sorted(self.folder.glob("epoch_*[0-9]")) if self.folder.is_dir() else []
+
+    def newest_intact(self) -> Path | None:
+        """The newest checkpoint without a fault, the same on every rank.
+
+        The damaged ones after it are reported and set aside, so that none of them counts as one of those to keep.
+        Raises CheckpointError where there are checkpoints and all of them are damaged.
+        """
+        return _on_main("the checkpoints cannot be read", self._search)
+
+    def _search(self) -> Path | None:
+        damaged: dict[Path, list[str]] = {}
+        for path in reversed(self.found()):
+            faults = atomic_folder.faults(path)
+            if not faults:
+                for each in damaged:
+                    atomic_folder.set_aside(each)
+                return path
+            damaged[path] = faults
+            say(f"{path} is damaged and not used: {'; '.join(faults)}")
+        if damaged:
+            raise CheckpointError(
+                f"{self.folder}: all {len(damaged)} checkpoints are damaged; remove the folder to start the run afresh"
+            )
+        return None
+
+    def path_for(self, progress: Progress) -> Path:
+        within = f"_step_{progress.step:08d}" if progress.windows else ""
+        return self.folder / f"epoch_{progress.epochs:04d}{within}"
+
+    def save(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        backbone: Backbone,
+        settings: dict[str, Any],
+        stored: Stored,
+    ) -> Path:
+        """Write a checkpoint; called on every rank. `settings` go to `model/coconut.json`.
+
+        Raises CheckpointError on every rank when it cannot be written; those before it stay as they are.
+        """
+        path = self.path_for(stored.progress)
+        failed = f"checkpoint {path.name} cannot be written ({self._last()})"
+        _on_main(failed, self._demand_space, engine)
+        unfinished = _on_main(failed, atomic_folder.begin, path)
+        try:
+            _write_tensors(unfinished, engine, backbone, settings, stored, failed)
+            _on_main(failed, _write_progress, unfinished, stored)
+            _on_main(failed, self._publish, unfinished, stored.progress)
+        except CheckpointError:
+            if distributed.is_main():
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        return path
+
+    def _last(self) -> str:
+        found = self.found()
+        return f"{found[-1]} is the newest there is" if found else "there is none before it"
+
+    def _demand_space(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        atomic_folder.sweep(self.folder)
+        elements = sum(map(optimizer_states.n_elements, engine.module.parameters()))
+        needed = (1 + len(optimizer_states.MOMENTS)) * 4 * elements + _BESIDE_TENSORS
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(f"{free / GIB:.2f} GiB are free and it takes {needed / GIB:.2f} GiB; make room")
+
+    def _publish(self, unfinished: Path, progress: Progress) -> None:
+        path = atomic_folder.publish(unfinished)
+        pointer = self.folder / f"{_LATEST}.new"
+        pointer.write_text(path.name + "\n", encoding="utf-8")
+        atomic_folder.flush(pointer)
+        pointer.replace(self.folder / _LATEST)
+        atomic_folder.flush(self.folder)
+        for old in self._superseded(progress):
+            atomic_folder.remove(old)
+
+    def _superseded(self, progress: Progress) -> list[Path]:
+        found = self.found()
+        if self._keep is None:
+            return [path for path in found if "_step_" in path.name][:-_KEPT_WITHIN_EPOCHS]
+        return [path for path in found[: -self._keep] if path.name != progress.best_checkpoint]
+
+
+def restore(path: Path, engine: deepspeed.DeepSpeedEngine) -> None:
+    """Bring optimizer, loss scale and random numbers back to where they were; called on every rank.
+
+    The engine was built on the checkpoint's weights. Another ZeRO file, precision or number of ranks is fine; with
+    another number of ranks dropout draws other numbers than it would have.
+    """
+    stored = read_stored(path)
+    with ExitStack() as files:
+        weights = files.enter_context(_Tensors(path / MODEL_FOLDER / WEIGHTS_FILE, drop=_PREFIX))
+        moments = {
+            moment: files.enter_context(_Tensors(_file_of(path, moment)))
+            for moment in optimizer_states.MOMENTS
+            if stored.updates
+        }
+        # A learned window has a file of its own.
+        whole = ChainMap(stored_window(str(path)), weights)  # type: ignore[arg-type]
+        optimizer_states.restore(engine, stored.updates, whole, moments)
+    optimizer_states.restore_loss_scale(engine, stored.loss_scale)
+    engine.global_steps = stored.progress.step
+    _set_random_state(load_file(path / _RANDOM))
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    """A safetensors file by name, read tensor by tensor; names may come with a prefix the file does not have."""
+
+    def __init__(self, path: Path, drop: str = ""):
+        self._file, self._drop = safe_open(path, framework="pt"), drop
+
+    def __enter__(self) -> _Tensors:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._file.__exit__(*raised)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name.removeprefix(self._drop))
+
+    def __iter__(self) -> Any:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
+
+
+def _write_tensors(
+    folder: Path,
+    engine: deepspeed.DeepSpeedEngine,
+    backbone: Backbone,
+    settings: dict[str, Any],
+    stored: Stored,
+    failed: str,
+) -> None:
+    """One set of tensors after the other, so that rank 0 holds no more than one."""
+    tensors = optimizer_states.gather(engine)
+    _on_main(failed, _demand_finite, tensors)
+    own = {name.removeprefix(_PREFIX): value for name, value in tensors.items() if name.startswith(_PREFIX)}
+    window = {name: value for name, value in tensors.items() if not name.startswith(_PREFIX)}
+    _on_main(failed, write_folder, folder / MODEL_FOLDER, backbone.model, backbone.tokenizer, settings, own, window)
+    for moment in optimizer_states.MOMENTS if stored.updates else ():
+        watchdog.alive()
+        tensors = optimizer_states.gather(engine, moment)
+        _on_main(failed, _demand_finite, tensors)
+        _on_main(failed, save_file, tensors, _file_of(folder, moment))
+    watchdog.alive()
+    states = distributed.gather_to_main(_random_state())
+    _on_main(failed, save_file, _by_rank(states), folder / _RANDOM)
+
+
+def _demand_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """A run could not go on from such weights, and older checkpoints would make room for them."""
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise ArithmeticError(f"{name} holds values that are not finite; lower lr, or set max_grad_norm")
+
+
+def _write_progress(folder: Path, stored: Stored) -> None:
+    (folder / _PROGRESS).write_text(strict_json.dumps(asdict(stored), indent=2) + "\n", encoding="utf-8")
+
+
+def _on_main(failed: str, action: Callable[..., Any], *arguments: Any) -> Any:
+    """What `action` returns on rank 0; where it fails there, CheckpointError everywhere, so that no rank waits."""
+    value, problem = None, None
+    if distributed.is_main():
+        try:
+            value = action(*arguments)
+        except CheckpointError as error:
+            problem = str(error)
+        except Exception as error:
+            # tokenizers raises a bare Exception when the disk is full.
+            if type(error) is not Exception and not isinstance(error, OSError | SafetensorError | ArithmeticError):
+                traceback.print_exc()
+            problem = f"{failed}: {error}"
+    value, problem = distributed.from_main((value, problem))
+    if problem is not None:
+        raise CheckpointError(problem)
+    return value
+
+
+def _file_of(folder: Path, moment: str) -> Path:
+    return folder / f"{moment}.safetensors"
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """Dropout is all that draws numbers while training; the order of the examples depends on seed and epoch alone."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def _by_rank(states: list[dict[str, torch.Tensor]] | None) -> dict[str, torch.Tensor]:
+    return {f"rank{rank}.{key}": value for rank, state in enumerate(states or ()) for key, value in state.items()}
+
+
+def _set_random_state(states: dict[str, torch.Tensor]) -> None:
+    if f"rank{distributed.world_size()}.cpu" in states or f"rank{distributed.world_size() - 1}.cpu" not in states:
+        return
+    own = f"rank{distributed.rank()}"
+    torch.set_rng_state(states[f"{own}.cpu"])
+    if torch.cuda.is_available() and f"{own}.cuda" in states:
+        torch.cuda.set_rng_state(states[f"{own}.cuda"])

@@ -1,0 +1,1 @@
+"""What can I type? One module per command."""

@@ -1,0 +1,92 @@
+"""Turn a checkpoint into a folder that plain transformers loads.
+
+    python -m coconut_ds.export CHECKPOINT OUT [--model-id MODEL] [--no-markers] [--push-to-hub REPO_ID [--private]]
+
+CHECKPOINT is one of ours, an HF folder, or a published `.pt` state dict, whose shape comes from MODEL. OUT gets
+safetensors in fp32, configuration, tokenizer with the marker tokens, and, where the checkpoint has latent settings,
+`coconut.json` and a model card. It can be uploaded as it is, which `--push-to-hub` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from coconut_ds.checkpoints.weights import load_initial
+from coconut_ds.config.methods import METHODS
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.errors import InputError, unwritable_output
+from coconut_ds.model.folder import push, stored_settings, stored_window, write_folder
+from coconut_ds.runs import atomic_folder
+from coconut_ds.runs.lock import output_held
+from coconut_ds.runs.terminal import quiet_libraries
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when OUT is written, 2 when the user has to put something right."""
+    parser = argparse.ArgumentParser(
+        prog="python -m coconut_ds.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model-id", default="openai-community/gpt2", help="model a `.pt` was trained from")
+    parser.add_argument("--no-markers", action="store_true", help="weights of a method without thoughts")
+    parser.add_argument("--push-to-hub", metavar="REPO_ID", help="upload OUT to the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", default=None, help="make REPO_ID a private repository")
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    try:
+        export(options.checkpoint, options.out, options.model_id, not options.no_markers)
+        print(f"written: {options.out}")
+        if options.push_to_hub:
+            print(f"uploaded: {push(options.out, options.push_to_hub, options.private)}")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def export(checkpoint: str, out: Path, model_id: str, with_markers: bool = True) -> None:
+    """Write `out`, whole or not at all: until it is whole it is `OUT.unfinished`, which the next export replaces.
+
+    Raises InputError for a damaged checkpoint, weights that do not fit, and an `out` that exists, is being written by
+    another process, or cannot be written.
+    """
+    _demand_new(out)
+    with output_held(out):
+        # The process that was writing it may have ended just now.
+        _demand_new(out)
+        settings = stored_settings(checkpoint)
+        # A model that was saved outside of a run names no method.
+        method = (settings or {}).get("method")
+        has_thoughts = with_markers if method is None else METHODS[method].thoughts != "none"
+        config = RunConfig(method="coconut" if has_thoughts else "cot", model_id=model_id, load_model_path=checkpoint)
+        backbone, window = load_initial(config), stored_window(checkpoint)
+        with _unfinished(out) as folder:
+            write_folder(folder, backbone.model, backbone.tokenizer, settings, window=window)
+
+
+def _demand_new(out: Path) -> None:
+    if out.exists():
+        raise InputError(f"{out} exists already; name a new folder")
+
+
+@contextlib.contextmanager
+def _unfinished(out: Path) -> Iterator[Path]:
+    """A folder to write, which becomes `out` at the end; an error removes it."""
+    folder = out.with_name(f"{out.name}.unfinished")
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        yield folder
+        atomic_folder.flush_folder(folder)
+        folder.rename(out)
+        atomic_folder.flush(out.parent)
+    except OSError as error:
+        raise unwritable_output(out, error) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

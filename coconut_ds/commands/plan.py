@@ -1,0 +1,138 @@
+"""Memory of a run before it is started: `python -m coconut_ds.plan --run RUN.yaml --memory 11 [key=value ...]`.
+
+Reads the run's data and the shape of its model (of a folder or hub id config.json and the tokenizer, no weights),
+measures the activations of every stage on tensors that have shapes and no data (about ten seconds a stage for GPT-2 on
+2 CPU cores), and prints what a card of that size holds: per stage with the run's DeepSpeed file, and for every file of
+`ds_configs/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coconut_ds.config.deepspeed_config import (
+    Device,
+    read_ds_json,
+    resolve_checkpointing,
+    resolve_ds_config,
+    resolve_precision,
+    shipped_ds_jsons,
+)
+from coconut_ds.config.run_config import BatchSizes, RunConfig, load_run_config
+from coconut_ds.errors import InputError
+from coconut_ds.memory.activations import ActivationCost, measure, widest_sequence
+from coconut_ds.memory.batch_size import USABLE_SHARE, distinct_stages
+from coconut_ds.memory.meter import GIB
+from coconut_ds.memory.model_states import ModelStates, bucket_note, model_states
+from coconut_ds.runs.terminal import quiet_libraries
+from coconut_ds.training.setup import Materials, load_materials
+
+# The plan is for the card that is named, not for the machine it is made on.
+_CARD = Device(kind="cuda", has_bf16=True, has_fp16=True)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its longest micro-batch, and what a forward and backward over it costs."""
+
+    stage: int
+    thoughts: int
+    columns: int
+    cost: ActivationCost
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 with a plan, 2 when the user has to put something right."""
+    parser = argparse.ArgumentParser(prog="python -m coconut_ds.plan", description=__doc__)
+    parser.add_argument("--run", required=True, help="run YAML, see run_configs/")
+    parser.add_argument("--memory", type=float, required=True, help="memory of one card in GiB")
+    parser.add_argument("--ranks", type=int, default=2, help="number of cards (default 2)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the YAML")
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    try:
+        if not 0 < options.memory < float("inf") or options.ranks < 1:
+            raise InputError(
+                f"--memory {options.memory:g} --ranks {options.ranks}: both must be above 0, memory in GiB"
+            )
+        config = load_run_config(options.run, options.overrides)
+        raw = read_ds_json(config.deepspeed)
+        _resolved(raw, config, options.ranks)
+        config = config.model_copy(update={"activation_checkpointing": resolve_checkpointing(raw, config)})
+        torch.manual_seed(config.seed)
+        materials = load_materials(config, with_weights=False)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    stages = plan_stages(config, materials)
+    print(report(config, materials, stages, options.memory, options.ranks))
+    return 0
+
+
+def plan_stages(config: RunConfig, materials: Materials) -> list[StagePlan]:
+    """Measure every stage of the run that has a layout of its own, in the precision it trains in."""
+    # On a CPU bf16 stands for fp16: what counts is its width.
+    dtype = torch.float32 if resolve_precision(config, _CARD) == "fp32" else torch.bfloat16
+    materials.model.to(dtype)
+    plans = []
+    for stage in distinct_stages(config, materials.curriculum):
+        sequence = widest_sequence(materials.train_set, materials.curriculum, stage, materials.tokens)
+        cost = measure(materials.model, sequence)
+        plans.append(StagePlan(stage, sequence.n_thoughts, len(sequence.ids), cost))
+    return plans
+
+
+def report(config: RunConfig, materials: Materials, stages: list[StagePlan], memory: float, ranks: int) -> str:
+    """The tables; sizes in GiB per card."""
+    states = _states(config.deepspeed, config, materials, ranks)
+    note = bucket_note(_resolved(read_ds_json(config.deepspeed), config, ranks), config.deepspeed)
+    budget = int(USABLE_SHARE * memory * GIB)
+    micro = 1 if config.batch_size_training == "auto" else config.batch_size_training
+    checkpointing = config.activation_checkpointing
+    how = "recomputed" if checkpointing is not None and checkpointing.enabled else "kept"
+    lines = [
+        f"{config.name}: {ranks} cards of {memory:g} GiB, {USABLE_SHARE:.0%} of it counted on; "
+        f"{resolve_precision(config, _CARD)}, activations {how}, {config.deepspeed}",
+        f"stage  thoughts  columns  model states  activations at {micro:>3}  total  largest micro-batch",
+    ]
+    for each in stages:
+        activations = each.cost.peak(micro)
+        lines.append(
+            f"{each.stage:>5}  {each.thoughts:>8}  {each.columns:>7}  {states.device / GIB:>12.2f}  "
+            f"{activations / GIB:>18.2f}  {(states.device + activations) / GIB:>5.2f}  "
+            f"{each.cost.most_rows(budget - states.device):>19}"
+        )
+    lines += ["", f"buckets: {note}"] if note else []
+    lines += ["", "deepspeed file                  on the card  in host memory  largest micro-batch, all stages"]
+    for path in sorted({*shipped_ds_jsons(), str(Path(config.deepspeed))}):
+        lines.append(_file_line(path, config, materials, stages, budget, ranks))
+    return "\n".join(lines)
+
+
+def _file_line(
+    path: str, config: RunConfig, materials: Materials, stages: list[StagePlan], budget: int, ranks: int
+) -> str:
+    try:
+        states = _states(path, config, materials, ranks)
+    except InputError as error:
+        return f"{path:<30}  {str(error).splitlines()[-1].strip()}"
+    largest = min(each.cost.most_rows(budget - states.device) for each in stages)
+    return f"{path:<30}  {states.device / GIB:>11.2f}  {states.host / GIB:>14.2f}  {largest:>31}"
+
+
+def _states(path: str, config: RunConfig, materials: Materials, ranks: int) -> ModelStates:
+    sizes = [parameter.numel() for parameter in materials.model.parameters()]
+    named = config.model_copy(update={"deepspeed": path})
+    return model_states(_resolved(read_ds_json(path), named, ranks), sum(sizes), max(sizes), ranks)
+
+
+def _resolved(raw: dict[str, Any], config: RunConfig, ranks: int) -> dict[str, Any]:
+    # Batch sizes do not matter to memory between steps, and a ds JSON that names them may be for other ranks.
+    free = {key: value for key, value in raw.items() if "batch" not in key and key != "gradient_accumulation_steps"}
+    return resolve_ds_config(free, config, BatchSizes(1, 1, ranks), _CARD)

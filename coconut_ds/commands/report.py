@@ -1,0 +1,98 @@
+"""Make a report of runs: one HTML file that opens from disk without a network, and its pictures as PNGs.
+
+    python -m coconut_ds.report RUN [RUN ...] [--out FOLDER]
+
+RUN is a run folder, finished, still going on or cut off. Several runs, seven at most, are drawn into the same pictures,
+one colour each. The report is `report.html` in FOLDER, by default `RUN/report`; of several runs FOLDER has to be named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from coconut_ds.analysis.report_page import PagePicture, RunColour, render
+from coconut_ds.errors import InputError, demand_libraries
+from coconut_ds.runs.records import RunRecords, read_run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 with a report written, 2 when the user has to put something right."""
+    options = _parse(arguments)
+    try:
+        demand_libraries(["matplotlib"], extra="report")
+        runs = named([read_run(folder) for folder in options.runs])
+        page = write_report(runs, options.out or _default_folder(options.runs))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for problem in (problem for run in runs.values() for problem in run.problems):
+        print(f"left out: {problem}", file=sys.stderr)
+    print(f"report: {page}")
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m coconut_ds.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, save_path/name")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to write to (default: RUN/report)")
+    return parser.parse_args(arguments)
+
+
+def _default_folder(runs: Sequence[Path]) -> Path:
+    if len(runs) > 1:
+        raise InputError(f"{len(runs)} runs: name a folder for their report with --out FOLDER")
+    return runs[0] / "report"
+
+
+def named(runs: Sequence[RunRecords]) -> dict[str, RunRecords]:
+    """Runs by their name, or by their folder where names are the same; raises InputError for a folder given twice."""
+    folders = Counter(run.folder.resolve() for run in runs)
+    twice = [str(folder) for folder, count in folders.items() if count > 1]
+    if twice:
+        raise InputError(f"{', '.join(twice)}: named more than once; name each run once")
+    counts = Counter(run.config.name for run in runs)
+    return {run.config.name if counts[run.config.name] == 1 else str(run.folder): run for run in runs}
+
+
+def write_report(runs: Mapping[str, RunRecords], folder: Path) -> Path:
+    """Write `report.html` and a PNG for each picture to `folder`, and return the former's path.
+
+    `runs` go by the names they are shown with. A picture of an earlier report that has nothing to draw now is removed.
+    Raises InputError for more runs than there are colours, and where something cannot be written.
+    """
+    # Loaded here, so that a missing matplotlib can be said in one line.
+    from coconut_ds.analysis.plots.canvas import DARK, LIGHT, png
+    from coconut_ds.analysis.plots.training import pictures
+
+    if len(runs) > (most := len(LIGHT.series)):
+        raise InputError(
+            f"{len(runs)} runs: a report has {most} colours to tell runs apart; name {most} at most, or compare groups "
+            "of runs with python -m coconut_ds.compare"
+        )
+    page = folder / "report.html"
+    shown = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in pictures(runs):
+            file = folder / f"{picture.name}.png"
+            light, dark = (png(picture.draw(theme)) if picture.draw else None for theme in (LIGHT, DARK))
+            shown.append(PagePicture(picture.title, picture.caption, light, dark))
+            if light is None:
+                file.unlink(missing_ok=True)
+            else:
+                file.write_bytes(light)
+        colours = [RunColour(LIGHT.look(index)[0], DARK.look(index)[0]) for index in range(len(runs))]
+        made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+        page.write_text(render(runs, colours, shown, made), encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{error.filename} cannot be written: {error.strerror}; name another folder with --out"
+        ) from None
+    return page

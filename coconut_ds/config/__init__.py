@@ -1,0 +1,1 @@
+"""What can I set? The run file, the methods, the DeepSpeed file."""

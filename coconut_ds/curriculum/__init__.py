@@ -1,1 +1,0 @@
-"""Examples, stages and batches: everything between a JSON file and the model."""

@@ -1,0 +1,186 @@
+"""Tokenized examples -> padded batches: first thoughts aligned, labels, positions, the thought span as ints."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from coconut_ds.data.stages import Layout
+from coconut_ds.runtime import distributed
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token ids a sequence is built from, other than the example's own."""
+
+    pad: int
+    start_latent: int | None = None
+    end_latent: int | None = None
+    latent: int | None = None
+    """The three markers are None for methods that use none."""
+    is_pause: bool = False
+    """`latent` is a token like any other, with an embedding of its own: a pause."""
+    fact_end: int | None = None
+    """Ends a fact of a question, where facts are shuffled."""
+    bos: int | None = None
+    """Stands before a question under some tokenizers."""
+
+    @property
+    def thought(self) -> int | None:
+        """The token that stands for a continuous thought."""
+        return None if self.is_pause else self.latent
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One sequence before padding: its ids, where its thoughts stand, and from where on it is supervised."""
+
+    ids: list[int]
+    first_thought: int
+    n_thoughts: int
+    first_target: int
+
+
+class Batch(NamedTuple):
+    """What one forward takes, and what the loop wants to know about it without asking the device."""
+
+    inputs: dict[str, Any]
+    """What `Coconut.forward` takes: input_ids, attention_mask, labels, position_ids, each (B, T), thought_span as ints,
+    and supervised (N,)."""
+    n_targets: int
+    """Supervised tokens, counted after the causal shift."""
+    n_tokens: int
+    """Cells of the batch that are not padding; a filler has none."""
+    indices: list[int]
+    """Position of each row's example in its data file; empty for a filler."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What decides how often a forward calls its layers: thought columns, and chunks of supervised tokens."""
+
+    n_thoughts: int = 0
+    n_targets: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch) -> Size:
+        span = batch.inputs["thought_span"]
+        return cls(span[1] - span[0] if span else 0, batch.n_targets)
+
+    def __or__(self, other: Size) -> Size:
+        """The larger of both, in each respect."""
+        return Size(max(self.n_thoughts, other.n_thoughts), max(self.n_targets, other.n_targets))
+
+
+def grown(batch: Batch, size: Size, pad: int) -> Batch:
+    """`batch` with the same loss and as many passes and supervised entries as `size`; at least its own size.
+
+    Ordinary columns run as if they were thoughts, padding where there are not enough of them; entries that are added
+    carry no label.
+    """
+    inputs = dict(batch.inputs)
+    columns = inputs["input_ids"].shape[1]
+    first = inputs["thought_span"][0] if inputs["thought_span"] else max(1, columns - size.n_thoughts)
+    if size.n_thoughts:
+        inputs["thought_span"] = (first, first + size.n_thoughts)
+    missing = max(0, first + size.n_thoughts - columns, 2 - columns)
+    values = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED, "position_ids": 0}
+    for name, value in values.items():
+        inputs[name] = torch.nn.functional.pad(inputs[name], (0, missing), value=value)
+    rows = inputs["supervised"] // columns
+    # Column 1 of the first row: it follows the first token of a question, or of a filler, and has no label there.
+    added = torch.ones(size.n_targets - len(rows), dtype=torch.long)
+    inputs["supervised"] = torch.cat([inputs["supervised"] + rows * missing, added])
+    return batch._replace(inputs=inputs)
+
+
+def training_sequence(row: dict[str, Any], layout: Layout, tokens: Tokens) -> TokenSequence:
+    """question [start] thoughts [end] remaining steps, answer; everything before the steps is unsupervised."""
+    opening = prompt_sequence(row, layout.n_thoughts, tokens)
+    steps = [token for step in row["steps_ids"][layout.n_skip :] for token in step]
+    return replace(opening, ids=opening.ids + steps[layout.n_drop :] + row["answer_ids"])
+
+
+def prompt_sequence(row: dict[str, Any], n_thoughts: int, tokens: Tokens) -> TokenSequence:
+    """question [start] thoughts [end]; pauses stand like thoughts and count as ordinary tokens."""
+    start = [] if tokens.start_latent is None else [tokens.start_latent]
+    end = [] if tokens.end_latent is None else [tokens.end_latent]
+    middle = [] if tokens.latent is None else [tokens.latent] * n_thoughts
+    question = row["question_ids"] + start
+    ids = question + middle + end
+    return TokenSequence(ids, len(question), 0 if tokens.is_pause else len(middle), len(ids))
+
+
+def shuffle_facts(ids: list[int], tokens: Tokens, draw: random.Random) -> list[int]:
+    """A question with its facts in another order: each ends with `fact_end`, and what follows the last one stays."""
+    first = int(ids[0] == tokens.bos)
+    ends = [place + 1 for place, token in enumerate(ids) if token == tokens.fact_end]
+    facts = [ids[start:end] for start, end in zip([first, *ends], ends)]
+    draw.shuffle(facts)
+    return ids[:first] + [token for fact in facts for token in fact] + ids[ends[-1] if ends else first :]
+
+
+def collate_training(sequences: Sequence[TokenSequence], indices: list[int], pad: int) -> Batch:
+    """Left-pad until all first thoughts stand in one column, right-pad the rest.
+
+    Rows without thoughts get no left padding. No rows at all gives a filler: one unsupervised token, so that every
+    rank runs the same number of micro-batches.
+    """
+    if not sequences:
+        filler = _collate([TokenSequence([pad], 0, 0, 1)], [0], indices, pad)
+        return filler._replace(n_tokens=0)
+    with_thoughts = [each for each in sequences if each.n_thoughts]
+    column = max((each.first_thought for each in with_thoughts), default=0)
+    offsets = [column - each.first_thought if each.n_thoughts else 0 for each in sequences]
+    return _collate(sequences, offsets, indices, pad)
+
+
+def collate_prompts(sequences: Sequence[TokenSequence], indices: list[int], pad: int) -> Batch:
+    """Left-pad so that every prompt ends in the same column."""
+    width = max(len(each.ids) for each in sequences)
+    return _collate(sequences, [width - len(each.ids) for each in sequences], indices, pad)
+
+
+def _collate(sequences: Sequence[TokenSequence], offsets: list[int], indices: list[int], pad: int) -> Batch:
+    shape = (len(sequences), max(offset + len(each.ids) for each, offset in zip(sequences, offsets)))
+    input_ids = torch.full(shape, pad)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    spans = []
+    for row, (each, offset) in enumerate(zip(sequences, offsets)):
+        end = offset + len(each.ids)
+        input_ids[row, offset:end] = torch.tensor(each.ids)
+        attention_mask[row, offset:end] = 1
+        position_ids[row, offset:end] = torch.arange(len(each.ids))
+        labels[row, offset + each.first_target : end] = input_ids[row, offset + each.first_target : end]
+        if each.n_thoughts:
+            first = offset + each.first_thought
+            spans.append((first, first + each.n_thoughts))
+    counts = labels != IGNORED
+    counts[:, 0] = False
+    supervised = counts.flatten().nonzero().flatten()
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "position_ids": position_ids,
+        "thought_span": (min(first for first, _ in spans), max(end for _, end in spans)) if spans else (),
+        "supervised": supervised,
+    }
+    return Batch(inputs, len(supervised), sum(len(each.ids) for each in sequences), indices)
+
+
+def to_device(inputs: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """Tensors on `device`, or on this rank's; other values unchanged."""
+    device = device or distributed.device()
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in inputs.items()
+    }

@@ -1,0 +1,190 @@
+"""What is doubtful in a set that can be used: answers that cannot be read back, unknown words, empty steps, repeats.
+
+Each finding is one line with a count, the first record (from 0) and what to do; of a clean set there is none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from coconut_ds.data.answers import before_eos, clean_answer, clean_chain, given_answer, given_chain, target, text_of
+from coconut_ds.data.plain_text import rows_with, unknown_words
+from coconut_ds.data.records import target_ids
+
+Record = dict[str, Any]
+
+_QUOTED = 60
+_MOST_WORDS = 3
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+
+def doubts(
+    path: str, records: Sequence[Record], examples: Dataset, tokenizer: PreTrainedTokenizerBase, is_evaluated: bool
+) -> list[str]:
+    """What is doubtful in `records`, of which `examples` are the tokens.
+
+    Answers of an evaluated set are read back from their tokens, those of a training set from their text.
+    """
+    written: Iterable[tuple[int, str]]
+    if is_evaluated:
+        rows = examples.select_columns(["steps_ids", "answer_ids"])
+        texts = (_text([*chain.from_iterable(row["steps_ids"]), *row["answer_ids"]], tokenizer) for row in rows)
+        written = zip(range(len(records)), texts)
+    else:
+        # A text without a # of its own is read back whatever else it holds.
+        written = ((i, target(each["steps"], each["answer"])) for i, each in enumerate(records) if _has_hash(each))
+    return [
+        *_unread(path, records, written),
+        *_unknown(path, records, examples, tokenizer),
+        *_empty_steps(path, records),
+        *_repeated(path, records),
+        *(_apart_by_commas(path, records) if is_evaluated else ()),
+    ]
+
+
+def unread(path: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, first: int = 0) -> list[str]:
+    """Answers and chains that evaluation could not read in their own tokens; `first` is the index of the first record.
+
+    For commands that take a file without training on it.
+    """
+    texts = (_text(target_ids(each, tokenizer), tokenizer) for each in records)
+    return list(_unread(path, records, enumerate(texts), first))
+
+
+def _has_hash(record: Record) -> bool:
+    return "#" in record["answer"] or any("#" in step for step in record["steps"])
+
+
+def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return text_of(before_eos(ids, tokenizer), tokenizer)
+
+
+def _unread(path: str, records: Sequence[Record], written: Iterable[tuple[int, str]], first: int = 0) -> Iterator[str]:
+    """`written`: the place of a record, and the text a model writes that gives exactly its steps and answer."""
+    answers, chains = [], []
+    for place, text in written:
+        record, index = records[place], first + place
+        expected, steps = clean_answer(record["answer"]), clean_chain(record["steps"])
+        if (given := given_answer(text, expected)) != expected:
+            answers.append(f"record {index}: {_quoted(expected)} is read as {_quoted(given)}")
+        if (given := given_chain(text, steps)) != steps:
+            chains.append(f"record {index}: {_quoted(steps)} is read as {_quoted(given)}")
+    yield from _line(
+        path,
+        records,
+        "answers cannot be read back from their own tokens, so that nothing a model writes is right",
+        answers,
+        "write them in words and signs the tokenizer keeps, without a line that begins with ###",
+    )
+    yield from _line(
+        path,
+        records,
+        "chains of steps cannot be read back from their own tokens and do not count as a chain match",
+        chains,
+        "write them in words and signs the tokenizer keeps; the accuracy does not depend on it",
+    )
+
+
+def _unknown(
+    path: str, records: Sequence[Record], examples: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str]:
+    if tokenizer.unk_token_id is None:
+        return
+    keys = ("question", "steps", "answer")
+    rows = sorted({row for key in keys for row in rows_with([tokenizer.unk_token_id], key, examples, tokenizer)})
+    found = [f"record {row}" for row in rows]
+    if rows:
+        record = records[rows[0]]
+        texts = [record["question"], *record["steps"], record["answer"]]
+        words = list(dict.fromkeys(word for text in texts for word in unknown_words(text, tokenizer)))[:_MOST_WORDS]
+        found[0] += f": {', '.join(map(repr, words))}" if words else ""
+    yield from _line(
+        path,
+        records,
+        f"records have words without a token, read as {tokenizer.unk_token}",
+        found,
+        "train a tokenizer on data that has them, or use a model that knows them",
+    )
+
+
+def _empty_steps(path: str, records: Sequence[Record]) -> Iterator[str]:
+    found = [f"record {index}" for index, each in enumerate(records) if not all(map(str.strip, each["steps"]))]
+    yield from _line(
+        path,
+        records,
+        "records have steps that are empty or only spaces",
+        found,
+        "each counts as a step and is replaced by thoughts; leave them out of the lists",
+    )
+
+
+def _repeated(path: str, records: Sequence[Record]) -> Iterator[str]:
+    first_of: dict[str, int] = {}
+    repeated, contradicting = [], []
+    for index, record in enumerate(records):
+        first = first_of.setdefault(record["question"], index)
+        if first == index:
+            continue
+        other = records[first]
+        if clean_answer(record["answer"]) != clean_answer(other["answer"]):
+            contradicting.append(f"record {index} and record {first}")
+        elif record["steps"] == other["steps"]:
+            repeated.append(f"record {index} is record {first}")
+    yield from _line(path, records, "records repeat another one", repeated, "leave them out")
+    yield from _line(
+        path,
+        records,
+        "records have the question of another one and another answer",
+        contradicting,
+        "at most one of them can be right",
+    )
+
+
+def _apart_by_commas(path: str, records: Sequence[Record]) -> Iterator[str]:
+    """Commas between thousands are no difference."""
+    first_of: dict[str, tuple[int, str]] = {}
+    found = []
+    for index, record in enumerate(records):
+        answer = _THOUSANDS.sub("", record["answer"].strip())
+        first, other = first_of.setdefault(clean_answer(answer), (index, answer))
+        if answer != other:
+            found.append(f"record {index}: {_quoted(record['answer'])} and record {first}: {_quoted(other)}")
+    yield from _line(
+        path,
+        records,
+        "answers differ from another one by commas alone, which the comparison leaves out",
+        found,
+        "write them so that they differ without commas",
+    )
+
+
+def shared_questions(
+    path: str, records: Sequence[Record], other_path: str, other_records: Sequence[Record]
+) -> list[str]:
+    """Questions of an evaluated set that stand in the training set, too."""
+    known = {each["question"] for each in other_records}
+    found = [f"record {index}" for index, each in enumerate(records) if each["question"] in known]
+    return list(
+        _line(
+            path,
+            records,
+            f"questions stand in {other_path}, too",
+            found,
+            "leave them out of one, or the accuracy says nothing about new questions",
+        )
+    )
+
+
+def _line(path: str, records: Sequence[Record], what: str, found: Sequence[str], advice: str) -> Iterator[str]:
+    if found:
+        yield f"{path}: {len(found)} of {len(records)} {what} (first: {found[0]}); {advice}"
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= _QUOTED else f"{text[:_QUOTED]} ..")

@@ -1,0 +1,193 @@
+"""Per-stage loaders over one tokenized set: seeded training windows, evaluation without repeats."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow.compute
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+from coconut_ds.config.run_config import BatchSizes
+from coconut_ds.data.batches import (
+    Batch,
+    Size,
+    Tokens,
+    collate_prompts,
+    collate_training,
+    grown,
+    prompt_sequence,
+    shuffle_facts,
+    training_sequence,
+)
+from coconut_ds.data.stages import Curriculum
+
+POOL = 128
+"""Examples that are sorted by length together at least."""
+
+ID_COLUMNS = ["question_ids", "steps_ids", "answer_ids"]
+
+
+class TrainingWindows(torch.utils.data.Dataset):
+    """One epoch of one rank: item w is the list of micro-batches of optimizer step w (an accumulation window).
+
+    The order is a permutation fixed by (seed, epoch); window w holds the same examples whatever the number of ranks
+    and the micro-batch size, as long as their product with the accumulation is the same. Every rank gets the same
+    number of micro-batches; where examples run out, the missing ones are fillers without a supervised token.
+
+    With `group_by_length` the examples of a window are sorted by question length, longest first, before they are dealt
+    to micro-batches: less padding, the same optimizer step. Windows of fewer than `POOL` examples are cut from sorted
+    pools of at least that many, and come in random order.
+
+    With `in_step` micro-batches make as many passes on every rank, as ZeRO-3 demands: those of the rank with the most.
+    """
+
+    def __init__(
+        self,
+        examples: Dataset,
+        curriculum: Curriculum,
+        tokens: Tokens,
+        sizes: BatchSizes,
+        rank: int,
+        epoch: int,
+        group_by_length: bool = True,
+        in_step: bool = False,
+    ):
+        self._in_step = in_step
+        self._examples = examples.select_columns(ID_COLUMNS)
+        self._curriculum = curriculum
+        self._tokens = tokens
+        self._sizes = sizes
+        self._rank = rank
+        self._epoch = epoch
+        generator = torch.Generator().manual_seed(_mix(curriculum.seed, epoch))
+        order = torch.randperm(len(examples), generator=generator)
+        if group_by_length:
+            order = _grouped(order, _question_lengths(self._examples), sizes.total, generator)
+        self._order: list[int] = order.tolist()
+
+    def __len__(self) -> int:
+        return windows_per_epoch(len(self._order), self._sizes)
+
+    def __getitem__(self, window: int) -> list[Batch]:
+        if not 0 <= window < len(self):
+            raise IndexError(f"window {window} of an epoch of {len(self)}")
+        sizes = self._sizes
+        chosen = self._order[window * sizes.total : (window + 1) * sizes.total]
+        at_once = sizes.micro * sizes.world
+        progress = window / len(self)
+        return [self._of_rank(chosen[start : start + at_once], progress) for start in range(0, len(chosen), at_once)]
+
+    def _of_rank(self, indices: list[int], progress: float) -> Batch:
+        """This rank's micro-batch of those that all ranks feed at once."""
+        micro = self._sizes.micro
+        mine = slice(self._rank * micro, (self._rank + 1) * micro)
+        if not self._in_step:
+            return self._micro_batch(indices[mine], progress)
+        ranks = range(self._sizes.world)
+        all_of_them = [self._micro_batch(indices[rank * micro : (rank + 1) * micro], progress) for rank in ranks]
+        size = functools.reduce(operator.or_, map(Size.of, all_of_them))
+        return grown(all_of_them[self._rank], size, self._tokens.pad)
+
+    def _micro_batch(self, indices: list[int], progress: float) -> Batch:
+        sequences = []
+        for index, row in zip(indices, _rows(self._examples, indices)):
+            layout = self._curriculum.training_layout(len(row["steps_ids"]), self._epoch, index, progress)
+            if self._tokens.fact_end is not None:
+                draw = random.Random(f"{self._curriculum.seed}/{self._epoch}/{index}/facts")
+                row["question_ids"] = shuffle_facts(row["question_ids"], self._tokens, draw)
+            sequences.append(training_sequence(row, layout, self._tokens))
+        return collate_training(sequences, indices, self._tokens.pad)
+
+
+def _grouped(order: torch.Tensor, lengths: torch.Tensor, total: int, generator: torch.Generator) -> torch.Tensor:
+    """`order` (N,) with windows of `total` examples of like length, longest first within each; lengths (N,)."""
+    grouped = []
+    for pool in order.split(total * max(1, -(-POOL // total))):
+        by_length = pool[lengths[pool].argsort(descending=True, stable=True)]
+        windows = by_length.split(total)
+        whole = [windows[place] for place in torch.randperm(len(pool) // total, generator=generator)]
+        # A smaller window can only be the last of the epoch.
+        grouped += [*whole, *windows[len(whole) :]]
+    return torch.cat(grouped)
+
+
+def _question_lengths(examples: Dataset) -> torch.Tensor:
+    """Tokens of each question, (N,), read from the offsets of the Arrow column without touching the tokens."""
+    table = examples.select_columns("question_ids").with_format("arrow")[:]
+    return torch.tensor(pyarrow.compute.list_value_length(table["question_ids"]).to_numpy())
+
+
+def windows_per_epoch(n_examples: int, sizes: BatchSizes) -> int:
+    """Optimizer steps in an epoch; the last one may be smaller."""
+    return -(-n_examples // sizes.total)
+
+
+def training_loader(windows: TrainingWindows, first_window: int = 0) -> DataLoader:
+    """Loader over the accumulation windows of an epoch, from `first_window` on."""
+    return DataLoader(windows, batch_size=None, sampler=range(first_window, len(windows)), **_loading())
+
+
+def loss_loader(
+    examples: Dataset, curriculum: Curriculum, tokens: Tokens, stage: int, batch_size: int, rank: int, world: int
+) -> DataLoader:
+    """This rank's share of a set in the training layout of `stage`, every example once over all ranks."""
+
+    def collate(indices: list[int], rows: list[dict[str, Any]]) -> Batch:
+        layouts = [curriculum.layout(stage, len(row["steps_ids"])) for row in rows]
+        sequences = [training_sequence(row, layout, tokens) for row, layout in zip(rows, layouts)]
+        return collate_training(sequences, indices, tokens.pad)
+
+    return _evaluation_loader(examples, collate, batch_size, rank, world)
+
+
+def prompt_loader(
+    examples: Dataset, curriculum: Curriculum, tokens: Tokens, stage: int, batch_size: int, rank: int, world: int
+) -> DataLoader:
+    """This rank's share of a set as prompts of `stage`, every example once over all ranks."""
+
+    def collate(indices: list[int], rows: list[dict[str, Any]]) -> Batch:
+        counts = [curriculum.prompt_thoughts(stage, len(row["steps_ids"])) for row in rows]
+        sequences = [prompt_sequence(row, count, tokens) for row, count in zip(rows, counts)]
+        return collate_prompts(sequences, indices, tokens.pad)
+
+    return _evaluation_loader(examples, collate, batch_size, rank, world)
+
+
+def _evaluation_loader(
+    examples: Dataset, collate: Callable[[list[int], list[dict]], Batch], batch_size: int, rank: int, world: int
+) -> DataLoader:
+    columns = examples.select_columns(ID_COLUMNS)
+    # Like lengths together, so that little is padded; dealt out in turn, so that every rank has about as much to do.
+    mine = _question_lengths(columns).argsort(stable=True)[rank::world].tolist()
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    return DataLoader(
+        batches,  # type: ignore[arg-type]
+        batch_size=None,
+        collate_fn=lambda indices: collate(indices, _rows(columns, indices)),
+        **_loading(),
+    )
+
+
+def _rows(examples: Dataset, indices: list[int]) -> list[dict[str, Any]]:
+    if not indices:
+        return []
+    columns = examples[indices]
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def _mix(seed: int, epoch: int) -> int:
+    return seed * 1_000_003 + epoch
+
+
+def _loading() -> dict[str, Any]:
+    """Beside a GPU a worker collates ahead into pinned memory; on a CPU it would take the ranks' cores."""
+    # Of its own: a loader draws a number when it starts, which a run that goes on within an epoch would draw twice.
+    generator = {"generator": torch.Generator()}
+    ahead = {"num_workers": 1, "prefetch_factor": 2, "pin_memory": True} if torch.cuda.is_available() else {}
+    return generator | ahead

@@ -1,0 +1,136 @@
+"""Text that a tokenizer keeps as text: no token the sequences are built with, no word without a token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from coconut_ds.data.answers import answer_line, step_line
+from coconut_ds.data.markers import MARKERS
+from coconut_ds.data.records import DataError
+
+_COLUMNS = {"question": "question_ids", "steps": "steps_ids", "answer": "answer_ids"}
+
+
+def reserved_in(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, key: str = "question") -> str | None:
+    """A token sequences are built with (end, begin, padding, markers) that `text`, tokenized as `ids`, holds.
+
+    What the tokenizer adds by itself does not count, nor what its chat template writes in a question.
+    """
+    added = tokenizer("\n")["input_ids"]
+    for token, name in _reserved(tokenizer, key).items():
+        # An unknown word may be the same token.
+        if list(ids).count(token) > added.count(token) and (token != tokenizer.unk_token_id or name in text):
+            return name
+    return None
+
+
+def _reserved(tokenizer: PreTrainedTokenizerBase, key: str) -> dict[int, str]:
+    """Tokens that sequences are built with, as far as the tokenizer has them and the text of a key may not."""
+    chat = str(getattr(tokenizer, "chat_template", None) or "") if key == "question" else ""
+    special = [tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token]
+    found: dict[int, str] = {}
+    for name in (*(each for each in special if each is not None and each not in chat), *MARKERS):
+        token: Any = tokenizer.convert_tokens_to_ids(name)
+        # Of a token that is not there the id is None, or that of unknown words.
+        if token is not None and (token != tokenizer.unk_token_id or name == tokenizer.unk_token):
+            found[token] = str(name)
+    return found
+
+
+def demand_plain_text(path: str, examples: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check a set as `tokenize` makes it.
+
+    Raises DataError for the first record that holds a reserved token, or whose question or answer leaves no token.
+    """
+    for key in _COLUMNS:
+        for row in rows_with(list(_reserved(tokenizer, key)), key, examples, tokenizer):
+            name = _name_in(key, examples[row][key], tokenizer)
+            if name is not None:
+                raise DataError(
+                    f"{path}: record {row}: key {key!r} holds {name!r}, a token that sequences are built with; write "
+                    "it otherwise or leave the record out"
+                )
+    for key in ("question", "answer"):
+        empty = _row_without_text(key, examples, tokenizer)
+        if empty is not None:
+            raise DataError(
+                f"{path}: record {empty}: key {key!r}: the tokenizer makes nothing of {examples[empty][key]!r}; use "
+                "another model or leave the record out"
+            )
+
+
+def _name_in(key: str, value: str | list[str], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    texts = [value] if isinstance(value, str) else list(map(step_line, value))
+    if key == "answer":
+        texts = list(map(answer_line, texts))
+    names = (reserved_in(text, tokenizer(text)["input_ids"], tokenizer, key) for text in texts)
+    return next((name for name in names if name is not None), None)
+
+
+def rows_with(wanted: Sequence[int], key: str, examples: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Rows in which the text of a key has one of the tokens `wanted`, not counting those that every text is given."""
+    given = _given_to_all(key, tokenizer)
+    found: list[int] = []
+    first = 0
+    for n_rows, rows, tokens in _chunks(examples, _COLUMNS[key]):
+        has = np.zeros(n_rows, dtype=bool)
+        if np.isin(tokens, wanted).any():
+            for token in wanted:
+                has |= np.bincount(rows[tokens == token], minlength=n_rows) > given.count(token)
+        found += (has.nonzero()[0] + first).tolist()
+        first += n_rows
+    return found
+
+
+def _row_without_text(key: str, examples: Dataset, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The first row with no other tokens than those that stand around a text."""
+    frame = answer_line("") if key == "answer" else "\n"
+    end = [tokenizer.eos_token_id] if key == "answer" else []
+    frames = tokenizer([frame, frame.strip(" ")], add_special_tokens=key == "question")["input_ids"]
+    # Where a space alone is unknown, it looks like a word that is: that one stays, and is warned of.
+    empty = [[*tokens, *end] for tokens in frames if tokenizer.unk_token_id not in tokens]
+    around = [token for tokens in empty for token in tokens]
+    first = 0
+    for n_rows, rows, tokens in _chunks(examples, _COLUMNS[key]):
+        others = np.bincount(rows[~np.isin(tokens, around)], minlength=n_rows)
+        # An answer may be a # itself.
+        for row in (others == 0).nonzero()[0].tolist():
+            if tokens[rows == row].tolist() in empty:
+                return first + int(row)
+        first += n_rows
+    return None
+
+
+def _given_to_all(key: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a key's column whatever its text, as far as they may be special."""
+    if key == "question":
+        return list(tokenizer("\n")["input_ids"])
+    return [tokenizer.eos_token_id] if key == "answer" else []
+
+
+def _chunks(examples: Dataset, column: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Of each chunk of a column: its number of rows, and of all tokens (N,) the row, from 0, and the token."""
+    for chunk in examples.select_columns(column).with_format("arrow")[:][column].chunks:
+        n_rows, rows = len(chunk), np.arange(len(chunk))
+        while pyarrow.types.is_nested(chunk.type):
+            rows = rows[pyarrow.compute.list_parent_indices(chunk).to_numpy()]
+            chunk = chunk.flatten()
+        yield n_rows, rows, chunk.to_numpy(zero_copy_only=False)
+
+
+def unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Words of a text that the tokenizer has no token for, each once, in order."""
+    if tokenizer.unk_token_id is None or not tokenizer.is_fast:
+        return []
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    places = zip(encoded["input_ids"], encoded["offset_mapping"])
+    words = (text[start:end].strip() for token, (start, end) in places if token == tokenizer.unk_token_id)
+    # A BOS that is the same token stands for no word.
+    return [word for word in dict.fromkeys(words) if word]

@@ -1,0 +1,170 @@
+"""JSON records -> checked, tokenized examples in an Arrow table. Tokenized once; stages are views made on the fly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from coconut_ds import strict_json
+from coconut_ds.data.answers import answer_line, clean_answer, step_line
+from coconut_ds.data.stages import Curriculum
+from coconut_ds.errors import InputError, did_you_mean
+
+KEYS = ("question", "steps", "answer")
+_TOKENIZATION = 1
+"""Raised when `_tokenize_batch` changes, so that tables made before are not read."""
+
+
+class DataError(InputError):
+    """A data file that cannot be used."""
+
+
+def read_records(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Read and check a JSON list of records with the keys question, steps, answer.
+
+    Raises DataError naming the file, the index of the record (from 0) and the key.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            records = json.load(file)
+    except OSError as error:
+        message = f"{path}: cannot be read: {error.strerror}; data/README.md says how to get or make the data"
+        raise DataError(message) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        what = "is empty" if not Path(path).read_text(encoding="utf-8-sig").strip() else f"is not JSON: {error}"
+        raise DataError(f"{path}: {what}; it must hold a JSON list of records") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; lists in lists without end
+        raise DataError(f"{path}: {error}; it must hold a JSON list of records") from None
+    if not isinstance(records, list) or not records:
+        found = "an empty list" if records == [] else f"a JSON {type(records).__name__}"
+        raise DataError(f"{path}: must hold a list of records with {', '.join(KEYS)}; found {found}")
+    records = records[:limit]
+    for index, record in enumerate(records):
+        problem = _problem_with(record)
+        if problem:
+            raise DataError(f"{path}: record {index}: {problem}")
+    return records
+
+
+def _problem_with(record: Any) -> str | None:
+    if not isinstance(record, dict):
+        return f"must be an object with {', '.join(KEYS)}, found {type(record).__name__}"
+    for key in KEYS:
+        if key not in record:
+            return f"key {key!r} is missing{did_you_mean(key, record)}"
+    for key in ("question", "answer"):
+        if not isinstance(record[key], str):
+            return f"key {key!r} must be text, found {type(record[key]).__name__} {record[key]!r}"
+        if not record[key].strip():
+            return f"key {key!r} is empty"
+        if not _is_unicode(record[key]):
+            return f"key {key!r} holds half of a surrogate pair, which is no text: {record[key]!r}"
+    if not clean_answer(record["answer"]):
+        return f"key 'answer' has only commas, which the comparison leaves out: {record['answer']!r}"
+    if not isinstance(record["steps"], list):
+        return f"key 'steps' must be a list of texts, found {type(record['steps']).__name__} {record['steps']!r}"
+    for number, step in enumerate(record["steps"]):
+        if not isinstance(step, str):
+            return f"key 'steps': entry {number} must be text, found {type(step).__name__} {step!r}"
+        if not _is_unicode(step):
+            return f"key 'steps': entry {number} holds half of a surrogate pair, which is no text: {step!r}"
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    """False for what JSON can escape, such as backslash-ud800 alone, and UTF-8 and tokenizers cannot take."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def tokenize(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Tokenize each part apart: question + newline, each step + newline, "### " + answer, EOS.
+
+    Columns: question_ids (list of ids), steps_ids (list of lists), answer_ids, and the texts question, steps, answer.
+    The table is kept on disk beside the caches of `datasets` (`HF_DATASETS_CACHE`), under a hash of the texts and the
+    tokenizer, and read from there the next time.
+    """
+    texts = Dataset.from_list([{key: record[key] for key in KEYS} for record in records])
+    name = _content_hash(records, tokenizer)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "coconut_ds"
+    folder.mkdir(parents=True, exist_ok=True)
+    return texts.map(
+        _tokenize_batch,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer},
+        cache_file_name=str(folder / f"{name}.arrow"),
+        new_fingerprint=name,
+    )
+
+
+def _content_hash(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+    texts = [[record[key] for key in KEYS] for record in records]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else f"{tokenizer!r} {sorted(tokenizer.get_vocab().items())}"
+    content = strict_json.dumps([_TOKENIZATION, type(tokenizer).__name__, rules, tokenizer.special_tokens_map, texts])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _tokenize_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    def ids(texts: Iterable[str], special: bool) -> list[list[int]]:
+        texts = list(texts)
+        return tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
+
+    flat_steps = iter(ids((step_line(step) for steps in batch["steps"] for step in steps), special=False))
+    return {
+        "question_ids": ids((question + "\n" for question in batch["question"]), special=True),
+        "steps_ids": [[next(flat_steps) for _ in steps] for steps in batch["steps"]],
+        "answer_ids": [
+            [*answer, tokenizer.eos_token_id] for answer in ids(map(answer_line, batch["answer"]), special=False)
+        ],
+    }
+
+
+def target_ids(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of all steps and the answer of one record, EOS included, as `tokenize` makes them."""
+    row = _tokenize_batch({key: [record[key]] for key in KEYS}, tokenizer)
+    return [*(token for step in row["steps_ids"][0] for token in step), *row["answer_ids"][0]]
+
+
+def longest_prompt(examples: Dataset, curriculum: Curriculum) -> int:
+    """Columns of the longest evaluation prompt of any stage."""
+    rows = examples.select_columns(["question_ids", "steps_ids"])
+    last = curriculum.max_latent_stage + 1
+    return curriculum.n_markers + max(
+        len(row["question_ids"]) + curriculum.prompt_thoughts(last, len(row["steps_ids"])) for row in rows
+    )
+
+
+def check_lengths(
+    path: str | Path, examples: Dataset, curriculum: Curriculum, n_positions: int, new_tokens: int
+) -> None:
+    """Raise DataError for the first example that does not fit the model's positions, in training or when decoding.
+
+    The training bound is the longest layout of any stage; the decoding bound the longest prompt plus `new_tokens`.
+    """
+    for index, row in enumerate(examples.select_columns(["question_ids", "steps_ids", "answer_ids"])):
+        steps = [len(step) for step in row["steps_ids"]]
+        prompt = len(row["question_ids"]) + curriculum.n_markers
+        layouts = curriculum.layouts(len(steps))
+        middle = max(each.n_thoughts + sum(steps[each.n_skip :]) for each in layouts)
+        training = prompt + middle + len(row["answer_ids"])
+        if training > n_positions:
+            raise DataError(
+                f"{path}: record {index}: key 'question' and 'steps': {training} tokens with thoughts and answer, "
+                f"the model has {n_positions} positions; leave the record out or use a model with more"
+            )
+        decoding = prompt + max(each.n_thoughts for each in layouts) + new_tokens
+        if decoding > n_positions:
+            raise DataError(
+                f"{path}: record {index}: key 'question': a prompt of {decoding - new_tokens} tokens and "
+                f"max_new_tokens {new_tokens} need {decoding} positions, the model has {n_positions}; lower "
+                "max_new_tokens"
+            )

@@ -1,0 +1,118 @@
+"""The curriculum: which steps of an example are replaced by how many thoughts, in which epoch. No torch here."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+
+from coconut_ds.config.methods import METHODS, Method, Traits
+from coconut_ds.config.run_config import IcotConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one example is laid out: `n_thoughts` thoughts (or pauses) stand in place of the first `n_skip` steps.
+
+    Of the tokens of the steps that are left, the first `n_drop` are left out.
+    """
+
+    n_skip: int
+    n_thoughts: int
+    n_drop: int = 0
+
+
+_EVERYTHING = 2**31
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """The schedule of a run, and the layouts it asks for (section 3 of arXiv 2412.06769; iCoT: 2405.14838)."""
+
+    method: Method
+    thoughts_per_step: int
+    epochs_per_stage: int
+    max_latent_stage: int
+    pad_latent_to_max: bool
+    uniform_prob: float
+    seed: int
+    icot: IcotConfig = field(default_factory=IcotConfig)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Curriculum:
+        return cls(
+            method=config.method,
+            thoughts_per_step=config.thoughts_per_step,
+            epochs_per_stage=config.epochs_per_stage,
+            max_latent_stage=config.max_latent_stage,
+            pad_latent_to_max=config.pad_latent_to_max,
+            uniform_prob=config.uniform_prob,
+            seed=config.seed,
+            icot=config.icot or IcotConfig(),
+        )
+
+    @property
+    def traits(self) -> Traits:
+        return METHODS[self.method]
+
+    @property
+    def n_markers(self) -> int:
+        """Marker tokens of a sequence."""
+        return 2 if self.traits.has_markers else 0
+
+    def stage(self, epoch: int) -> int:
+        """Stage of an epoch counted from 0. Without a curriculum it is always the first, or with thoughts the last."""
+        if self.traits.steps == "kept":
+            return 0
+        if self.traits.steps == "dropped":
+            return 0 if self.traits.thoughts == "none" else self.max_latent_stage + 1
+        return epoch // self.epochs_per_stage
+
+    def layout(self, stage: int, n_steps: int) -> Layout:
+        """Layout of an example with `n_steps` steps in `stage`, for the validation loss and, mostly, in training."""
+        if self.traits.steps == "dropped by token":
+            return Layout(0, 0, self._removed(stage))
+        if self.traits.steps != "dropped" and stage <= self.max_latent_stage:
+            return Layout(n_skip=min(stage, n_steps), n_thoughts=stage * self.thoughts_per_step)
+        return Layout(n_skip=n_steps, n_thoughts=self._most_stages(n_steps) * self.thoughts_per_step)
+
+    def training_layout(self, n_steps: int, epoch: int, index: int, progress: float = 0.0) -> Layout:
+        """Layout of training example `index` in `epoch`, of which the share `progress` (below 1) is done.
+
+        `layout`, or with probability `uniform_prob` that of a stage drawn from 0..n_steps. Under icot the share counts,
+        and a few more tokens may go. Draws depend on (seed, epoch, index) alone, so that ranks, workers and resumed
+        runs agree on them.
+        """
+        stage = self.stage(epoch)
+        if self.traits.steps == "dropped by token":
+            extra = self._smoothing(random.Random(f"{self.seed}/{epoch}/{index}"))
+            return Layout(0, 0, self._removed((epoch + progress) / self.epochs_per_stage, extra))
+        if self.uniform_prob:
+            draw = random.Random(f"{self.seed}/{epoch}/{index}")
+            if draw.random() < self.uniform_prob:
+                stage = draw.randint(0, n_steps)
+        return self.layout(stage, n_steps)
+
+    def layouts(self, n_steps: int) -> set[Layout]:
+        """Every layout an example can have in a run, but for the tokens icot removes."""
+        if self.traits.steps != "replaced by stage":
+            return {self.layout(self.stage(0), n_steps)}
+        return {self.layout(stage, n_steps) for stage in range(self.max_latent_stage + 2)}
+
+    def prompt_thoughts(self, stage: int, n_steps: int) -> int:
+        """Number of thoughts in the evaluation prompt of an example with `n_steps` steps."""
+        return min(stage, self._most_stages(n_steps)) * self.thoughts_per_step
+
+    def _most_stages(self, n_steps: int) -> int:
+        return self.max_latent_stage if self.pad_latent_to_max else min(n_steps, self.max_latent_stage)
+
+    def _removed(self, stages: float, extra: int = 0) -> int:
+        """Tokens of the chain that are gone after `stages` stages, not all of them whole."""
+        removed = math.floor(stages * self.icot.tokens_per_stage)
+        is_over = self.icot.all_beyond is not None and removed >= self.icot.all_beyond
+        return _EVERYTHING if is_over else removed + extra
+
+    def _smoothing(self, draw: random.Random) -> int:
+        """Geometric: P(o) is proportional to exp(-lambda o)."""
+        rate = self.icot.smoothing
+        return 0 if rate is None else math.floor(-math.log(1.0 - draw.random()) / rate)

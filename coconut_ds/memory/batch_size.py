@@ -1,0 +1,159 @@
+"""`batch_size_training: auto` and `eval_batch_size: auto`: the largest batch the memory holds."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import torch
+from datasets import Dataset
+
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.data.batches import Tokens, TokenSequence, to_device
+from coconut_ds.data.stages import Curriculum
+from coconut_ds.errors import InputError
+from coconut_ds.memory.activations import batch_of, measure, predicted_peak, widest_sequence
+from coconut_ds.memory.model_states import model_states
+from coconut_ds.model.coconut import Coconut
+from coconut_ds.runs.terminal import say
+from coconut_ds.runtime import distributed
+
+USABLE_SHARE = 0.9
+"""Of the memory; the rest is for fragments, the CUDA context's workspaces and what the meter cannot see."""
+_MOST_EVAL_ROWS = 256
+
+
+def memory_budget() -> int:
+    """Bytes this rank may use: its GPU's free memory, else its share of the free host memory."""
+    if torch.cuda.is_available():
+        return int(USABLE_SHARE * torch.cuda.mem_get_info(distributed.device())[0])
+    ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return int(USABLE_SHARE * psutil.virtual_memory().available / ranks_here)
+
+
+def distinct_stages(config: RunConfig, curriculum: Curriculum) -> list[int]:
+    """The stages of a run that have layouts of their own, in order."""
+    stages = {curriculum.stage(epoch) for epoch in range(config.resume, config.num_epochs)}
+    return sorted({min(stage, curriculum.max_latent_stage + 1) for stage in stages})
+
+
+def choose_micro_batch(
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    model: Coconut,
+    examples: Dataset,
+    curriculum: Curriculum,
+    tokens: Tokens,
+) -> int:
+    """The largest micro-batch that divides `train_batch_size` over the ranks and fits in every stage of the run.
+
+    Predicted on every rank, tried on a GPU with the longest batch there can be, and the smallest over ranks taken.
+    Raises InputError when one example is too much.
+    """
+    world = distributed.world_size()
+    assert config.train_batch_size is not None, "load_run_config demands it for batch_size_training: auto"
+    per_rank = config.train_batch_size // world
+    kept = kept_between_steps(model, ds_config)
+    budget = memory_budget() - kept
+    deciding = deciding_sequences(config, examples, curriculum, tokens)
+    width = width_of_run(ds_config)
+    rows = min(measure(model, sequence, width).most_rows(budget) for sequence in deciding)
+    micro = largest_divisor(per_rank, rows)
+    if torch.cuda.is_available():
+        # A copy: the weights to train keep their precision.
+        micro = tried(copy.deepcopy(model).to(width), deciding, micro, per_rank, kept)
+    micro = distributed.min_over_ranks(micro)
+    if micro == 0:
+        raise InputError(
+            "batch_size_training: auto: not even one example fits beside the model; switch activation_checkpointing "
+            "on, use a deepspeed file that keeps less on the device, or leave long examples out"
+        )
+    say(f"batch_size_training: auto is {micro}: {micro} x {per_rank // micro} accumulated x {world} ranks")
+    return micro
+
+
+def planned_peak(
+    model: Coconut, ds_config: dict[str, Any], sequences: Sequence[TokenSequence], micro: int
+) -> tuple[int, int]:
+    """Bytes of a rank: what is kept between steps, and what a forward and backward over `micro` rows adds at most."""
+    width = width_of_run(ds_config)
+    activations = max(predicted_peak(model, batch_of(sequence, micro), width) for sequence in sequences)
+    return kept_between_steps(model, ds_config), activations
+
+
+def kept_between_steps(model: Coconut, ds_config: dict[str, Any]) -> int:
+    """Bytes of a rank's model states: on its GPU, or on the host where there is none."""
+    parameters = [parameter.numel() for parameter in model.parameters()]
+    states = model_states(ds_config, sum(parameters), max(parameters), distributed.world_size())
+    return states.device if torch.cuda.is_available() else states.device + states.host
+
+
+def deciding_sequences(
+    config: RunConfig, examples: Dataset, curriculum: Curriculum, tokens: Tokens
+) -> list[TokenSequence]:
+    """The longest sequences of the stages that decide whether a run fits."""
+    widest = [widest_sequence(examples, curriculum, stage, tokens) for stage in distinct_stages(config, curriculum)]
+    # Columns cost most, then passes; whichever stage has the most of either decides.
+    longest, most_passes = max(widest, key=lambda each: len(each.ids)), max(widest, key=lambda each: each.n_thoughts)
+    return [longest] if longest == most_passes else [longest, most_passes]
+
+
+def width_of_run(ds_config: dict[str, Any]) -> torch.dtype:
+    """What a run computes in, as far as memory goes: bf16 stands for fp16."""
+    is_wide = not (ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"])
+    return torch.float32 if is_wide else torch.bfloat16
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`; 0 where there is none."""
+    return next((size for size in range(min(number, limit), 0, -1) if number % size == 0), 0)
+
+
+def tried(model: Coconut, sequences: list[TokenSequence], micro: int, per_rank: int, kept: int) -> int:
+    """`micro`, or what is left of it when micro-batches that run out of memory are halved; 0 when none fits."""
+    while micro and not all(_fits(model, sequence, micro, kept) for sequence in sequences):
+        micro = largest_divisor(per_rank, micro // 2)
+    return micro
+
+
+def _fits(model: Coconut, sequence: TokenSequence, rows: int, kept: int) -> bool:
+    device = distributed.device()
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    try:
+        model.to(device)
+        # In place of what the engine will keep beside the weights.
+        reserved = torch.empty(max(0, kept - weights), dtype=torch.uint8, device=device)
+        model(**to_device(batch_of(sequence, rows).inputs)).loss.backward()
+        del reserved
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.to("cpu")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return True
+
+
+@torch.no_grad()
+def choose_eval_batch(model: Coconut, prompt_columns: int, new_tokens: int, n_examples: int) -> int:
+    """Rows of a decoding batch that half of the free memory holds, at most 256 and the set itself.
+
+    A row costs its keys and values up to the last new token, the widest activations of one layer over the prompt, and
+    its logits.
+    """
+    config = model.base_causallm.config
+    width = next(model.parameters()).element_size()
+    columns = prompt_columns + new_tokens
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    cache = 2 * config.num_hidden_layers * columns * key_value_heads * head_size * width
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    layer = prompt_columns * (2 * inner + 8 * config.hidden_size) * width + 2 * prompt_columns**2 * 4
+    row = cache + layer + 4 * config.vocab_size * 4
+    rows = max(1, min(_MOST_EVAL_ROWS, n_examples, memory_budget() // 2 // row))
+    return distributed.min_over_ranks(rows)

@@ -1,0 +1,137 @@
+"""Activation checkpointing of decoder layers that keeps the KV cache.
+
+HF's own checkpointing drops the cache in training and with it every thought. Here a layer's keys and values so far go
+into the recomputed region as inputs and come out of it with those of the pass; recomputing writes the same columns of
+the layer's buffer once more. What stays alive per layer is that buffer, and per pass the layer's input.
+
+Shapes: B rows, T columns of the pass, D hidden size, H key-value heads, d their size.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from coconut_ds.model.fast.kv_cache import TrainingCache
+from coconut_ds.model.fast.weight_gradients import current_pass, within
+
+_LOG = logging.getLogger(__name__)
+_CACHE_ARGUMENTS = ("past_key_values", "cache")
+"""What a decoder layer calls its cache up to transformers 5.23, and from 5.24 on."""
+
+
+def checkpoint_layers(model: PreTrainedModel, every_n_layers: int = 1, offload: bool = False) -> None:
+    """Recompute every `every_n_layers`-th decoder layer of `model` in the backward, the first one included.
+
+    Raises ValueError for a model without decoder layers that take a cache, or checkpointed already.
+    """
+    if every_n_layers < 1:
+        raise ValueError(f"every_n_layers {every_n_layers}: must be at least 1")
+    layers = decoder_layers(model)
+    if any("forward" in layer.__dict__ for layer in layers):
+        raise ValueError("activation checkpointing is on already, or something else replaced the layers' forward")
+    if offload and not torch.cuda.is_available():
+        _LOG.warning("activation checkpointing: offload does nothing on a CPU, layer inputs are in host memory already")
+    for index in range(0, len(layers), every_n_layers):
+        signature = inspect.signature(layers[index].forward)
+        layers[index].forward = functools.partial(_checkpointed, layers[index], index, signature, offload)
+
+
+def restore_layers(model: PreTrainedModel) -> None:
+    """Undo `checkpoint_layers`."""
+    for layer in decoder_layers(model):
+        layer.__dict__.pop("forward", None)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers in order; raises ValueError if the model has none that accept a cache."""
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers or any(_cache_argument(inspect.signature(type(layer).forward)) is None for layer in layers):
+        kinds = sorted({type(layer).__name__ for layer in layers}) or ["none"]
+        raise ValueError(
+            f"activation checkpointing: {type(model).__name__} has no decoder layers that take {_CACHE_ARGUMENTS[0]} "
+            f"(found {', '.join(kinds)}); switch it off for this model"
+        )
+    return layers
+
+
+def _cache_argument(signature: inspect.Signature) -> str | None:
+    return next((name for name in _CACHE_ARGUMENTS if name in signature.parameters), None)
+
+
+def _checkpointed(
+    layer: nn.Module, index: int, signature: inspect.Signature, offload: bool, *args: Any, **kwargs: Any
+) -> Any:
+    """What a checkpointed layer runs in place of its forward; same arguments, same result."""
+    forward = functools.partial(type(layer).forward, layer)
+    call, name = signature.bind(*args, **kwargs), str(_cache_argument(signature))
+    cache = call.arguments.get(name)
+    if not torch.is_grad_enabled() or not (cache is None or isinstance(cache, TrainingCache)):
+        return forward(*args, **kwargs)
+    call.arguments.pop(name, None)
+    hidden, *rest = call.args
+    earlier = cache.layer(index).written if cache is not None else ()
+    run = _region(forward, index, cache, name, rest, call.kwargs)
+    # The prefix is what pays; the passes after it have a column or a few.
+    with on_host(hidden) if offload and hidden.is_cuda and not earlier else nullcontext():
+        output, *written = checkpoint(run, hidden, *earlier, use_reentrant=False)
+    if cache is not None:
+        cache.layer(index).written = tuple(written)
+    return output
+
+
+def _region(
+    forward: Callable[..., Any],
+    index: int,
+    cache: TrainingCache | None,
+    name: str,
+    rest: list[Any],
+    kwargs: dict[str, Any],
+) -> Callable[..., tuple[Any, ...]]:
+    """(layer input, keys and values so far) -> (layer output, keys and values with those of this pass).
+
+    `name`: what the layer calls its cache.
+    """
+    this = current_pass()
+    # Without what is written: a region lives until its backward, and would keep the keys and values of all layers.
+    empty = cache.of_layer(index, ()) if cache is not None else None
+
+    def run(hidden: torch.Tensor, *earlier: torch.Tensor) -> tuple[Any, ...]:
+        with within(this):
+            if empty is None:
+                return (forward(hidden, *rest, **kwargs),)
+            own = empty.of_layer(index, earlier)
+            n_before = own.get_seq_length(index)
+            output = forward(hidden, *rest, **kwargs, **{name: own})
+            if len(own.layers) != index + 1 or own.get_seq_length(index) != n_before + hidden.shape[1]:
+                raise RuntimeError(
+                    f"decoder layer {index} wrote keys and values of another layer, or not once for each column; "
+                    "activation checkpointing needs one write to its own layer: switch it off for this model"
+                )
+            return (output, *own.layer(index).written)
+
+    return run
+
+
+def on_host(hidden: torch.Tensor) -> AbstractContextManager[Any]:
+    """Inside it, autograd keeps `hidden` in host memory (pinned beside a GPU); everything else stays where it is."""
+    host: Any = save_on_cpu(pin_memory=True)
+
+    def pack(tensor: torch.Tensor) -> Any:
+        return host.pack_hook(tensor) if tensor.data_ptr() == hidden.data_ptr() else tensor
+
+    def unpack(packed: Any) -> torch.Tensor:
+        return packed if isinstance(packed, torch.Tensor) else host.unpack_hook(packed)
+
+    return saved_tensors_hooks(pack, unpack)

@@ -1,0 +1,93 @@
+"""Attention of short passes, whose gradients of keys and values are worked out with those of the prefix.
+
+For each head they are products of a few rows, (queries, P) and (queries, d), which torch's attention writes out over
+all columns, (P, d), and autograd adds up pass by pass. Here thoughts and a short tail leave the rows, and the KV cache
+multiplies those of all passes at once. The prefix is left to torch, a tail of so many queries that the rows would take
+more memory than the product, and half precisions: torch's kernels keep the scores in fp32.
+
+Shapes: B rows, N columns of the pass, H key-value heads with G query heads each, P columns so far, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from coconut_ds.model.fast.kv_cache import collected
+
+GATHERING_SDPA = "sdpa_gathering"
+"""The name of this attention in transformers; a saved configuration does not hold it."""
+
+
+def gather_attention_gradients(model: PreTrainedModel) -> None:
+    """Make a model that uses torch's attention use this one."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(GATHERING_SDPA)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Query (B, H * G, N, d), keys and values (B, H, P, d) -> (B, N, H * G, d), as transformers asks."""
+    of_keys, of_values = collected(key), collected(value)
+    is_fp32 = query.dtype == torch.float32 and not torch.is_autocast_enabled(query.device.type)
+    columns, size = query.shape[2:]
+    if attention_mask is None:
+        has_plain_mask = columns == 1
+    else:
+        has_plain_mask = attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
+    is_plain = has_plain_mask and options.get("position_bias") is None
+    groups = query.shape[1] // key.shape[1]
+    is_short = columns < key.shape[2] and columns * groups <= size
+    if of_keys is None or of_values is None or not (is_short and is_fp32 and is_plain):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    query = query.reshape(len(key), key.shape[1], groups * columns, size)
+    query = query * (size**-0.5 if scaling is None else scaling)
+    scores = _Product.apply(query, key.mT, lambda rows, gradient: of_keys.leave(gradient, rows))
+    if attention_mask is not None:
+        # Not -inf, which makes NaN of a padding column that sees nothing.
+        hidden = ~attention_mask.repeat(1, 1, groups, 1)  # (B, 1, G * N, P)
+        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    shares = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, H, G * N, P)
+    mixed = _Product.apply(shares, value, of_values.leave)  # (B, H, G * N, d)
+    return mixed.reshape(len(key), -1, columns, value.shape[-1]).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GATHERING_SDPA, _attention)
+AttentionMaskInterface.register(GATHERING_SDPA, sdpa_mask)
+
+
+class _Product(torch.autograd.Function):
+    """(B, H, rows, K) times (B, H, K, O); `leave` is given the rows and their gradient in place of the matrix's own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, matrix: torch.Tensor, leave: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, matrix)
+        ctx.leave = leave
+        return rows @ matrix
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, matrix = ctx.saved_tensors
+        ctx.leave(rows, gradient)
+        return gradient @ matrix.mT, None, None

@@ -1,0 +1,183 @@
+"""The folder of a trained model, here or on the hub: what transformers loads, and beside it how thoughts are made.
+
+config.json, model.safetensors, tokenizer files    of the backbone
+coconut.json                                       latent settings; of a run also method, stage, data and results
+latent_window.safetensors                          where the window is learned
+README.md                                          the model card
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coconut_ds import strict_json
+from coconut_ds.config.methods import METHODS
+from coconut_ds.errors import InputError, in_one_line
+from coconut_ds.model.card import model_card
+from coconut_ds.model.latents import LatentContext
+from coconut_ds.model.state_dicts import demand_finite
+
+MODEL_FOLDER, WEIGHTS_FILE, WINDOW_FILE = "model", "model.safetensors", "latent_window.safetensors"
+_SETTINGS_FILE, _CARD_FILE = "coconut.json", "README.md"
+_WINDOW_NAME = "latent_window.logits"
+_ONE_FILE = "1TB"
+_HUB_WAIT_S = 10
+
+
+def model_folder(name: str) -> Path:
+    """The folder of the model in a checkpoint of ours; the path itself for anything else."""
+    folder = Path(name)
+    return folder / MODEL_FOLDER if (folder / MODEL_FOLDER).is_dir() else folder
+
+
+def where_it_is(name: str) -> str:
+    """What is wrong with a name that holds no Coconut model, and the way out."""
+    newest = sorted(Path(name, "checkpoints").glob("epoch_*[0-9]"))
+    if newest:
+        return f"{name} is a run folder; name one of its checkpoints, the newest is {newest[-1]}"
+    if Path(name).exists():
+        return (
+            f"{name} has no coconut.json, so it is no Coconut model; build one around a plain model with "
+            "Coconut(base_causallm, latent_token_id=..., ...)"
+        )
+    return f"{name}: there is no such folder, and no Coconut model of that name could be had from the hub"
+
+
+def write_folder(
+    folder: Path,
+    base_causallm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: Mapping[str, Any] | None,
+    weights: dict[str, torch.Tensor] | None = None,
+    window: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write the folder. `weights` take the place of those the backbone holds; `settings` go to `coconut.json`.
+
+    A learned `window` gets a file of its own, since transformers has no place for it.
+    """
+    # Under ZeRO-3 the model itself holds nothing; saving empties `weights`.
+    held = weights.values() if weights is not None else base_causallm.parameters()
+    n_parameters = sum(each.numel() for each in held)
+    base_causallm.save_pretrained(folder, state_dict=weights, max_shard_size=_ONE_FILE)
+    # What an earlier model left there would be taken for this one's.
+    for left in (WINDOW_FILE, _SETTINGS_FILE, _CARD_FILE):
+        (folder / left).unlink(missing_ok=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if window:
+        save_file(window, folder / WINDOW_FILE)
+    if settings is not None:
+        (folder / _SETTINGS_FILE).write_text(strict_json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        backbone = f"{base_causallm.config.model_type}, {n_parameters / 1e6:.2f} M parameters"
+        (folder / _CARD_FILE).write_text(model_card(settings, backbone), encoding="utf-8")
+
+
+def stored_settings(name: str) -> dict[str, Any] | None:
+    """The `coconut.json` of a checkpoint, its `model/` folder, another folder or a hub id; None for other weights."""
+    file = _stored_file(name, _SETTINGS_FILE)
+    if file is None:
+        return None
+    try:
+        # Early checkpoints do not name what there was no choice in.
+        settings = {"latent_norm": "none", **json.loads(file.read_text(encoding="utf-8"))}
+        if settings.get("latent_context"):
+            settings["latent_context"] = context_settings(LatentContext(**settings["latent_context"]))
+        if settings.get("method") not in (None, *METHODS):
+            raise ValueError(f"method {settings['method']!r} is not one of {', '.join(METHODS)}")
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file} cannot be used: {in_one_line(error)}; copy the folder again") from None
+    return settings
+
+
+def stored_window(name: str) -> dict[str, torch.Tensor]:
+    """What was learned of the latent window, by parameter name; empty for other weights.
+
+    Raises InputError where the settings say that it was learned and it is not there.
+    """
+    file = _stored_file(name, WINDOW_FILE)
+    if file is not None:
+        try:
+            window = load_file(file)
+        except SafetensorError as error:
+            raise InputError(f"{file} cannot be read: {in_one_line(error)}; copy the folder again") from None
+        if set(window) != {_WINDOW_NAME}:
+            raise InputError(f"{file} must hold {_WINDOW_NAME} alone, found {sorted(window)}; copy the folder again")
+        demand_finite(str(file), window)
+        return window
+    if ((stored_settings(name) or {}).get("latent_context") or {}).get("learned"):
+        raise InputError(f"{name} learned its latent window, and {WINDOW_FILE} is missing; copy the folder again")
+    return {}
+
+
+def load_window(logits: torch.Tensor | None, name: str) -> None:
+    """Fill `logits` (m,) with the window stored with `name`, where both are learned; else nothing happens.
+
+    Raises InputError for a window of another size.
+    """
+    window = stored_window(name) if logits is not None else {}
+    if logits is None or not window:
+        return
+    stored = window[_WINDOW_NAME]
+    if stored.shape != logits.shape:
+        raise InputError(
+            f"load_model_path: {name} learned a window of {len(stored)} states, the run's has {len(logits)}; give "
+            "latent_context as many weights"
+        )
+    logits.data.copy_(stored)
+
+
+def _stored_file(name: str, file: str) -> Path | None:
+    if Path(name).exists():
+        path = model_folder(name) / file
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(name, file, local_files_only=True))
+    except HFValidationError:  # a path
+        return None
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        # One request with a time limit first: a download alone tries for half a minute where there is no hub.
+        HfApi().model_info(name, timeout=_HUB_WAIT_S)
+        return Path(hf_hub_download(name, file))
+    except Exception:  # no such file, no such repository, no hub: whoever needs the weights says which
+        return None
+
+
+def context_settings(context: LatentContext) -> dict[str, Any] | None:
+    """The window as it stands in `coconut.json`; None for plain Coconut."""
+    if context.reach == 1 and not context.learned:
+        return None
+    return {"weights": list(context.weights), "scope": context.scope, "learned": context.learned}
+
+
+def latent_context(settings: Mapping[str, Any]) -> LatentContext:
+    """The window that `coconut.json` describes."""
+    window = settings.get("latent_context") or {}
+    return LatentContext(**window, norm=settings.get("latent_norm", "none"))
+
+
+def push(folder: Path, repo_id: str, private: bool | None = None) -> str:
+    """Upload the folder as it is and return its address; the repository is made where there is none.
+
+    Raises InputError, one line, when the hub does not take it.
+    """
+    try:
+        hub = HfApi()
+        hub.create_repo(repo_id, private=private, exist_ok=True)
+        return str(hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a Coconut model"))
+    except Exception as error:  # no login, no network, no right: all of them are for the user to put right
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"push_to_hub: {repo_id} was not uploaded ({reason}); log in with `hf auth login`; {folder} is complete"
+        ) from None

@@ -1,0 +1,152 @@
+"""What a run folder says its run was trained with, against what a command asks for. Needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from coconut_ds import strict_json
+from coconut_ds.config.run_config import RunConfig, load_run_config
+from coconut_ds.errors import InputError
+from coconut_ds.runs.events import read_metrics
+from coconut_ds.runs.atomic_folder import fingerprint
+
+DATA_KEYS = ("train_path", "val_path")
+_PLACE = ("save_path", "name")
+_SHOWN_OF_HASH = 12
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run folder says that as many epochs as the configuration asks for were trained to the end."""
+    records = config.run_folder / "metrics.jsonl"
+    return records.is_file() and any(end.epochs >= config.num_epochs for end in read_metrics(records).ends)
+
+
+def changed_keys(folder: Path, asked: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Keys whose value in the run folder is not the one asked for, each as (there, asked).
+
+    A value of `auto` is not known before the run starts and differs from none; where the folder lies does not count.
+    Raises InputError if the folder's configuration cannot be read.
+    """
+    stored = load_run_config(folder / "run_config.yaml").model_dump(mode="json")
+    values = asked.model_dump(mode="json")
+    return {
+        key: (stored[key], value)
+        for key, value in values.items()
+        if key not in _PLACE and value not in ("auto", stored[key])
+    }
+
+
+class DataFile(BaseModel):
+    """A data file of a run, as `environment.json` has it."""
+
+    path: str
+    sha256: str
+    examples: int
+
+    def __str__(self) -> str:
+        return f"{self.examples} examples, SHA-256 {self.sha256[:_SHOWN_OF_HASH]}"
+
+
+def data_files(config: RunConfig, n_examples: Mapping[str, int]) -> dict[str, DataFile]:
+    """The files trained and validated on as they are now, by key. Raises InputError for one that cannot be read."""
+    return {
+        key: DataFile(path=path, sha256=_sha256(path), examples=n_examples[key])
+        for key in DATA_KEYS
+        if (path := getattr(config, key))
+    }
+
+
+def stored_environment(folder: Path) -> dict[str, Any]:
+    """`environment.json`, empty where it is missing or damaged."""
+    return _json_object(folder / "environment.json")
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return values if isinstance(values, dict) else {}
+    return {}
+
+
+def earlier_changes(folder: Path) -> list[Any]:
+    """What `environment.json` says of changes between starts before; none where it is damaged."""
+    found = stored_environment(folder).get("changes")
+    return found if isinstance(found, list) else []
+
+
+def stored_data_files(folder: Path) -> dict[str, DataFile]:
+    """The files a run was trained with; empty for runs of earlier versions."""
+    with contextlib.suppress(ValidationError):
+        return TypeAdapter(dict[str, DataFile]).validate_python(stored_environment(folder).get("data"))
+    return {}
+
+
+def changed_contents(folder: Path, config: RunConfig) -> list[str]:
+    """Keys of data files whose content is not what the run folder's run was trained with."""
+    stored = stored_data_files(folder)
+    return [key for key, file in stored.items() if (path := getattr(config, key)) and _sha256(path) != file.sha256]
+
+
+def changes(
+    asked: RunConfig, data: Mapping[str, DataFile], ranks: int, ds_config: Mapping[str, Any] | None = None
+) -> list[str]:
+    """A line, `there -> here`, for all in which the run folder differs from what is asked for; none in a new folder.
+
+    `ds_config` is the resolved DeepSpeed configuration, if known: the file can have new content under the same path,
+    and `auto` can resolve to another value on another machine.
+    """
+    folder = asked.run_folder
+    if not (folder / "run_config.yaml").is_file():
+        return []
+    stored, lines = stored_data_files(folder), []
+    try:
+        for key, (there, here) in changed_keys(folder, asked).items():
+            is_same = key in stored and key in data and stored[key].sha256 == data[key].sha256
+            change = f"{key}: {strict_json.dumps(there)} -> {strict_json.dumps(here)}"
+            lines.append(change + is_same * " (the same content)")
+    except InputError as error:
+        lines.append(f"what else differs is not known: {error}")
+    before = stored_environment(folder).get("ranks", ranks)
+    if before != ranks:
+        lines.append(f"ranks: {before} -> {ranks}")
+    lines += _changes_of_deepspeed(folder, ds_config) if ds_config is not None else []
+    lines += [
+        f"content of {key}: {stored[key]} -> {file}"
+        for key, file in data.items()
+        if key in stored and stored[key].sha256 != file.sha256
+    ]
+    return lines
+
+
+def _changes_of_deepspeed(folder: Path, ds_config: Mapping[str, Any]) -> list[str]:
+    """Of the memory strategy and the precision; batch sizes and the rest are the run's and the ranks'."""
+    stored = _json_object(folder / "ds_config.json")
+    if not stored:
+        return []
+    sections = ("zero_optimization", "bf16", "fp16", "data_types")
+    there, here = (_flat({key: each.get(key) for key in sections}) for each in (stored, ds_config))
+    return [
+        f"deepspeed, {key}: {strict_json.dumps(there.get(key))} -> {strict_json.dumps(here.get(key))}"
+        for key in sorted({*there, *here})
+        if there.get(key) != here.get(key)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _sha256(path: str) -> str:
+    try:
+        return str(fingerprint(Path(path))["sha256"])
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; data/README.md says how to get the data") from None

@@ -1,0 +1,113 @@
+"""Files of a run's `predictions/`, which `inference/evaluator.py` makes: which there are, and what is in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from coconut_ds.errors import InputError, did_you_mean
+from coconut_ds.runs.events import Number
+
+_EPOCH = re.compile(r"epoch_(\d+)")
+
+
+class Prediction(BaseModel):
+    """A line of a predictions file; earlier versions wrote no `thoughts` and no `cut`."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    index: int
+    question: str
+    expected: str
+    given: str = ""
+    correct: bool
+    text: str = ""
+    n_steps: int = Field(ge=0)
+    n_thoughts: int = Field(ge=0)
+    n_new_tokens: int = Field(ge=0)
+    cut: bool | None = None
+    """Whether `max_new_tokens`, which is `n_new_tokens` then, ended the answer."""
+    thoughts: tuple[tuple[tuple[str, Number], ...], ...] = ()
+    """For each thought the most probable vocabulary tokens under the LM head, with their probabilities."""
+
+
+@dataclass(frozen=True)
+class CutAnswers:
+    """How many of some answers were cut, and the limits they reached, the `max_new_tokens` of their evaluations."""
+
+    count: int
+    limits: tuple[int, ...]
+
+
+def cut_answers(answers: Iterable[Prediction]) -> CutAnswers | None:
+    """None where one of them is from an earlier version, which did not write it down."""
+    answers = list(answers)
+    if any(answer.cut is None for answer in answers):
+        return None
+    cut = [answer.n_new_tokens for answer in answers if answer.cut]
+    return CutAnswers(len(cut), tuple(sorted(set(cut))))
+
+
+def prediction_names(folder: Path) -> list[str]:
+    """Names of the predictions files in a `predictions` folder, sorted, without their ending."""
+    return sorted(path.stem for path in folder.glob("*.jsonl"))
+
+
+def last_epoch(names: list[str]) -> str | None:
+    """The one of `epoch_NNNN` with the highest number; None where there is none."""
+    epochs = [name for name in names if _EPOCH.fullmatch(name)]
+    return max(epochs, key=lambda name: int(name.removeprefix("epoch_")), default=None)
+
+
+def epoch_of(name: str) -> int | None:
+    """The epoch after which the questions of a predictions file were answered; None for another set's."""
+    found = _EPOCH.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def predictions_file(folder: Path, name: str | None) -> Path:
+    """The file of a `predictions` folder that `name` means, or its last epoch's.
+
+    Raises InputError where it is not there.
+    """
+    names = prediction_names(folder)
+    name = last_epoch(names) if name is None else name.removesuffix(".jsonl")
+    if name is None:
+        raise InputError(f"{folder} has no epoch_NNNN.jsonl: the run has not ended an epoch; or use --predictions")
+    if name not in names:
+        raise InputError(f"{folder} has no {name}.jsonl{did_you_mean(name, names)}; it has {len(names)} other files")
+    return folder / f"{name}.jsonl"
+
+
+def read_predictions(path: Path) -> tuple[Prediction, ...]:
+    """The predictions of a file in order of their index; raises InputError for what is no such file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; evaluate the run again") from None
+    predictions: dict[int, Prediction] = {}
+    for number, line in enumerate(lines, start=1):
+        prediction = _prediction(line, f"{path}, line {number}")
+        if prediction.index in predictions:
+            raise InputError(
+                f"{path}, line {number}: index {prediction.index} stands there twice; evaluate the run again"
+            )
+        predictions[prediction.index] = prediction
+    if not predictions:
+        raise InputError(f"{path} is empty; evaluate the run again")
+    return tuple(predictions[index] for index in sorted(predictions))
+
+
+def _prediction(line: str, place: str) -> Prediction:
+    try:
+        return Prediction.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = "".join(f"{part}: " for part in first["loc"])
+        raise InputError(f"{place}: {key}{first['msg']}; not a whole prediction, evaluate the run again") from None

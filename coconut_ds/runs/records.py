@@ -1,0 +1,149 @@
+"""What a run folder holds, read back: configuration, environment, events, predictions. Needs no torch.
+
+A run may still be going on or have been cut off: what is not there yet is empty.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from coconut_ds.config.run_config import RunConfig, load_run_config
+from coconut_ds.errors import InputError
+from coconut_ds.runs.predictions import Prediction, epoch_of, last_epoch, prediction_names, read_predictions
+from coconut_ds.runs.events import EpochEvaluation, Metrics, read_metrics
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """Everything a run folder says about its run."""
+
+    folder: Path
+    config: RunConfig
+    environment: dict[str, Any]
+    metrics: Metrics
+    predictions: dict[str, tuple[Prediction, ...]]
+    """The last epoch's first, then those of other sets, by the name of their file."""
+    n_parameters: int | None
+    """Of its checkpoints; None before the first one."""
+    problems: tuple[str, ...]
+    """What is there and could not be read, a sentence each."""
+
+    @property
+    def last(self) -> EpochEvaluation | None:
+        return self.metrics.evaluations[-1] if self.metrics.evaluations else None
+
+    @property
+    def best(self) -> EpochEvaluation | None:
+        """The first evaluation with the highest accuracy."""
+        return max(self.metrics.evaluations, key=lambda each: each.accuracy, default=None)
+
+    @property
+    def epochs_done(self) -> int:
+        return self.last.epoch if self.last else self.config.resume
+
+    @property
+    def steps_done(self) -> int:
+        """The highest of all events: the last steps can be left out of the records (`log_every_steps`)."""
+        metrics = self.metrics
+        events = (*metrics.steps, *metrics.evaluations, *metrics.checkpoints, *metrics.ends)
+        return max((event.step for event in events), default=0)
+
+    @property
+    def n_skipped(self) -> int:
+        """Optimizer steps that fp16 skipped, as far as they are recorded; 0 in other precisions."""
+        counts = [event.n_skipped_in_run for event in self.metrics.steps]
+        counts += [event.n_skipped_in_run for event in self.metrics.ends]
+        return max((count or 0 for count in counts), default=0)
+
+    @property
+    def is_finished(self) -> bool:
+        return any(end.epochs >= self.config.num_epochs for end in self.metrics.ends)
+
+
+def read_run(folder: Path) -> RunRecords:
+    """Everything in a run folder; what is damaged is left out and named in `problems`.
+
+    Raises InputError where `folder` is no run folder or its configuration cannot be read.
+    """
+    config = read_config(folder)
+    problems: list[str] = []
+    metrics = Metrics()
+    try:
+        metrics = read_metrics(folder / "metrics.jsonl")
+    except InputError as error:
+        problems.append(str(error))
+    if metrics.n_damaged:
+        problems.append(f"{folder / 'metrics.jsonl'}: {metrics.n_damaged} damaged line{'s' * (metrics.n_damaged > 1)}")
+    return RunRecords(
+        folder,
+        config,
+        _read_environment(folder / "environment.json", problems),
+        metrics,
+        _read_predictions(folder / "predictions", metrics, problems),
+        _count_parameters(folder / "checkpoints"),
+        tuple(problems),
+    )
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The resolved configuration of a run folder; raises InputError for a folder that is none."""
+    run_file = folder / "run_config.yaml"
+    if not run_file.is_file():
+        raise InputError(f"{folder} is no run folder, it has no run_config.yaml; name a folder save_path/name")
+    return load_run_config(run_file)
+
+
+def _read_predictions(folder: Path, metrics: Metrics, problems: list[str]) -> dict[str, tuple[Prediction, ...]]:
+    """Predictions of the last epoch and of other sets."""
+    names = prediction_names(folder)
+    # A run that was started anew in its folder has not come as far as the files of the former one.
+    evaluated = {evaluation.epoch for evaluation in metrics.evaluations}
+    last = last_epoch([name for name in names if epoch_of(name) in evaluated])
+    chosen = [*([last] if last else []), *(name for name in names if epoch_of(name) is None)]
+    found = {}
+    for name in chosen:
+        try:
+            found[name] = read_predictions(folder / f"{name}.jsonl")
+        except InputError as error:
+            problems.append(str(error))
+    return found
+
+
+def _read_environment(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problems.append(f"{path} cannot be read: {error}")
+        return {}
+    if not isinstance(values, dict):
+        problems.append(f"{path} holds no object of names and values")
+        return {}
+    return values
+
+
+def _count_parameters(checkpoints: Path) -> int | None:
+    """Numbers in the `model/` folder of one checkpoint, a learned window's included; all have as many.
+
+    They are read from the files' headers. None where no checkpoint is whole.
+    """
+    # Not those that are being written, `epoch_NNNN.tmp`, nor those set aside as damaged.
+    for folder in sorted(checkpoints.glob("epoch_*[0-9]/model")):
+        try:
+            counts = [_numbers_in(path) for path in folder.glob("*.safetensors")]
+        except (OSError, SafetensorError):  # damaged, or just being removed: another one tells as much
+            continue
+        if counts:
+            return sum(counts)
+    return None
+
+
+def _numbers_in(path: Path) -> int:
+    with safe_open(path, framework="numpy") as tensors:
+        names = tensors.keys()
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)

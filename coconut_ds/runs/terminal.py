@@ -1,0 +1,228 @@
+"""What a person sees while a run goes on: lines and bars, from rank 0 only. What libraries print goes to a log."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, TypeVar
+
+from tqdm import tqdm
+
+from coconut_ds.runtime import distributed
+from coconut_ds.errors import unwritable_save_path
+from coconut_ds.runs.pace import Pace
+
+Item = TypeVar("Item")
+_PLAIN_LINES_PER_EPOCH = 4
+_PLAIN_LINES_APART_S = 10
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Where lines and bars go."""
+
+    lines: IO[str]
+    bars: IO[str]
+
+
+_diverted: _Streams | None = None
+
+
+def quiet_libraries() -> None:
+    """No bars but our own (two ranks loading weights would draw over each other), no advice meant for DeepSpeed."""
+    # Not imported before what they say is diverted.
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # From transformers 5.24 on it has a new name, which 5.23 does not know.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`past_key_values` is deprecated")
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+@contextlib.contextmanager
+def libraries_to(log: Path | None) -> Iterator[None]:
+    """Inside it everything this process prints goes to the end of `log`, but for `say` and the bars; None shows it.
+
+    File descriptors are diverted and not only Python's streams, because gloo, NCCL and compilers write by themselves.
+    Raises InputError where the log cannot be written.
+    """
+    if log is None:
+        with _no_bars_of_libraries():
+            yield
+        return
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = open(log, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise unwritable_save_path(log.parent, error) from None
+    with contextlib.ExitStack() as undo:
+        undo.callback(_attempt, file.close)
+        before = sys.stdout, sys.stderr
+        for stream in before:
+            stream.flush()
+        streams = _divert(before, file, undo)
+        undo.callback(_set_diverted, _diverted)
+        _set_diverted(streams)
+        undo.enter_context(_no_bars_of_libraries())
+        yield
+
+
+def _divert(before: tuple[IO[str], IO[str]], file: IO[str], undo: contextlib.ExitStack) -> _Streams:
+    """Let descriptors and Python's streams lead to `file`; the streams to what they led to. `undo` takes it back.
+
+    Each part by itself: where the disk of the log is full, or a reader has left, the error is still to be shown.
+    """
+    kept = [os.dup(number) for number in (1, 2)]
+    for own in kept:
+        undo.callback(os.close, own)
+    streams = [_on(stream, number, own) for stream, number, own in zip(before, (1, 2), kept)]
+    for stream in streams:
+        if stream not in before:
+            undo.callback(_attempt, stream.close)
+    for number, own in zip((1, 2), kept):
+        undo.callback(os.dup2, own, number)
+        os.dup2(file.fileno(), number)
+    for stream in before:
+        undo.callback(_attempt, stream.flush)
+    undo.callback(setattr, sys, "stdout", before[0])
+    undo.callback(setattr, sys, "stderr", before[1])
+    undo.callback(_attempt, file.flush)
+    sys.stdout = sys.stderr = file
+    return _Streams(*streams)
+
+
+def _attempt(call: Callable[[], object]) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        call()
+
+
+def _set_diverted(streams: _Streams | None) -> None:
+    global _diverted
+    _diverted = streams
+
+
+@contextlib.contextmanager
+def _no_bars_of_libraries() -> Iterator[None]:
+    """`quiet_libraries`, and the bars as they were afterwards."""
+    import datasets
+    import transformers
+
+    of_datasets = not datasets.are_progress_bars_disabled()
+    of_transformers = transformers.logging.is_progress_bar_enabled()
+    quiet_libraries()
+    try:
+        yield
+    finally:
+        if of_transformers:
+            transformers.logging.enable_progress_bar()
+        if of_datasets:
+            datasets.enable_progress_bars()
+
+
+def _on(stream: IO[str], number: int, own: int) -> IO[str]:
+    """A stream on the descriptor `own`; the stream itself where it does not write to descriptor `number`."""
+    with contextlib.suppress(OSError, ValueError):  # of a stream without a descriptor
+        if stream.fileno() == number:
+            return open(os.dup(own), "w", buffering=1, encoding="utf-8")
+    return stream
+
+
+def _streams() -> _Streams:
+    streams = _diverted or _Streams(sys.stdout, sys.stderr)
+    # On one terminal a line has to know of the bar below it, which tqdm sees to within one stream.
+    return _Streams(streams.bars, streams.bars) if streams.lines.isatty() and streams.bars.isatty() else streams
+
+
+def terminal() -> IO[str]:
+    """The stream for what must be seen when something goes wrong."""
+    return _streams().bars
+
+
+def say(text: str) -> None:
+    """Print lines from rank 0."""
+    if distributed.is_main():
+        stream = _streams().lines
+        tqdm.write(text, file=stream)
+        stream.flush()
+
+
+def log_line(text: str) -> None:
+    """Print a line on rank 0 to where library output goes: `run.log`, or the terminal with `--verbose`."""
+    if distributed.is_main():
+        print(text, flush=True)
+
+
+def stop_printing() -> int:
+    """The exit status of a command whose reader has left, as `head` does; to be called on BrokenPipeError."""
+    # What is still buffered would fail once more when the interpreter ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def progress(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
+    """Pass `items` on, with a bar on a terminal that goes when they end."""
+    bars = _streams().bars
+    hidden = not (distributed.is_main() and bars.isatty())
+    yield from tqdm(items, total=total, desc=label, leave=False, dynamic_ncols=True, file=bars, disable=hidden)
+
+
+class EpochProgress:
+    """The steps of an epoch: a bar on a terminal, a few plain lines elsewhere; used with `with`."""
+
+    def __init__(self, label: str, total: int, pace: Pace):
+        self._label, self._total, self._pace = label, total, pace
+        self._done = 0
+        bars = _streams().bars
+        self._is_plain = not bars.isatty()
+        self._bar = tqdm(
+            total=total,
+            desc=label,
+            leave=False,
+            dynamic_ncols=True,
+            file=bars,
+            disable=self._is_plain or not distributed.is_main(),
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+        )
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> EpochProgress:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._bar.close()
+
+    def step(self, loss: float, remark: str = "") -> None:
+        """One step more, of which `pace` already knows; `remark` stands beside the loss."""
+        self._done += 1
+        if self._is_plain:
+            self._write_line(loss, remark)
+        else:
+            self._bar.set_postfix_str(self._figures(loss, remark), refresh=False)
+            self._bar.update()
+
+    def _figures(self, loss: float, remark: str) -> str:
+        pace = self._pace
+        epoch, run = _duration(pace.seconds_for(self._total - self._done)), _duration(pace.seconds_left())
+        remark = f", {remark}" if remark else ""
+        return f"loss {loss:.3f}{remark}, {pace.examples_per_s:.3g} examples/s, left {epoch} here, {run} in all"
+
+    def _write_line(self, loss: float, remark: str) -> None:
+        is_due = self._done % max(1, self._total // _PLAIN_LINES_PER_EPOCH) == 0 and self._done < self._total
+        now = time.monotonic()
+        if is_due and now - self._last_line >= _PLAIN_LINES_APART_S:
+            self._last_line = now
+            say(f"{self._label}: {self._done}/{self._total}, {self._figures(loss, remark)}")
+
+
+def _duration(seconds: float) -> str:
+    """Hours, minutes and seconds, `0:01:40`."""
+    return str(timedelta(seconds=round(seconds)))

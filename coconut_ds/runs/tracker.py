@@ -1,0 +1,182 @@
+"""Records of a run: JSON lines always, wandb and TensorBoard when asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from coconut_ds import strict_json
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.runs.terminal import say
+from coconut_ds.runs.dashboards import Dashboard, dashboards_of, forget_earlier_run
+from coconut_ds.errors import InputError, in_one_line
+
+_LONGEST_REASON = 200
+
+
+class Tracker:
+    """Writes `metrics.jsonl`, one object a line with its `event`; keeps quiet on every rank but the first.
+
+    `rewind` starts wandb and TensorBoard where the run asks for them. Neither ever stops a run: it goes on without the
+    one that fails, with a line that says so.
+    """
+
+    def __init__(self, config: RunConfig, is_main: bool):
+        self.path = config.run_folder / "metrics.jsonl"
+        self._config = config
+        self._file = None
+        self._dashboards: list[Dashboard] = []
+        self._summary = _Summary()
+        if is_main:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def log(self, event: str, **values: Any) -> None:
+        """Write one event; its numbers become curves."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(strict_json.dumps({"event": event, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+        self._summary.see({"event": event, **values})
+        self._draw(lambda dashboard: dashboard.log(event, values))
+
+    def log_predictions(self, epoch: int, stage: int, rows: list[dict[str, Any]]) -> None:
+        """Show the predictions of the evaluation after `epoch`, counted from 1; they are not in `metrics.jsonl`."""
+        step = self._summary.step
+        self._draw(lambda dashboard: dashboard.predictions(step, epoch, stage, rows))
+
+    def position(self) -> int:
+        """Length of the file in bytes, all of it on the disk; 0 on ranks that write none."""
+        if self._file is None:
+            return 0
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+        return self.path.stat().st_size
+
+    def rewind(self, position: int) -> None:
+        """Begin with a run: drop what an interrupted run wrote after `position`, which is done again.
+
+        The record of the checkpoint made there, the first line after it, stays. At 0 the run starts anew, and what
+        dashboards show of an earlier one in the same folder is not continued.
+        """
+        if self._file is None:
+            return
+        self._file.close()
+        written = self.path.read_bytes()
+        if len(written) < position:
+            say(f"{self.path} has lost its last {position - len(written)} bytes; the steps in them are missing from it")
+        kept, after = written[:position], written[position:].splitlines(keepends=True)
+        if after and after[0].startswith(b'{"event": "checkpoint"') and after[0].endswith(b"\n"):
+            kept += after[0]
+        # A disk that lost the end of the file can leave half a line.
+        kept = kept[: kept.rfind(b"\n") + 1]
+        # Cut and not written anew: a process killed in between would leave nothing of it.
+        os.truncate(self.path, len(kept))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._start_dashboards(_whole_events(kept), is_new=position == 0)
+
+    def _start_dashboards(self, earlier: list[dict[str, Any]], is_new: bool) -> None:
+        for event in earlier:
+            self._summary.see(event)
+        if is_new:
+            _guarded("dashboards of an earlier run", partial(forget_earlier_run, self._config.run_folder))
+        for kind in dashboards_of(self._config):
+            _guarded(_key(kind), partial(self._start, kind, earlier))
+
+    def _start(self, kind: type[Dashboard], earlier: list[dict[str, Any]]) -> None:
+        self._dashboards.append(kind(self._config, earlier))
+
+    def _draw(self, what: Callable[[Dashboard], None]) -> None:
+        self._dashboards = [
+            dashboard for dashboard in self._dashboards if _guarded(_key(type(dashboard)), partial(what, dashboard))
+        ]
+
+    def close(self) -> None:
+        if self._file is not None:
+            # What a full disk did not take was reported when it was logged.
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file = None
+        self._draw(lambda dashboard: dashboard.finish(self._summary.figures()))
+        self._dashboards = []
+
+
+class _Summary:
+    """What a run came to, learnt from its events, those before an interruption included."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._evaluations: list[dict[str, Any]] = []
+        self._is_complete = False
+        self.step = 0
+
+    def see(self, event: dict[str, Any]) -> None:
+        self.step = event.get("step", self.step)
+        if event["event"] == "eval":
+            self._evaluations.append(event)
+        self._is_complete = self._is_complete or event["event"] == "end"
+
+    def figures(self) -> dict[str, float]:
+        """Accuracies from 0 to 1, epochs from 1, optimizer steps, and the seconds since this start of the run."""
+        figures = {
+            "complete": self._is_complete,
+            "steps": self.step,
+            "seconds_since_last_start": time.monotonic() - self._started,
+        }
+        if self._evaluations:
+            last, best = self._evaluations[-1], max(self._evaluations, key=lambda event: event["accuracy"])
+            figures |= {"best_accuracy": best["accuracy"], "best_epoch": best["epoch"]}
+            figures |= {"last_accuracy": last["accuracy"], "last_epoch": last["epoch"]}
+        return figures
+
+
+def _whole_events(written: bytes) -> list[dict[str, Any]]:
+    """The events in lines of `metrics.jsonl`, without those that a disk has damaged."""
+    events = []
+    for line in written.splitlines():
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return [event for event in events if isinstance(event, dict) and "event" in event]
+
+
+def _key(kind: type[Dashboard]) -> str:
+    """The key of the run file that asks for it, which is also the library's name."""
+    return kind.__name__.lower()
+
+
+def _guarded(name: str, call: Callable[[], object]) -> bool:
+    """Whether `call` succeeded."""
+    try:
+        call()
+    except Exception as error:  # these libraries raise many kinds, and none of them is worth a run
+        reason = in_one_line(error, _LONGEST_REASON)
+        say(f"{name}: {reason}; the run goes on without it, metrics.jsonl has everything")
+        return False
+    return True
+
+
+def write_record(path: Path, text: str) -> None:
+    """Write one file of a run's records; raises InputError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{path} cannot be written: {error.strerror}; put that right and start the run again, it goes on from its "
+        "newest checkpoint"
+    )

@@ -1,0 +1,1 @@
+"""How do processes work together? Ranks, signals, the watchdog. No model in here."""

@@ -1,0 +1,151 @@
+"""What a run trains and what on: data and model, read and checked."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from coconut_ds.checkpoints.weights import load_initial
+from coconut_ds.config.run_config import ActivationCheckpointingConfig, RunConfig
+from coconut_ds.data.batches import Tokens
+from coconut_ds.data.doubts import doubts, shared_questions
+from coconut_ds.data.plain_text import demand_plain_text
+from coconut_ds.data.records import DataError, check_lengths, read_records, tokenize
+from coconut_ds.data.stages import Curriculum
+from coconut_ds.errors import InputError
+from coconut_ds.inference.trained_model import tokens_of
+from coconut_ds.model.backbone import Backbone, scratch_backbone, word_tokenizer
+from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.folder import load_window
+from coconut_ds.model.latents import LatentContext
+from coconut_ds.runtime import distributed
+
+DEBUG_EXAMPLES = 32
+"""Of an evaluated set, with `debug`."""
+_DEBUG_TRAIN = 5000
+
+
+@dataclass(frozen=True)
+class Materials:
+    """The parts of a run that are there before its engine."""
+
+    curriculum: Curriculum
+    backbone: Backbone
+    model: Coconut
+    tokens: Tokens
+    train_set: Dataset
+    valid_set: Dataset
+    n_parameters: int
+    """Counted before an engine divides them."""
+    doubts: tuple[str, ...]
+    """What is doubtful in the data, a line each; on rank 0 alone."""
+
+
+def load_materials(config: RunConfig, with_weights: bool = True) -> Materials:
+    """Read data and model; raises InputError for whatever is wrong with them.
+
+    `with_weights=False`: of a folder or hub id the weights need not be there, the model's are random.
+    """
+    train_path, val_path = str(config.train_path), str(config.val_path)
+    train_records = read_records(train_path, _DEBUG_TRAIN if config.debug else None)
+    valid_records = read_records(val_path, DEBUG_EXAMPLES if config.debug else None)
+    backbone = load_initial(config, lambda: _scratch(config, train_records), with_weights)
+    curriculum = Curriculum.of(config)
+    train_set = tokenized(train_path, train_records, backbone, curriculum, config.max_new_tokens)
+    valid_set = tokenized(val_path, valid_records, backbone, curriculum, config.max_new_tokens)
+    model, tokens = build_coconut(config, backbone, with_weights)
+    _demand_facts(config, tokens, train_set)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    found = []
+    if distributed.is_main():
+        tokenizer = backbone.tokenizer
+        found += doubts(train_path, train_records, train_set, tokenizer, is_evaluated=False)
+        found += doubts(val_path, valid_records, valid_set, tokenizer, is_evaluated=True)
+        found += shared_questions(val_path, valid_records, train_path, train_records)
+        if config.test_path is not None:
+            test_path = str(config.test_path)
+            found += shared_questions(test_path, records_if_any(test_path), train_path, train_records)
+    return Materials(curriculum, backbone, model, tokens, train_set, valid_set, n_parameters, tuple(found))
+
+
+def records_if_any(path: str) -> list[dict[str, Any]]:
+    """The records of a file that a run does not need; none where it cannot be read."""
+    with contextlib.suppress(DataError):
+        return read_records(path)
+    return []
+
+
+def _scratch(config: RunConfig, records: list[dict[str, Any]]) -> Backbone:
+    assert config.model is not None, "load_run_config demands a model section for model_id: scratch"
+    shape = config.model.model_dump()
+    texts = (text for record in records for text in (record["question"], *record["steps"], record["answer"]))
+    tokenizer = word_tokenizer(texts, shape["n_positions"])
+    return scratch_backbone(shape.pop("architecture"), tokenizer, **shape)
+
+
+def tokenized(
+    path: str, records: list[dict[str, Any]], backbone: Backbone, curriculum: Curriculum, new_tokens: int
+) -> Dataset:
+    examples = tokenize(records, backbone.tokenizer)
+    demand_plain_text(path, examples, backbone.tokenizer)
+    check_lengths(path, examples, curriculum, backbone.n_positions, new_tokens)
+    return examples
+
+
+def build_coconut(config: RunConfig, backbone: Backbone, with_weights: bool = True) -> tuple[Coconut, Tokens]:
+    tokens = _tokens(config, backbone)
+    model = Coconut(
+        backbone.model,
+        latent_token_id=tokens.thought,
+        start_latent_id=tokens.start_latent,
+        end_latent_id=tokens.end_latent,
+        eos_token_id=backbone.tokenizer.eos_token_id,
+        latent_context=_latent_context(config),
+    )
+    if config.load_model_path is not None and with_weights:
+        load_window(model.latent_window.logits, config.load_model_path)
+    checkpointing = config.activation_checkpointing
+    if checkpointing is not None and checkpointing.enabled and not config.only_eval:
+        _checkpoint_activations(model, checkpointing)
+    return model, tokens
+
+
+def _latent_context(config: RunConfig) -> LatentContext:
+    context = config.latent_context
+    if context is None:
+        return LatentContext(norm=config.latent_norm)
+    return LatentContext(context.newest_first, context.scope, context.learned, config.latent_norm)
+
+
+def _tokens(config: RunConfig, backbone: Backbone) -> Tokens:
+    fact_end = None if config.shuffle_facts is None else _single_token(backbone, config.shuffle_facts)
+    return tokens_of(config.method, backbone.tokenizer, fact_end)
+
+
+def _demand_facts(config: RunConfig, tokens: Tokens, train_set: Dataset) -> None:
+    questions = train_set.select_columns("question_ids")
+    if tokens.fact_end is not None and not any(tokens.fact_end in row["question_ids"] for row in questions):
+        raise InputError(
+            f"shuffle_facts: no training question has the token {config.shuffle_facts!r}; name the one that ends every "
+            "fact as it stands there (with GPT-2's tokenizer the space before it belongs to it: ' |')"
+        )
+
+
+def _single_token(backbone: Backbone, text: str) -> int:
+    ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise InputError(
+            f"shuffle_facts: {text!r} is {len(ids)} tokens; name the one token that ends every fact, such as '|' in "
+            "symbolic ProsQA"
+        )
+    return int(ids[0])
+
+
+def _checkpoint_activations(model: Coconut, wanted: ActivationCheckpointingConfig) -> None:
+    try:
+        model.enable_activation_checkpointing(wanted.every_n_layers, wanted.offload)
+    except ValueError as error:
+        raise InputError(str(error)) from None

@@ -1,0 +1,159 @@
+"""Memory predicted from small batches against the same meter on larger ones."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from coconut_ds import Coconut, LatentContext
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.data.batches import Tokens, TokenSequence
+from coconut_ds.memory import batch_size
+from coconut_ds.memory.activations import (
+    ActivationCost,
+    batch_of,
+    measure,
+    measured_peak,
+    predicted_peak,
+    widest_sequence,
+)
+from coconut_ds.memory.batch_size import choose_eval_batch, distinct_stages, largest_divisor, tried
+from coconut_ds.model.latents import _constant
+
+TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
+
+
+@pytest.fixture(scope="module")
+def gpt2_small() -> Coconut:
+    """GPT-2 small with random weights and its dropout."""
+    torch.manual_seed(0)
+    return Coconut(
+        GPT2LMHeadModel(GPT2Config(vocab_size=50260)),
+        latent_token_id=50259,
+        start_latent_id=50257,
+        end_latent_id=50258,
+        eos_token_id=50256,
+        latent_context=LatentContext((0.6, 0.3, 0.1)),
+    )
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_the_peak_of_gpt2_small_is_predicted_within_a_tenth(gpt2_small, checkpointed):
+    # 64 columns, so that it takes seconds; benchmarks/memory.py does the same at the columns of ProsQA.
+    sequence = TokenSequence([5] * 50 + [50259] * 4 + [5] * 10, 50, 4, 55)
+    gpt2_small.disable_activation_checkpointing()
+    if checkpointed:
+        gpt2_small.enable_activation_checkpointing()
+    cost = measure(gpt2_small, sequence)
+    for rows in (2, 4, 8):
+        assert cost.peak(rows) == pytest.approx(measured_peak(gpt2_small, batch_of(sequence, rows)), rel=0.1), rows
+
+
+def test_a_peak_that_moves_is_followed():
+    # The first operation costs much at once, the second much per row.
+    cost = ActivationCost(torch.tensor([1000, 20]), torch.tensor([1001, 30]))
+    assert [cost.peak(rows) for rows in (2, 3, 99, 200)] == [1000, 1001, 1097, 2000]
+    for budget in (997, 1000, 1050, 5000):
+        rows = cost.most_rows(budget)
+        assert rows == 0 or cost.peak(rows) <= budget
+        assert cost.peak(rows + 1) > budget
+
+
+def test_other_operations_give_an_upper_bound():
+    cost = ActivationCost(torch.tensor([10, 40]), torch.tensor([10, 10, 60]))
+    assert [cost.peak(rows) for rows in (2, 3, 8)] == [40, 60, 160]
+
+
+def test_both_measurements_take_the_same_operations():
+    # The window's weights are on the device from the first forward on.
+    _constant.cache_clear()
+    cost = measure(
+        tiny.coconut("gpt2", LatentContext((0.7, 0.3))), TokenSequence([5] * 6 + [tiny.LATENT] + [5] * 3, 6, 1, 8)
+    )
+    assert len(cost.two) == len(cost.three)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    "context",
+    [None, LatentContext((0.6, 0.3, 0.1)), LatentContext((0.5, 0.3, 0.2), learned=True, norm="embedding")],
+    ids=["plain", "window", "learned and scaled"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_has_to_be_computed_to_know_the_peak(family, checkpointed, context, dtype):
+    model = tiny.coconut(family, context, dropout=0.1, n_layer=3)
+    if checkpointed:
+        model.enable_activation_checkpointing()
+    batch = batch_of(TokenSequence([5] * 30 + [tiny.LATENT] * 4 + [6] * 20, 30, 4, 44), 3)
+    # In a cold process too, where what is made once is not there yet.
+    _constant.cache_clear()
+    predicted = predicted_peak(model, batch, dtype)
+    assert predicted == measured_peak(model.to(dtype), batch)
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    model = tiny.coconut("gpt2", None, dropout=0.5).eval()
+    torch.manual_seed(3)
+    drawn = torch.rand(2)
+    torch.manual_seed(3)
+    measure(model, TokenSequence([5] * 6 + [tiny.LATENT] + [5] * 3, 6, 1, 8))
+    assert torch.equal(torch.rand(2), drawn)
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model(**batch_of(TokenSequence([5, 6, 7], 0, 0, 1), 2).inputs).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters()), "the hooks are gone"
+
+
+def test_the_widest_sequence_covers_every_example(curriculum):
+    rows = Dataset.from_list([tiny.row(9, [2, 2], 3, 0), tiny.row(4, [3, 3, 8], 2, 1), tiny.row(5, [1], 6, 2)])
+    plan = curriculum(max_latent_stage=3)
+    sequence = widest_sequence(rows, plan, 0, TOKENS)
+    # 9 and the start marker; the end marker; 14 of steps and 3 of answer with EOS.
+    assert (sequence.first_thought, sequence.n_thoughts, sequence.first_target, len(sequence.ids)) == (10, 0, 11, 28)
+    sequence = widest_sequence(rows, plan, 4, TOKENS)
+    assert (sequence.first_thought, sequence.n_thoughts, len(sequence.ids)) == (10, 3, 10 + 3 + 1 + 7)
+
+
+def test_stages_that_differ(curriculum):
+    run = RunConfig(num_epochs=9, epochs_per_stage=1, max_latent_stage=2)
+    assert distinct_stages(run, curriculum(epochs_per_stage=1, max_latent_stage=2)) == [0, 1, 2, 3]
+    assert distinct_stages(run, curriculum(method="cot")) == [0]
+
+
+def test_micro_batches_divide_the_step():
+    assert [largest_divisor(64, limit) for limit in (100, 64, 63, 20, 1, 0)] == [64, 64, 32, 16, 1, 0]
+    assert largest_divisor(12, 5) == 4
+
+
+@pytest.mark.parametrize(("fitting", "expected"), [(64, 64), (40, 32), (1, 1), (0, 0)])
+def test_what_runs_out_of_memory_is_halved(monkeypatch, fitting, expected):
+    asked = []
+
+    def fits(model, sequence, rows, kept) -> bool:
+        asked.append(rows)
+        return rows <= fitting
+
+    monkeypatch.setattr(batch_size, "_fits", fits)
+    assert tried(None, [None], 64, 64, 0) == expected
+    assert asked == sorted(asked, reverse=True)
+
+
+def test_a_trial_leaves_no_gradients():
+    model = tiny.coconut()
+    assert batch_size._fits(model, TokenSequence([5] * 6 + [tiny.LATENT] + [5] * 3, 6, 1, 8), 2, kept=0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_evaluation_batch_fits_the_memory(monkeypatch):
+    model = tiny.coconut()
+    assert choose_eval_batch(model, 40, 10, n_examples=7) == 7
+    monkeypatch.setattr(batch_size, "memory_budget", lambda: 10_000_000)
+    small = choose_eval_batch(model, 40, 10, n_examples=1000)
+    assert 1 < small < 256
+    assert choose_eval_batch(model, 80, 10, n_examples=1000) < small
+    monkeypatch.setattr(batch_size, "memory_budget", lambda: 10)
+    assert choose_eval_batch(model, 40, 10, n_examples=1000) == 1
