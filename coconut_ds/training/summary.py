@@ -110,7 +110,7 @@ def _listed(lines: Sequence[str]) -> str:
 
 def closing(config: RunConfig, evaluations: Sequence[EpochEvaluation], n_skipped: int = 0, n_steps: int = 0) -> str:
     """The table of stages, what was best, steps that fp16 skipped, and the commands to go on with."""
-    report = f"  report    {shlex.join(['python', '-m', 'coconut_ds.commands.report', str(config.run_folder)])}"
+    report = f"  report    {shlex.join(['python', '-m', 'coconut_ds.report', str(config.run_folder)])}"
     skips = skip_lines(n_skipped, n_steps)
     if not evaluations:
         return "\n".join([*skips, report])
