@@ -154,7 +154,7 @@ PLACES = (
     "training.trainer.TrainingWindows",
     "training.trainer.accumulate_gradients",
     "training.trainer.update",
-    "training.evaluator.decode",
+    "inference.evaluator.decode",
     "training.trainer.write_predictions",
     "training.trainer.latent_settings",
     "training.session.closing",
