@@ -20,6 +20,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import shutil
 from pathlib import Path
 
+import launching
 import pytest
 import torch
 
@@ -28,6 +29,18 @@ from coconut_ds.data.stages import Curriculum
 hardware.settle()
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fresh-ranks", action="store_true", help="start every rank by DeepSpeed's launcher")
+
+
+def pytest_configure(config):
+    launching.fresh_ranks = config.getoption("--fresh-ranks")
+
+
+def pytest_runtest_setup(item):
+    launching.may_start_ranks = item.get_closest_marker("ranks") is not None
 
 
 def pytest_sessionfinish():

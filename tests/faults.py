@@ -27,7 +27,6 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-_SITE = str(_TESTS / "fault_site")
 _MOMENTS = (
     # Called once a step and a few times around each save, on every rank.
     ("faulthandler", "dump_traceback_later", 40),
@@ -69,9 +68,8 @@ def run_of(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
 
 def faulty(run: dict[str, Any], folder: Path, fault: str, ranks: int = 2, limit_s: float = 180) -> tuple[int, str]:
     """Exit status and output of a run in which `fault` happens (see `fault_site`)."""
-    command = launching.train_command(launching.write_run(run, folder), ranks)
-    path = f"{_SITE}:{launching.environment()['PYTHONPATH']}"
-    done = launching.finish(launching.start(command, FAULT=fault, PYTHONPATH=path), limit_s)
+    command = ["coconut_ds/train.py", "--run", str(launching.write_run(run, folder))]
+    done = launching.on_warm_ranks(ranks, command, limit_s, FAULT=fault)
     return done.returncode, done.stdout
 
 

@@ -15,13 +15,21 @@ import sys
 import tempfile
 import termios
 import threading
+import time
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+import warm_server
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT_S = 300
+_TO_END_S = 30  # what the launcher gives ranks that it ends
+may_start_ranks = True
+"""False while a test runs that does not have the marker `ranks`."""
+fresh_ranks = False
+"""Set by the option `--fresh-ranks`: every rank is started by the launcher."""
 _LAUNCHER = Path(sys.executable).with_name("deepspeed")
 
 
@@ -102,20 +110,23 @@ def end(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     if "--master_port" in process.args and not ended_well:
-        port = process.args[process.args.index("--master_port") + 1]
-        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-            left.unlink(missing_ok=True)
+        _remove_shared_memory(process.args[process.args.index("--master_port") + 1])
+
+
+def _demand_marker() -> None:
+    assert may_start_ranks, "a test that starts ranks has the marker `ranks`: pytest -m 'not ranks' is the quick part"
 
 
 def train_command(run_file: Path, ranks: int, *arguments: str) -> list[str]:
     """The published command, with a port of its own."""
+    _demand_marker()
     launcher = [str(_LAUNCHER), "--num_gpus", str(ranks), "--master_port", str(free_port())]
     return [*launcher, "coconut_ds/train.py", "--run", str(run_file), *arguments]
 
 
-def train(run: dict[str, Any], folder: Path, ranks: int, *arguments: str, expect: int = 0) -> str:
-    """Run the trainer's entry with `run` as its YAML; its output, once its exit status is as expected."""
-    result = finish(start(train_command(write_run(run, folder), ranks, *arguments)))
+def train(run: dict[str, Any], folder: Path, ranks: int, *arguments: str, expect: int = 0, **more: str) -> str:
+    """Run the trainer's entry on warm ranks with `run` as its YAML; its output, once its exit status is as expected."""
+    result = on_warm_ranks(ranks, ["coconut_ds/train.py", "--run", str(write_run(run, folder)), *arguments], **more)
     assert result.returncode == expect, f"exit status {result.returncode}\n{result.stdout[-6000:]}"
     return result.stdout
 
@@ -133,10 +144,7 @@ def events(run_folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def on_ranks(ranks: int, code: str, **values: Any) -> list[Any]:
-    """Run `code` on gloo ranks under the DeepSpeed launcher; what each assigned to `result` (JSON), by rank.
-
-    `code` sees `values` as variables.
-    """
+    """Run `code` on gloo ranks; what each assigned to `result` (JSON), by rank. `code` sees `values` as variables."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         script = folder / "script.py"
@@ -146,10 +154,70 @@ def on_ranks(ranks: int, code: str, **values: Any) -> list[Any]:
             "from coconut_ds.runtime import distributed\ndistributed.close()\ndistributed.end_process(0)\n"
         )
         script.write_text(prologue + code + epilogue, encoding="utf-8")
-        port = str(free_port())
-        command = [str(_LAUNCHER), "--num_gpus", str(ranks), "--master_port", port, "--no_local_rank", str(script)]
         # One thread each, however many cores there are: the last bits of a result hang on their number, and ranks that
         # share cores wait for each other at every turn.
-        done = finish(start(command, OMP_NUM_THREADS="1"))
+        done = on_warm_ranks(ranks, [str(script)], OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stdout[-6000:]
         return [json.loads((folder / f"result{rank}").read_text()) for rank in range(ranks)]
+
+
+def on_warm_ranks(
+    ranks: int, command: list[str], time_limit_s: float = TIME_LIMIT_S, **more: str
+) -> subprocess.CompletedProcess:
+    """What the launcher would do with the script and arguments of `command`: its output and exit status.
+
+    The first rank that fails ends the others and gives the status, as under the launcher. `--fresh-ranks` has the
+    launcher do it.
+    """
+    _demand_marker()
+    port = str(free_port())
+    if fresh_ranks:
+        options = ["--num_gpus", str(ranks), "--master_port", port]
+        return finish(start([str(_LAUNCHER), *options, *command], **more), time_limit_s)
+    placed = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    threads = int(more.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // ranks)))
+    processes = []
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
+        try:
+            for rank in range(ranks):
+                environ = environment(
+                    **more, **placed, RANK=str(rank), LOCAL_RANK=str(rank), CROSS_RANK="0", CROSS_SIZE="1"
+                )
+                arguments = [command[0], f"--local_rank={rank}", *command[1:]]
+                streams = [output.name, output.name]
+                processes.append(warm_server.fork(warm_server.become, arguments, str(ROOT), environ, streams, threads))
+            status = _first_failure(processes, time.monotonic() + time_limit_s)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+            _remove_shared_memory(port)
+        shown = output.read()
+    if status is None:
+        raise AssertionError(f"no end after {time_limit_s} s: {command}\n{shown[-4000:]}")
+    return subprocess.CompletedProcess(command, status, shown, "")
+
+
+def _first_failure(processes: list[Any], give_up: float) -> int | None:
+    """The status of the first process that failed, 0 when all ended well, None when the time was up."""
+    running = {process.sentinel: process for process in processes}
+    status = 0
+    while running:
+        left = give_up - time.monotonic()
+        ended = connection.wait(list(running), timeout=max(0, left))
+        if not ended:
+            return None
+        for process in [running.pop(sentinel) for sentinel in ended]:
+            process.join()
+            if process.exitcode and not status:
+                status = process.exitcode
+                for other in running.values():
+                    other.terminate()
+                give_up = min(give_up, time.monotonic() + _TO_END_S)
+    return status
+
+
+def _remove_shared_memory(port: str) -> None:
+    """What DeepSpeed's all-reduce leaves of ranks that did not end by themselves."""
+    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        left.unlink(missing_ok=True)

@@ -8,27 +8,19 @@ only rank: the launcher's options are read by its own parser, and the launcher i
 from __future__ import annotations
 
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.connection import Listener
 from pathlib import Path
-from typing import Any
 
-import cpuinfo
-import hardware
-import torch
+import warm_server
+from deepspeed.launcher.runner import parse_args
 
 TIME_LIMIT_S = 100
-_PRELOADED = ["deepspeed", "deepspeed.ops.adam", "datasets", "transformers.models.auto.modeling_auto", "scipy.stats"]
-_PRELOADED += ["transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"]
-_PRELOADED += ["deepspeed.runtime.zero.muon.original_muon", "matplotlib.figure"]
-
 _CLIENT = """
 import os, sys
 from multiprocessing.connection import Client
@@ -94,10 +86,6 @@ class Shell:
         self._listener = Listener(socket, backlog=8)
 
     def __enter__(self) -> Shell:
-        # DeepSpeed's CPU Adam asks three times, a second each.
-        self._processor = cpuinfo.get_cpu_info()
-        self._context = get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOADED)
         threading.Thread(target=self._serve, daemon=True).start()
         return self
 
@@ -126,46 +114,20 @@ class Shell:
                 return
             # A client that its shell has given up does not wait for an answer.
             with connection, suppress(OSError, EOFError), tempfile.TemporaryDirectory() as folder:
-                streams = [Path(folder) / name for name in ("stdout", "stderr")]
-                asked = connection.recv()
-                process = self._context.Process(target=_become, args=(*asked, streams, self._processor))
-                process.start()
+                streams = [str(Path(folder) / name) for name in ("stdout", "stderr")]
+                arguments, *place = connection.recv()
+                # Small models gain nothing from a second thread and lose much where other tests want the cores.
+                process = warm_server.fork(warm_server.become, _arguments(arguments), *place, streams, 1)
                 process.join(TIME_LIMIT_S)
                 process.kill()
                 process.join()
-                written = [stream.read_text(encoding="utf-8", errors="replace") for stream in streams]
+                written = [Path(stream).read_text(encoding="utf-8", errors="replace") for stream in streams]
                 connection.send((process.exitcode, *written))
 
 
-def _become(
-    arguments: list[str], folder: str, environment: dict[str, str], streams: list[Path], processor: dict[str, Any]
-) -> None:
-    """Be the command `arguments` of a shell in `folder`; in a process of its own."""
-    for number, stream in enumerate(streams, start=1):
-        os.dup2(os.open(stream, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
-    cpuinfo.get_cpu_info = lambda: processor
-    # Small models gain nothing from a second thread and lose much where other tests want the cores.
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    hardware.settle()
-    if arguments[0] == "deepspeed":
-        from deepspeed.launcher.runner import parse_args
-
-        given = parse_args(arguments[1:])
-        arguments = ["python", given.user_script, *given.user_args]
-    is_module = arguments[1] == "-m"
-    name, sys.argv = (arguments[2], arguments[2:]) if is_module else (arguments[1], arguments[1:])
-    sys.path[:] = [folder if is_module else str(Path(name).parent.resolve()), *map(str, _libraries())]
-    if is_module:
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(name, run_name="__main__")
-
-
-def _libraries() -> list[Path]:
-    """The paths of the interpreter and its packages, without those that pytest has put there."""
-    return [Path(entry) for entry in sys.path if entry and Path(entry).is_relative_to(sys.base_prefix)] + [
-        Path(entry) for entry in sys.path if entry and Path(entry).is_relative_to(sys.prefix)
-    ]
+def _arguments(arguments: list[str]) -> list[str]:
+    """What an interpreter would be given for `python ...` or `deepspeed ...`."""
+    if arguments[0] != "deepspeed":
+        return arguments[1:]
+    given = parse_args(arguments[1:])
+    return [given.user_script, *given.user_args]
