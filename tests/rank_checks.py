@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ from coconut_ds.data.batches import Batch, Tokens, collate_training, training_se
 from coconut_ds.data.loaders import TrainingWindows
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.engine.build import build_engine, describe_device, start_process_group
+from coconut_ds.engine.internals import InternalsError, demand_internals, loss_scale
 from coconut_ds.engine.reset import new_schedule, reset_optimizer_state
-from coconut_ds.engine.states import gather, loss_scale, updates_done
+from coconut_ds.engine.states import gather, updates_done
 from coconut_ds.engine.states import restore as restore_states
 from coconut_ds.memory.model_states import model_states
 from coconut_ds.model.backbone import Backbone, word_tokenizer
@@ -364,3 +367,46 @@ def held_bytes(engine: deepspeed.DeepSpeedEngine) -> list[int]:
         if isinstance(value, torch.Tensor)
     }
     return list(storages.values())
+
+
+def without_names(cases: list[tuple[str, str, list[str]]]) -> dict[str, str | None]:
+    """By dotted name, from an engine on: what `demand_internals` says without it; None where it says nothing."""
+    start_process_group()
+    found: dict[str, str | None] = {}
+    for name, precision, names in cases:
+        config, sizes = RunConfig(precision=precision), BatchSizes(2, 1, 1)
+        engine = build_engine(tiny.coconut(context=CONTEXT), config, ds_config(name, config, sizes))
+        optimizer_step(engine, windows_of(name, examples(8), sizes, 0)[0], "token")
+        for path in names:
+            holder: Any = engine
+            first, *others = path.split(".")
+            if first == "a_parameter":
+                holder, (first, *others) = list(engine.module.parameters())[-1], others
+            for each in others:
+                holder, first = getattr(holder, first), each
+            with _taken_away(holder, first):
+                found[path] = _refusal(engine)
+        assert _refusal(engine) is None, "everything is back in its place"
+    return found
+
+
+def _refusal(engine: deepspeed.DeepSpeedEngine) -> str | None:
+    try:
+        demand_internals(engine)
+    except InternalsError as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def _taken_away(holder: Any, name: str) -> Iterator[None]:
+    """Inside it `holder` has no attribute `name`, wherever it comes from."""
+    owners = [holder, *type(holder).__mro__]
+    removed = [(owner, vars(owner)[name]) for owner in owners if name in getattr(owner, "__dict__", {})]
+    for owner, _ in removed:
+        delattr(owner, name)
+    try:
+        yield
+    finally:
+        for owner, value in removed:
+            setattr(owner, name, value)

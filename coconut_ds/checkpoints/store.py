@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from coconut_ds import strict_json
-from coconut_ds.engine import states as optimizer_states
+from coconut_ds.engine import internals, states
 from coconut_ds.errors import InputError
 from coconut_ds.memory.meter import GIB
 from coconut_ds.model.backbone import Backbone
@@ -154,8 +154,8 @@ class Checkpoints:
 
     def _demand_space(self, engine: deepspeed.DeepSpeedEngine) -> None:
         atomic_folder.sweep(self.folder)
-        elements = sum(map(optimizer_states.n_elements, engine.module.parameters()))
-        needed = (1 + len(optimizer_states.MOMENTS)) * 4 * elements + _BESIDE_TENSORS
+        elements = sum(map(internals.n_elements, engine.module.parameters()))
+        needed = (1 + len(states.MOMENTS)) * 4 * elements + _BESIDE_TENSORS
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -188,14 +188,12 @@ def restore(path: Path, engine: deepspeed.DeepSpeedEngine) -> None:
     with ExitStack() as files:
         weights = files.enter_context(_Tensors(path / MODEL_FOLDER / WEIGHTS_FILE, drop=_PREFIX))
         moments = {
-            moment: files.enter_context(_Tensors(_file_of(path, moment)))
-            for moment in optimizer_states.MOMENTS
-            if stored.updates
+            moment: files.enter_context(_Tensors(_file_of(path, moment))) for moment in states.MOMENTS if stored.updates
         }
         # A learned window has a file of its own.
         whole = ChainMap(stored_window(str(path)), weights)  # type: ignore[arg-type]
-        optimizer_states.restore(engine, stored.updates, whole, moments)
-    optimizer_states.restore_loss_scale(engine, stored.loss_scale)
+        states.restore(engine, stored.updates, whole, moments)
+    internals.restore_loss_scale(engine, stored.loss_scale)
     engine.global_steps = stored.progress.step
     _set_random_state(load_file(path / _RANDOM))
 
@@ -232,19 +230,19 @@ def _write_tensors(
     failed: str,
 ) -> None:
     """One set of tensors after the other, so that rank 0 holds no more than one."""
-    tensors = optimizer_states.gather(engine)
+    tensors = states.gather(engine)
     _on_main(failed, _demand_finite, tensors)
     own = {name.removeprefix(_PREFIX): value for name, value in tensors.items() if name.startswith(_PREFIX)}
     window = {name: value for name, value in tensors.items() if not name.startswith(_PREFIX)}
     _on_main(failed, write_folder, folder / MODEL_FOLDER, backbone.model, backbone.tokenizer, settings, own, window)
-    for moment in optimizer_states.MOMENTS if stored.updates else ():
+    for moment in states.MOMENTS if stored.updates else ():
         watchdog.alive()
-        tensors = optimizer_states.gather(engine, moment)
+        tensors = states.gather(engine, moment)
         _on_main(failed, _demand_finite, tensors)
         _on_main(failed, save_file, tensors, _file_of(folder, moment))
     watchdog.alive()
-    states = distributed.gather_to_main(_random_state())
-    _on_main(failed, save_file, _by_rank(states), folder / _RANDOM)
+    random = distributed.gather_to_main(_random_state())
+    _on_main(failed, save_file, _by_rank(random), folder / _RANDOM)
 
 
 def _demand_finite(tensors: Mapping[str, torch.Tensor]) -> None:

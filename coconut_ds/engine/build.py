@@ -21,6 +21,7 @@ from torch import nn
 from coconut_ds.config.deepspeed_config import Device, offloads_optimizer
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.engine.hostfile import demand_hostfile
+from coconut_ds.engine.internals import demand_internals
 from coconut_ds.engine.operator_build import builds_announced
 from coconut_ds.errors import InputError
 from coconut_ds.runtime import distributed
@@ -92,13 +93,17 @@ def describe_device() -> Device:
 
 
 def build_engine(model: nn.Module, config: RunConfig, ds_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """Wrap `model` in the engine it keeps for the life of the process; it learns nothing until a schedule starts."""
+    """Wrap `model` in the engine it keeps for the life of the process; it learns nothing until a schedule starts.
+
+    Raises InternalsError for a DeepSpeed that lacks what resets and checkpoints rely on.
+    """
     with builds_announced():
         optimizer = _optimizer(model, config, on_host=offloads_optimizer(ds_config))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     # At stage 0 with bf16 DeepSpeed 0.19.8 takes an update without gradients here: it would decay the weights, which a
     # rate of 0 prevents, and Adam would begin to count at 1.
     engine.basic_optimizer.state.clear()
+    demand_internals(engine)
     return engine
 
 

@@ -7,8 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import psutil
-from deepspeed.launcher.runner import parse_args
 
+from coconut_ds.engine import internals
 from coconut_ds.errors import InputError
 
 _STARTS_RANKS = "deepspeed.launcher.launch"
@@ -28,7 +28,7 @@ def demand_hostfile() -> None:
         return
     if not command:
         return
-    given = parse_args(command)
+    given = internals.named("deepspeed", "deepspeed.launcher.runner", "parse_args")(command)
     options = command[: command.index(given.user_script)]
     # Without the option it is /job/hostfile, which need not be there.
     is_named = any(word.startswith(("-H", "--host")) for word in options)

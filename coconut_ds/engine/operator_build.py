@@ -19,11 +19,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder
-from torch.utils.file_baton import FileBaton
 
+from coconut_ds.engine import internals
 from coconut_ds.runs.terminal import libraries_to, terminal
 from coconut_ds.runtime import distributed
 
@@ -38,33 +39,35 @@ def builds_announced() -> Iterator[None]:
     if distributed.local_rank() != 0:
         yield
         return
-    acquire, wait, release = FileBaton.try_acquire, FileBaton.wait, FileBaton.release
+    file_baton = internals.named("torch", "torch.utils.file_baton", "FileBaton")
+    internals.demand("torch", file_baton(""), ("try_acquire", "wait", "release", "lock_file_path"))
+    acquire, wait, release = file_baton.try_acquire, file_baton.wait, file_baton.release
     compiling = contextlib.ExitStack()
 
-    def acquire_aloud(self: FileBaton) -> bool | None:
+    def acquire_aloud(self: Any) -> bool | None:
         acquired = acquire(self)
         if acquired:
             compiling.enter_context(_said_now_and_then(lambda: _compiling_text(Path(self.lock_file_path))))
         return acquired
 
-    def wait_aloud(self: FileBaton) -> None:
+    def wait_aloud(self: Any) -> None:
         with _said_now_and_then(lambda: waiting_text(Path(self.lock_file_path))):
             wait(self)
 
-    def release_and_stop(self: FileBaton) -> None:
+    def release_and_stop(self: Any) -> None:
         compiling.close()
         release(self)
 
     # Methods and not the class, which torch.utils.cpp_extension has imported by name.
     replaced = {"try_acquire": acquire_aloud, "wait": wait_aloud, "release": release_and_stop}
-    before = {name: getattr(FileBaton, name) for name in replaced}
+    before = {name: getattr(file_baton, name) for name in replaced}
     for name, method in replaced.items():
-        setattr(FileBaton, name, method)
+        setattr(file_baton, name, method)
     try:
         yield
     finally:
         for name, method in before.items():
-            setattr(FileBaton, name, method)
+            setattr(file_baton, name, method)
 
 
 def _compiling_text(lock: Path) -> str:

@@ -12,6 +12,7 @@ from transformers import get_scheduler
 
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.stages import Curriculum
+from coconut_ds.engine.internals import unlink_states
 
 
 def resets_before(epoch: int, config: RunConfig, curriculum: Curriculum) -> bool:
@@ -32,19 +33,14 @@ def epochs_until_reset(epoch: int, config: RunConfig, curriculum: Curriculum) ->
 def reset_optimizer_state(engine: deepspeed.DeepSpeedEngine) -> None:
     """Clear moments and step counts in place; master weights and the loss scale stay.
 
-    Bit-identical to a new optimizer on the same weights. There is no public call for it: the ZeRO wrapper keeps the
-    states of the optimizer inside it, and links parts of them to the parameters at the first step.
+    Bit-identical to a new optimizer on the same weights. There is no public call for it: ZeRO links parts of the
+    states to the parameters at the first step.
     """
-    wrapper = engine.optimizer
-    optimizer = getattr(wrapper, "optimizer", wrapper)
+    optimizer = engine.basic_optimizer
     optimizer.state.clear()
     for group in optimizer.param_groups:
         group.pop("step", None)
-    if hasattr(wrapper, "_hp_optimizer_states_linked"):
-        wrapper._hp_optimizer_states_linked = False
-    for parameter in engine.module.parameters():
-        if getattr(parameter, "_hp_mapping", None) is not None:
-            parameter._hp_mapping.optim_fragment = None
+    unlink_states(engine)
 
 
 def new_schedule(engine: deepspeed.DeepSpeedEngine, config: RunConfig, n_steps: int, done: int = 0) -> LRScheduler:

@@ -23,18 +23,13 @@ from deepspeed.utils import (
 )
 from torch import nn
 
+from coconut_ds.engine import internals
 from coconut_ds.runtime import distributed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """First and second moment, Adam (arXiv 1412.6980), algorithm 1."""
-_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 Tensors = Mapping[str, torch.Tensor]
-
-
-def n_elements(parameter: nn.Parameter) -> int:
-    """Elements of the whole parameter, of which ZeRO-3 may hold none here."""
-    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def updates_done(engine: deepspeed.DeepSpeedEngine) -> int:
@@ -48,10 +43,10 @@ def gather(engine: deepspeed.DeepSpeedEngine, moment: str | None = None) -> dict
 
     Called on every rank. There have to be moments: `updates_done` is not 0.
     """
-    masters = _masters(engine)
+    twins = internals.fp32_twins(engine)
     gathered = {}
     for name, parameter in engine.module.named_parameters():
-        whole = _get(engine, masters.get(parameter, parameter), parameter, moment)
+        whole = _get(engine, twins.get(parameter, parameter), parameter, moment)
         if distributed.is_main():
             gathered[name] = whole.detach().float().cpu()
     return gathered
@@ -64,50 +59,25 @@ def restore(engine: deepspeed.DeepSpeedEngine, updates: int, weights: Tensors, m
     """
     if updates:
         _allocate_moments(engine, updates)
-    masters = _masters(engine)
+    twins = internals.fp32_twins(engine)
     for name, parameter in engine.module.named_parameters():
-        updated = masters.get(parameter, parameter)
+        updated = twins.get(parameter, parameter)
         if parameter.dtype != torch.float32:
             _set(engine, updated, parameter, None, weights[name])
         for moment in moments if updates else ():
             _set(engine, updated, parameter, moment, moments[moment][name])
-    if isinstance(engine.basic_optimizer, DeepSpeedCPUAdam):
-        _repeat_bias_corrections(engine.basic_optimizer, updates)
-
-
-def loss_scale(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
-    """The state of fp16's loss scale; empty in other precisions."""
-    scaler = engine.optimizer.loss_scaler if engine.fp16_enabled() else None
-    return {key: getattr(scaler, key) for key in _LOSS_SCALE if hasattr(scaler, key)}
-
-
-def restore_loss_scale(engine: deepspeed.DeepSpeedEngine, state: Mapping[str, float]) -> None:
-    """Set what `loss_scale` returned; an engine that does not scale its loss is left as it is."""
-    if engine.fp16_enabled():
-        for key, value in state.items():
-            setattr(engine.optimizer.loss_scaler, key, value)
-
-
-def _masters(engine: deepspeed.DeepSpeedEngine) -> dict[nn.Parameter, torch.Tensor]:
-    """At stage 0 in half precision, the fp32 tensor that is updated in place of each parameter."""
-    wrapper = engine.optimizer
-    groups = zip(getattr(wrapper, "fp16_groups", ()), getattr(wrapper, "fp32_groups", ()))
-    is_partitioned = engine.zero_optimization_stage() > 0
-    return {} if is_partitioned else {low: high for lows, highs in groups for low, high in zip(lows, highs)}
-
-
-def _is_partitioned(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+    internals.repeat_bias_corrections(engine.basic_optimizer, updates)
 
 
 def _get(
     engine: deepspeed.DeepSpeedEngine, updated: torch.Tensor, parameter: nn.Parameter, moment: str | None
 ) -> torch.Tensor:
+    stage = engine.zero_optimization_stage()
     if moment is None:
         # Where weights are whole and fp32 on every rank, they are the fp32 weights.
-        is_whole = parameter.dtype == torch.float32 and not hasattr(parameter, "ds_id")
-        return updated if is_whole or not _is_partitioned(parameter) else safe_get_full_fp32_param(parameter)
-    if _is_partitioned(parameter):
+        is_whole = parameter.dtype == torch.float32 and stage < 3
+        return updated if is_whole or stage == 0 else safe_get_full_fp32_param(parameter)
+    if stage > 0:
         return safe_get_full_optimizer_state(parameter, moment)
     return engine.basic_optimizer.state[updated][moment]
 
@@ -119,9 +89,10 @@ def _set(
     moment: str | None,
     whole: torch.Tensor,
 ) -> None:
-    if hasattr(parameter, "ds_id"):
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
         # DeepSpeed cuts no share from a tensor that does not divide by the ranks, so the share is cut here.
-        share = parameter.ds_tensor.numel()
+        share = internals.elements_per_rank(parameter)
         padded = F.pad(whole.flatten(), (0, share * distributed.world_size() - whole.numel()))
         own = padded[share * distributed.rank() :][:share]
         if moment is None:
@@ -129,11 +100,11 @@ def _set(
         else:
             safe_set_local_optimizer_state(parameter, own, moment)
     elif moment is None:
-        if _is_partitioned(parameter):
+        if stage > 0:
             safe_set_full_fp32_param(parameter, whole)
         else:
             updated.data.copy_(whole)
-    elif _is_partitioned(parameter):
+    elif stage > 0:
         safe_set_full_optimizer_state(parameter, whole, moment)
     else:
         engine.basic_optimizer.state[updated][moment].copy_(whole)
@@ -141,23 +112,9 @@ def _set(
 
 def _allocate_moments(engine: deepspeed.DeepSpeedEngine, updates: int) -> None:
     """What the optimizer allocates at its first update, and ZeRO's links from the parameters to it."""
-    wrapper, optimizer = engine.optimizer, engine.basic_optimizer
-    # At stage 3 the groups are empty between steps.
-    held = getattr(wrapper, "fp32_partitioned_groups_flat", None)
-    for tensor in held or [each for group in optimizer.param_groups for each in group["params"]]:
-        is_on_host = isinstance(optimizer, DeepSpeedCPUAdam)
+    optimizer = engine.basic_optimizer
+    is_on_host = isinstance(optimizer, DeepSpeedCPUAdam)
+    for tensor in internals.updated_tensors(engine):
         step: Any = updates if is_on_host else torch.tensor(float(updates), device=tensor.device)
         optimizer.state[tensor] = {"step": step, **{name: torch.zeros_like(tensor.data) for name in MOMENTS}}
-    if hasattr(wrapper, "_hp_optimizer_states_linked"):
-        wrapper._hp_optimizer_states_linked = False
-        wrapper._lazy_init_hp_params_optimizer_state()
-
-
-def _repeat_bias_corrections(optimizer: DeepSpeedCPUAdam, updates: int) -> None:
-    """Let the C++ part multiply its bias corrections up again: as powers they differ in the last bits."""
-    weight, gradient, *moments = (torch.zeros(1) for _ in range(4))
-    group = optimizer.param_groups[0]
-    for update in range(1, updates + 1):
-        optimizer.ds_opt_adam.adam_update(
-            optimizer.opt_id, update, 0.0, *group["betas"], group["eps"], 0.0, True, weight, gradient, *moments
-        )
+    internals.link_states(engine)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import deepspeed
 
+from coconut_ds.engine.internals import gathering_switched_off
+
 
 @contextmanager
 def whole_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
@@ -18,13 +20,5 @@ def whole_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
     if engine.zero_optimization_stage() < 3:
         yield
         return
-    # There is no public call that switches the gathering off.
-    hooks = engine.optimizer.parameter_offload
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        hooks._remove_module_hooks()
-        hooks.forward_hooks.clear()
-        hooks.backward_hooks.clear()
-        try:
-            yield
-        finally:
-            hooks.setup_zero_stage3_hooks()
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())), gathering_switched_off(engine):
+        yield

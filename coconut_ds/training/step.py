@@ -1,4 +1,9 @@
-"""One optimizer step over an accumulation window, normalised over all its micro-batches on all ranks."""
+"""One optimizer step over an accumulation window, normalised over all its micro-batches on all ranks.
+
+From device to host goes one transfer per optimizer step, in `fetch`; the passes make none. DeepSpeed's update makes
+those of its own (none in fp32 and bf16 on the GPU, the gradients with an offloaded optimizer, the overflow flag in
+fp16), and a step that is logged one more, for the norm of the gradient.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +54,9 @@ class Figures:
 def accumulate_gradients(
     engine: deepspeed.DeepSpeedEngine, window: list[Batch], normalization: Literal["token", "micro_batch"]
 ) -> Pending:
-    """Forward and backward over `window`, which has as many micro-batches on every rank; the host waits for nothing.
+    """Forward and backward over `window`, without synchronising with the device.
+
+    Every rank must pass the same number of micro-batches.
 
     `token`: the mean over all supervised tokens of the window on all ranks, so the gradient does not depend on how
     the examples are split. `micro_batch`: the mean of the micro-batches' means, as published; fillers do not count.
@@ -72,7 +79,9 @@ def fetch(step: Pending, number: int) -> Figures:
 
     Raises NonFiniteLossError on every rank when the loss is not finite.
     """
-    loss = float(distributed.sum_over_ranks(step.loss.clone()))
+    loss_sum = distributed.sum_over_ranks(step.loss.clone())
+    # float64 holds both exactly: a loss in fp32, and counts up to 2**53.
+    loss, n_targets, _, n_tokens, cells = torch.cat([loss_sum.double()[None], step.totals.double()]).tolist()
     if not math.isfinite(loss):
         shares = distributed.from_main(distributed.gather_to_main(step.indices))
         examples = [f"rank {rank} had training examples {indices}" for rank, indices in enumerate(shares)]
@@ -80,8 +89,7 @@ def fetch(step: Pending, number: int) -> Figures:
             f"loss {loss} at optimizer step {number}, nothing was updated; {'; '.join(examples)}; "
             "lower lr, set max_grad_norm, or use bf16 or fp32 in place of fp16"
         )
-    n_targets, _, n_tokens, cells = step.totals.tolist()
-    return Figures(loss, n_targets, n_tokens, 1 - n_tokens / cells)
+    return Figures(loss, int(n_targets), int(n_tokens), 1 - n_tokens / cells)
 
 
 def optimizer_step(

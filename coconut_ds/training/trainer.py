@@ -17,8 +17,9 @@ from coconut_ds.config.run_config import BatchSizes, RunConfig
 from coconut_ds.data.batches import Batch, Tokens
 from coconut_ds.data.loaders import TrainingWindows, training_loader, windows_per_epoch
 from coconut_ds.data.stages import Curriculum
+from coconut_ds.engine.internals import loss_scale
 from coconut_ds.engine.reset import epochs_until_reset, new_schedule, reset_optimizer_state, resets_before
-from coconut_ds.engine.states import loss_scale, updates_done
+from coconut_ds.engine.states import updates_done
 from coconut_ds.engine.whole_weights import whole_weights
 from coconut_ds.errors import InputError
 from coconut_ds.inference.evaluator import Evaluation, Evaluator
