@@ -1,18 +1,24 @@
 """coconut_ds: contextual Coconut (Chain of Continuous Thought) trained by DeepSpeed."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from coconut_ds.config.run_config import RunConfig as RunConfig
+    from coconut_ds.model.coconut import Coconut as Coconut
+    from coconut_ds.model.latents import LatentContext as LatentContext
 
 __version__ = "0.1.0"
 
+__all__ = ["Coconut", "LatentContext", "RunConfig", "__version__"]
 _EXPORTS = {
     "Coconut": "coconut_ds.model.coconut",
     "LatentContext": "coconut_ds.model.latents",
     "RunConfig": "coconut_ds.config.run_config",
 }
-__all__ = ["Coconut", "LatentContext", "RunConfig", "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Lazy, so that `import coconut_ds` loads neither torch nor transformers.
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
