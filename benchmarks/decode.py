@@ -67,7 +67,7 @@ def _without_cache(model: Coconut, prompt: list[int], new_tokens: int) -> list[i
     backbone = model.base_causallm
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
     embeds = backbone.get_input_embeddings()(ids)
-    for column in (ids[0] == model.latent_token_id).nonzero().flatten().tolist():
+    for column in torch.eq(ids[0], model.latent_token_id or 0).nonzero().flatten().tolist():
         hidden = backbone.base_model(inputs_embeds=embeds[:, :column], use_cache=False).last_hidden_state
         weights = torch.tensor(model.latent_context.weights, device=ids.device)
         newest_first = hidden[0, -len(weights) :].flip(0)

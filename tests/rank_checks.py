@@ -18,7 +18,7 @@ from datasets import Dataset
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
 
-from coconut_ds import LatentContext
+from coconut_ds import Coconut, LatentContext
 from coconut_ds.checkpoints.store import Checkpoints, Progress, Stored, read_stored, restore
 from coconut_ds.config.deepspeed_config import read_ds_json, resolve_ds_config
 from coconut_ds.config.run_config import BatchSizes, RunConfig
@@ -77,15 +77,15 @@ def windows_of(name: str, rows: Dataset, sizes: BatchSizes, epoch: int) -> Train
     return TrainingWindows(rows, curriculum(), TOKENS, sizes, distributed.rank(), epoch, in_step=in_step)
 
 
-def gradient_errors(names: list[str], splits: list[list[int]], checkpointed: bool) -> dict[str, float]:
+def gradient_errors(names: list[str], splits: list[list[int]], speed: str) -> dict[str, float]:
     """Largest difference between a gradient through the engine and that of one undivided batch of 8 in plain torch.
 
-    `checkpointed` recomputes activations in the engine's model. One step of SGD with learning rate 1 turns the gradient
-    into a difference of weights.
+    `speed` of the engine's model: plain passes, fast ones, or fast with activations recomputed. One step of SGD with
+    learning rate 1 turns the gradient into a difference of weights.
     """
     start_process_group()
     rows = examples(8)
-    reference = tiny.coconut(context=CONTEXT)
+    reference = tiny.coconut(context=CONTEXT, plain=True)
     reference(**undivided(rows, epoch=2).inputs).loss.backward()
     expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
     world = distributed.world_size()
@@ -93,9 +93,7 @@ def gradient_errors(names: list[str], splits: list[list[int]], checkpointed: boo
     for name in names:
         for micro, accumulation in splits:
             sizes = BatchSizes(micro, accumulation, world)
-            model = tiny.coconut(context=CONTEXT)
-            if checkpointed:
-                model.enable_activation_checkpointing()
+            model = _model(speed)
             before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
             settings = ds_config(name, RunConfig(), sizes) | {"zero_force_ds_cpu_optimizer": False}
             engine, *_ = deepspeed.initialize(
@@ -111,6 +109,13 @@ def gradient_errors(names: list[str], splits: list[list[int]], checkpointed: boo
             worst = max((before[key] - weights[key] - expected[key]).abs().max().item() for key in before)
             errors[f"{name} {micro}x{accumulation}"] = worst
     return errors
+
+
+def _model(speed: str) -> Coconut:
+    model = tiny.coconut(context=CONTEXT, plain=speed == "plain")
+    if speed == "recomputed":
+        model.enable_activation_checkpointing()
+    return model
 
 
 def micro_batch_loss() -> list[float]:
@@ -189,7 +194,7 @@ def _alone() -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tens
     Undivided windows, AdamW, a new one for each stage. Where a gradient is rounding alone, as for the biases of the
     keys, Adam makes whole steps of it in any direction.
     """
-    model = tiny.coconut(context=CONTEXT)
+    model = tiny.coconut(context=CONTEXT, plain=True)
     rows, losses = examples(_EXAMPLES), []
     moved = {key: torch.ones_like(value, dtype=torch.bool) for key, value in model.named_parameters()}
     for epoch in _EPOCHS:
@@ -207,20 +212,19 @@ def _alone() -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tens
 
 
 def matrix(cases: list[list[Any]]) -> list[dict[str, Any]]:
-    """For each (ZeRO file, precision, recomputed): largest difference of a loss and of a weight from plain torch.
+    """For each (ZeRO file, precision, speed): largest difference of a loss and of a weight from plain torch.
 
-    In fp16 the loss scale starts so high that the first steps overflow; a step that was not applied is taken again.
+    `speed` is that of `gradient_errors`. In fp16 the loss scale starts so high that the first steps overflow; a step
+    that was not applied is taken again.
     """
     start_process_group()
     world = distributed.world_size()
     sizes = BatchSizes(2, _TOTAL // (2 * world), world)
     expected, weights, moved = _alone()
     outcomes = []
-    for name, precision, recomputed in cases:
+    for name, precision, speed in cases:
         config = RunConfig(lr=_RATE, precision=precision)
-        model = tiny.coconut(context=CONTEXT)
-        if recomputed:
-            model.enable_activation_checkpointing()
+        model = _model(speed)
         settings = ds_config(name, config, sizes)
         settings["fp16"]["initial_scale_power"] = 26
         engine = build_engine(model, config, settings)

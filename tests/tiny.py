@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from coconut_ds import Coconut, LatentContext
+from coconut_ds.model import fast
 
 PAD, EOS, START, END, LATENT, VOCABULARY = 0, 1, 2, 3, 4, 40
 
@@ -59,10 +60,15 @@ _FAMILIES = {
 
 
 def coconut(
-    family: str = "gpt2", context: LatentContext | None = None, dropout: float = 0.0, n_layer: int = 2
+    family: str = "gpt2",
+    context: LatentContext | None = None,
+    dropout: float = 0.0,
+    n_layer: int = 2,
+    plain: bool = False,
 ) -> Coconut:
+    """With the speed layer that the trainer installs, unless `plain`."""
     torch.manual_seed(0)
-    return Coconut(
+    model = Coconut(
         backbone(family, dropout, n_layer),
         latent_token_id=LATENT,
         start_latent_id=START,
@@ -70,6 +76,9 @@ def coconut(
         eos_token_id=EOS,
         latent_context=context,
     )
+    if not plain:
+        fast.install(model)
+    return model
 
 
 def row(n_question: int, steps: list[int], n_answer: int, seed: int) -> dict[str, list]:

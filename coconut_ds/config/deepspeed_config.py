@@ -380,6 +380,8 @@ def _checkpointing_problems(raw: dict[str, Any], config: RunConfig, run_file: st
             yield f"{name}.{key}: unknown key, which DeepSpeed would ignore{hint}"
     if wanted is not None and not wanted.enabled:
         yield f"{name}: a block here, but {run_file} has {name}.enabled: false; drop one of them"
+    if config.fast == "off":
+        yield f"{name}: a block here, but {run_file} has fast: off, whose passes keep all activations; drop one of them"
     offload = block.get("cpu_checkpointing", "auto")
     if offload not in (True, False, "auto"):
         yield f"{name}.cpu_checkpointing: {offload!r} must be true or false"

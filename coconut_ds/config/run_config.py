@@ -224,6 +224,8 @@ class RunConfig(_Section):
     precision: Literal["fp32", "bf16", "fp16", "auto"] | None = None
     """Null follows `bf16`; `auto` is bf16 where the device has it, else fp16 on CUDA, else fp32."""
     bf16: bool = False
+    fast: Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)] = "auto"
+    """`off` trains without the speed layer of `model/fast`: same numbers up to rounding, more time and memory."""
     activation_checkpointing: ActivationCheckpointingConfig | None = None
     """Null keeps all activations, unless the `deepspeed` file has an `activation_checkpointing` block."""
 
@@ -485,6 +487,13 @@ def _model_rules(config: RunConfig) -> _Found:
     if config.model and config.model.n_embd % config.model.n_head:
         message = f"model.n_embd: {config.model.n_embd} must be a multiple of model.n_head ({config.model.n_head})"
         found.append((("model",), message))
+    checkpointing = config.activation_checkpointing
+    if config.fast == "off" and checkpointing is not None and checkpointing.enabled:
+        message = (
+            "fast: off, but activation_checkpointing is on, which needs the KV cache of the speed layer; "
+            "set fast to auto or activation_checkpointing.enabled to false"
+        )
+        found.append((("fast", "activation_checkpointing"), message))
     if config.bf16 and config.precision not in (None, "bf16"):
         message = f"bf16: true, but precision is {config.precision}; drop one of them"
         found.append((("bf16", "precision"), message))

@@ -51,7 +51,8 @@ def demand_internals(engine: deepspeed.DeepSpeedEngine) -> None:
         demand("deepspeed", wrapper, ("_hp_optimizer_states_linked", "_lazy_init_hp_params_optimizer_state"))
         for parameter in trained:
             demand("deepspeed", parameter, ("_hp_mapping",))
-            demand("deepspeed", parameter._hp_mapping, ("optim_fragment",))
+            if parameter._hp_mapping is not None:
+                demand("deepspeed", parameter._hp_mapping, ("optim_fragment",))
     elif stage == 3:
         demand("deepspeed", wrapper, ("fp32_partitioned_groups_flat", "parameter_offload"))
         demand("deepspeed", wrapper.parameter_offload, _HOOKS)
@@ -79,7 +80,8 @@ def unlink_states(engine: deepspeed.DeepSpeedEngine) -> None:
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
         for parameter in engine.module.parameters():
-            if parameter.requires_grad:
+            # None where another rank has all of a parameter.
+            if parameter.requires_grad and parameter._hp_mapping is not None:
                 parameter._hp_mapping.optim_fragment = None
 
 

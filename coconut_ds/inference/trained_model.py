@@ -17,6 +17,7 @@ from coconut_ds.data.markers import END_LATENT, LATENT, START_LATENT
 from coconut_ds.data.plain_text import reserved_in
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.errors import InputError
+from coconut_ds.model import fast
 from coconut_ds.model.backbone import demand_rows, load_tokenizer, marker_ids
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import model_folder
@@ -45,6 +46,7 @@ class TrainedModel:
         """
         check_intact(Path(name))
         model = Coconut.from_pretrained(name).to(distributed.device())
+        fast.install(model)
         settings = model.training_settings
         if missing := [key for key in _SETTINGS if key not in settings]:
             what = "method it was trained by" if "method" in missing else ", ".join(missing)

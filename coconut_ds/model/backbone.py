@@ -14,7 +14,6 @@ import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,7 +25,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.activations import NewGELUActivation
 
 from coconut_ds.data.markers import MARKERS
 from coconut_ds.errors import ModelError, in_one_line
@@ -246,11 +244,6 @@ def demand_plain_head(model: PreTrainedModel, name: str) -> None:
         raise ModelError(f"{name} has no separate LM head; not supported")
 
 
-def keeps_recurrent_state(model: PreTrainedModel) -> bool:
-    """Whether the family says that it keeps more than keys and values of the columns before."""
-    return bool(getattr(model, "_is_stateful", False))
-
-
 def scratch_backbone(architecture: str, tokenizer: PreTrainedTokenizerBase, **shape: Any) -> Backbone:
     """A model with random weights (torch's global seed) for the tokenizer's vocabulary.
 
@@ -258,13 +251,6 @@ def scratch_backbone(architecture: str, tokenizer: PreTrainedTokenizerBase, **sh
     """
     config = _SCRATCH_CONFIGS[architecture](tokenizer, **shape)
     return Backbone(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer)
-
-
-def fuse_gelu(model: PreTrainedModel) -> None:
-    """GPT-2 spells its GELU out in eight operations, which keep four tensors of the MLP's width; torch's keeps one."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, NewGELUActivation):
-            model.set_submodule(name, nn.GELU(approximate="tanh"))
 
 
 def _gpt2_config(tokenizer: PreTrainedTokenizerBase, dropout: float, **shape: Any) -> PreTrainedConfig:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-if TYPE_CHECKING:
-    from coconut_ds.model.coconut import Coconut, Encoded, Intervention
+from coconut_ds.model.passes import Encoded, Intervention, LatentPasses
 
 
 @dataclass(frozen=True)
@@ -25,14 +24,9 @@ class Decoded:
     """Every column of the prompts but the last, T - 1 of them; None for prompts of one column."""
 
 
-def takes_static_cache(backbone: PreTrainedModel) -> bool:
-    """Whether the family says that it decodes on a cache of fixed size."""
-    return bool(getattr(backbone, "_can_compile_fullgraph", False))
-
-
 @torch.no_grad()
 def decode(
-    model: Coconut,
+    model: LatentPasses,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     max_new_tokens: int,
@@ -68,7 +62,7 @@ def decode(
 
 
 @torch.no_grad()
-def next_token_logits(model: Coconut, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def next_token_logits(model: LatentPasses, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Logits (B, 1, V) that `decode` chooses the first new token of prompts (B, T) without thoughts from."""
     cache = _cache(model, input_ids.shape[1] + 1)
     model.encode(input_ids[:, :-1], attention_mask[:, :-1], None, (), cache)
@@ -76,7 +70,7 @@ def next_token_logits(model: Coconut, input_ids: torch.Tensor, attention_mask: t
     return _generate(model, input_ids, attention_mask, cache, 1, **options).logits[0][:, None]
 
 
-def _cache(model: Coconut, n_columns: int) -> Cache:
+def _cache(model: LatentPasses, n_columns: int) -> Cache:
     """Of fixed size where the model takes it: one that grows is copied whole for every token."""
     config = model.base_causallm.config
     if model.decodes_on_static_cache:
@@ -85,7 +79,7 @@ def _cache(model: Coconut, n_columns: int) -> Cache:
 
 
 def _generate(
-    model: Coconut,
+    model: LatentPasses,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     cache: Cache | None,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
-from coconut_ds.model.fast.thought_attention import GATHERING_SDPA
+from coconut_ds.model.internals import attention_of
 
 
 def causal_mask(attention_mask: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
@@ -25,7 +25,8 @@ def causal_mask(attention_mask: torch.Tensor, config: PreTrainedConfig) -> torch
     config = config.get_text_config(decoder=True)
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) is not None or layer_types != {"full_attention"}
-    if config._attn_implementation not in ("sdpa", GATHERING_SDPA) or windowed:
+    # That of the speed layer is named after it.
+    if not attention_of(config).startswith("sdpa") or windowed:
         return attention_mask
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     queries, keys = columns[:, None], columns[None, :]

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from coconut_ds.errors import ModelError, in_one_line
-from coconut_ds.model.backbone import demand_plain_head, keeps_recurrent_state, n_positions
+from coconut_ds.model.backbone import demand_plain_head, n_positions
 from coconut_ds.model.decoding import next_token_logits
-
-if TYPE_CHECKING:
-    from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.internals import keeps_recurrent_state
+from coconut_ds.model.passes import LatentPasses
 
 Result = TypeVar("Result")
 
@@ -41,7 +40,7 @@ _ALIKE = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 """Families whose layers are alike but for `layer_types`, so that a few of them are enough."""
 
 
-def demand_fit(model: Coconut) -> None:
+def demand_fit(model: LatentPasses) -> None:
     """Raise ModelError, with what differs, for a backbone that the passes or the decoder do not fit.
 
     Chooses the decoder's cache: of fixed size where the family says it takes one and its logits are right, else one
@@ -75,7 +74,7 @@ def demand_fit(model: Coconut) -> None:
             raise
 
 
-def _demand_passes(model: Coconut, ids: torch.Tensor, mask: torch.Tensor) -> None:
+def _demand_passes(model: LatentPasses, ids: torch.Tensor, mask: torch.Tensor) -> None:
     """Passes with thoughts give the logits of plain forwards over the same embeddings, thoughts among them."""
     base, what = model.base_causallm, "a prefix, two thoughts and the rest on the KV cache"
     columns = torch.arange(ids.shape[1], device=ids.device)
@@ -100,7 +99,7 @@ def _demand_passes(model: Coconut, ids: torch.Tensor, mask: torch.Tensor) -> Non
     _demand_equal(base, what, given, expected, mask)
 
 
-def _demand_decoding(model: Coconut, ids: torch.Tensor, mask: torch.Tensor, expected: torch.Tensor) -> None:
+def _demand_decoding(model: LatentPasses, ids: torch.Tensor, mask: torch.Tensor, expected: torch.Tensor) -> None:
     """The logits of the first decoded token are the last ones of plain forwards, `expected` (B, T, V)."""
     base, what = model.base_causallm, "a decoded token"
     try:
@@ -112,7 +111,7 @@ def _demand_decoding(model: Coconut, ids: torch.Tensor, mask: torch.Tensor, expe
         _demand_decoding(model, ids, mask, expected)
 
 
-def _demand_head(model: Coconut, ids: torch.Tensor, mask: torch.Tensor, expected: torch.Tensor) -> None:
+def _demand_head(model: LatentPasses, ids: torch.Tensor, mask: torch.Tensor, expected: torch.Tensor) -> None:
     """The LM head on the states of one pass gives the logits of plain forwards, for the first row and for both."""
     base = model.base_causallm
     for what, some in (("its LM head on the states of its body", slice(0, 1)), ("rows padded on the left", slice(2))):
@@ -176,7 +175,7 @@ def _misfit(base: PreTrainedModel, what: str, problem: str) -> ModelError:
     )
 
 
-def _ragged_pair(model: Coconut, table: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _ragged_pair(model: LatentPasses, table: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ordinary token ids (2, columns) and their mask; the second row is padded on the left."""
     config = model.base_causallm.config.get_text_config(decoder=True)
     special = {model.latent_token_id, model.start_latent_id, model.end_latent_id, model.eos_token_id}

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from coconut_ds.model.coconut import Coconut, Encoded
 from coconut_ds.model.latents import next_thought, states_in_reach, window_shares
+from coconut_ds.model.passes import Encoded, LatentPasses
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class Thoughts:
 
 
 @torch.no_grad()
-def read_thoughts(model: Coconut, encoded: Encoded, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Thoughts:
+def read_thoughts(
+    model: LatentPasses, encoded: Encoded, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> Thoughts:
     """The thoughts in `encoded`, which may lack the last columns of the (B, T) inputs if none of them is a thought."""
     context, first_real = model.latent_context, attention_mask.argmax(dim=1)
     is_thought = torch.eq(input_ids, -1 if model.latent_token_id is None else model.latent_token_id)
@@ -62,7 +64,7 @@ Readings = list[list[tuple[str, float]]]
 
 
 @torch.no_grad()
-def vocabulary_reading(model: Coconut, averages: torch.Tensor) -> torch.Tensor:
+def vocabulary_reading(model: LatentPasses, averages: torch.Tensor) -> torch.Tensor:
     """Probabilities (..., V), fp32, that the LM head gives the vocabulary after states like the averages (..., D).
 
     Of a thought that averages one state this is the distribution of the token that would stand in its place.
@@ -71,7 +73,7 @@ def vocabulary_reading(model: Coconut, averages: torch.Tensor) -> torch.Tensor:
 
 
 def top_tokens(
-    model: Coconut, thoughts: Thoughts, tokenizer: PreTrainedTokenizerBase, top_k: int = 3
+    model: LatentPasses, thoughts: Thoughts, tokenizer: PreTrainedTokenizerBase, top_k: int = 3
 ) -> list[Readings]:
     """The readings of every row, most probable tokens first, as text."""
     readings: list[Readings] = [[] for _ in thoughts.counts]

@@ -17,6 +17,7 @@ from coconut_ds.data.records import DataError, check_lengths, read_records, toke
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.errors import InputError
 from coconut_ds.inference.trained_model import tokens_of
+from coconut_ds.model import fast
 from coconut_ds.model.backbone import Backbone, scratch_backbone, word_tokenizer
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import load_window
@@ -105,6 +106,8 @@ def build_coconut(config: RunConfig, backbone: Backbone, with_weights: bool = Tr
         eos_token_id=backbone.tokenizer.eos_token_id,
         latent_context=_latent_context(config),
     )
+    if config.fast == "auto":
+        fast.install(model)
     if config.load_model_path is not None and with_weights:
         load_window(model.latent_window.logits, config.load_model_path)
     checkpointing = config.activation_checkpointing

@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 
 from coconut_ds import train
 from coconut_ds.errors import InputError
-from coconut_ds.model.fast import weight_gradients
+from coconut_ds.model.fast import low_rank_linear
 from coconut_ds.runtime import watchdog
 
 
@@ -107,7 +107,7 @@ def state(folder: Path) -> dict[str, Any]:
         "path": list(sys.path),
         "signals": [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)],
         "group": dist.is_initialized(),
-        "pass": weight_gradients.current_pass(),
+        "pass": low_rank_linear.current_pass(),
         "torch": (torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "bars": (datasets.are_progress_bars_disabled(), transformers.logging.is_progress_bar_enabled()),

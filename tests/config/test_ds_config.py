@@ -111,6 +111,12 @@ def test_equal_values_are_no_clash():
         ({"activation_checkpointing": True}, {}, CPU, "activation_checkpointing: True must be an object"),
         (
             {"activation_checkpointing": {"cpu_checkpointing": False}},
+            {"fast": "off"},
+            CPU,
+            "has fast: off, whose passes keep all activations; drop one of them",
+        ),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": False}},
             {"activation_checkpointing": {"enabled": False}},
             CPU,
             "has activation_checkpointing.enabled: false; drop one of them",

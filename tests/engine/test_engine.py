@@ -17,10 +17,10 @@ pytestmark = pytest.mark.ranks
     [(1, [[8, 1], [4, 2], [2, 4], [3, 3]]), (2, [[4, 1], [2, 2], [1, 4], [3, 2]])],
     ids=["1 rank", "2 ranks"],
 )
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
-def test_gradients_do_not_depend_on_the_split(ranks, splits, checkpointed):
-    code = "import rank_checks\nresult = rank_checks.gradient_errors(names, splits, checkpointed)"
-    for errors in launching.on_ranks(ranks, code, names=CONFIGS, splits=splits, checkpointed=checkpointed):
+@pytest.mark.parametrize("speed", ["plain", "fast", "recomputed"])
+def test_gradients_do_not_depend_on_the_split(ranks, splits, speed):
+    code = "import rank_checks\nresult = rank_checks.gradient_errors(names, splits, speed)"
+    for errors in launching.on_ranks(ranks, code, names=CONFIGS, splits=splits, speed=speed):
         assert len(errors) == len(CONFIGS) * len(splits)
         assert max(errors.values()) < 1e-6, errors
 
@@ -28,10 +28,11 @@ def test_gradients_do_not_depend_on_the_split(ranks, splits, checkpointed):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_two_stages_are_the_same_with_every_file(ranks):
     """Losses step by step and final weights of plain torch, with fewer and more thoughts on each rank."""
-    exact = [(name, "fp32", recomputed) for name in CONFIGS for recomputed in (False, True)]
-    exact.append(("hf_trainer", "fp32", False))
-    bf16 = [(name, "bf16", name == "zero2") for name in CONFIGS]
-    fp16 = [(name, "fp16", name == "zero2") for name in CONFIGS if name != "zero0"]
+    exact = [(name, "fp32", speed) for name in CONFIGS for speed in ("plain", "fast", "recomputed")]
+    exact.append(("hf_trainer", "fp32", "fast"))
+    speeds = {"zero1": "plain", "zero2": "recomputed"}
+    bf16 = [(name, "bf16", speeds.get(name, "fast")) for name in CONFIGS]
+    fp16 = [(name, "fp16", speeds.get(name, "fast")) for name in CONFIGS if name != "zero0"]
     code = "import rank_checks\nresult = rank_checks.matrix(cases)"
     (outcomes, *_) = launching.on_ranks(ranks, code, cases=[*exact, *bf16, *fp16])
     for case, found in zip([*exact, *bf16, *fp16], outcomes, strict=True):
@@ -92,9 +93,10 @@ def test_a_restored_engine_goes_on_bit_for_bit(checkpoints, ranks):
     code = (
         "import rank_checks\nresult = [rank_checks.gone_on([case], [path])[0][0] for case, path in zip(cases, paths)]"
     )
-    for rank, expected in enumerate(checkpoints[ranks]):
-        paths = [each["path"] for each in expected]
-        found = launching.on_ranks(ranks, code, cases=SAVED, paths=paths)[rank]
+    paths = [[each["path"] for each in outcomes] for outcomes in checkpoints[ranks]]
+    assert paths.count(paths[0]) == ranks
+    restored = launching.on_ranks(ranks, code, cases=SAVED, paths=paths[0])
+    for expected, found in zip(checkpoints[ranks], restored, strict=True):
         for case, mine, other in zip(SAVED, found, expected, strict=True):
             assert mine["losses"] == other["losses"], case
             assert mine["drawn"] == other["drawn"], case

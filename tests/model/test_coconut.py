@@ -36,8 +36,9 @@ def batch_of(shapes):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
 @pytest.mark.parametrize("context", CONTEXTS, ids=str)
 @pytest.mark.parametrize("shapes", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
-def test_loss_and_gradients_equal_the_naive_twin(family, context, shapes):
-    model = tiny.coconut(family, CONTEXTS[context])
+@pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
+def test_loss_and_gradients_equal_the_naive_twin(family, context, shapes, plain):
+    model = tiny.coconut(family, CONTEXTS[context], plain=plain)
     batch = batch_of(shapes)
     output = model(**batch.inputs)
     output.loss.backward()
@@ -221,8 +222,9 @@ def prompts(thoughts: list[int]):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
 @pytest.mark.parametrize("context", CONTEXTS, ids=str)
 @pytest.mark.parametrize("thoughts", [[3, 3, 3, 3], [4, 1, 2, 0], [0, 0, 0, 0]], ids=str)
-def test_batched_generation_equals_one_at_a_time(family, context, thoughts):
-    model = tiny.coconut(family, CONTEXTS[context]).eval()
+@pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
+def test_batched_generation_equals_one_at_a_time(family, context, thoughts, plain):
+    model = tiny.coconut(family, CONTEXTS[context], plain=plain).eval()
     sequences, inputs = prompts(thoughts)
     together = model.generate(inputs["input_ids"], inputs["attention_mask"], 12, inputs["thought_span"])
     assert together.shape == (4, 12)

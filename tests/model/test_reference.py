@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from coconut_ds import Coconut, LatentContext
+from coconut_ds.model import fast
 
 METHODS = {
     "published": None,
@@ -18,12 +20,13 @@ METHODS = {
     "last_pass_window": LatentContext(weights=(0.1, 0.3, 0.6), scope="last_pass"),
 }
 LAYOUTS, FAMILIES = ("aligned", "ragged"), ("gpt2", "llama")
-CASES = [(layout, family, method) for layout in LAYOUTS for family in FAMILIES for method in METHODS]
+SPEED = ("plain", "fast")
+CASES = list(itertools.product(LAYOUTS, FAMILIES, METHODS, SPEED))
 
 
 @pytest.fixture(params=CASES, ids="-".join)
 def case(request):
-    layout, family, method = request.param
+    layout, family, method, speed = request.param
     folder = GOLDEN / layout / family
     facts = json.loads((folder / "reference.json").read_text())
     model = Coconut(
@@ -34,6 +37,8 @@ def case(request):
         eos_token_id=facts["eos_token_id"],
         latent_context=METHODS[method],
     )
+    if speed == "fast":
+        fast.install(model)
     tensors = load_file(folder / "reference.safetensors")
     expected = {key.removeprefix(f"{method}."): value for key, value in tensors.items() if key.startswith(method)}
     batch = {key: tensors[key] for key in ("input_ids", "attention_mask", "labels", "position_ids")}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from coconut_ds.analysis.inspection.readings import Question, answer
 from coconut_ds.analysis.intervals import bootstrap, percentile_interval
 from coconut_ds.inference.trained_model import TrainedModel
-from coconut_ds.model.coconut import Intervention
+from coconut_ds.model.passes import Intervention
 from coconut_ds.runs.terminal import progress
 
 DRAWS = 10_000

@@ -14,8 +14,8 @@ from coconut_ds.data.batches import Batch
 from coconut_ds.errors import InputError
 from coconut_ds.inference.trained_model import TrainedModel
 from coconut_ds.model.backbone import n_positions
-from coconut_ds.model.coconut import Encoded, Intervention
 from coconut_ds.model.decoding import Decoded, decode
+from coconut_ds.model.passes import Encoded, Intervention
 from coconut_ds.model.thoughts import Thoughts, read_thoughts, vocabulary_reading
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from coconut_ds.model.fast.kv_cache import TrainingCache
-from coconut_ds.model.fast.weight_gradients import current_pass, within
+from coconut_ds.model.fast.low_rank_linear import current_pass, within
 
 _LOG = logging.getLogger(__name__)
 _CACHE_ARGUMENTS = ("past_key_values", "cache")

@@ -18,14 +18,14 @@ from torch.autograd.function import once_differentiable
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from coconut_ds.model.fast.deferred import Deferred
+from coconut_ds.model.fast.low_rank import Factors
 
 Columns = tuple[torch.Tensor, ...]
 """Keys and values of the columns so far, (B, H, P, d) each; empty before the first pass."""
 
 
 @dataclass
-class Gradient(Deferred):
+class Gradient(Factors):
     """What a backward has collected so far for the keys, or the values, of a layer.
 
     Rows left are (B, H, Q, P) and (B, H, Q, d), Q queries of a pass for each key-value head.

@@ -22,15 +22,24 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from coconut_ds.model.fast.kv_cache import collected
+from coconut_ds.model.fast.low_rank import pays
+from coconut_ds.model.internals import attention_of
 
 GATHERING_SDPA = "sdpa_gathering"
 """The name of this attention in transformers; a saved configuration does not hold it."""
 
 
-def gather_attention_gradients(model: PreTrainedModel) -> None:
-    """Make a model that uses torch's attention use this one."""
-    if model.config._attn_implementation == "sdpa":
+def install(model: PreTrainedModel) -> bool:
+    """Make a model that uses torch's attention use this one; whether it does."""
+    uses_torchs = attention_of(model.config) == "sdpa"
+    if uses_torchs:
         model.set_attn_implementation(GATHERING_SDPA)
+    return uses_torchs
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """Undo an `install` that returned True."""
+    model.set_attn_implementation("sdpa")
 
 
 def _attention(
@@ -45,7 +54,6 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Query (B, H * G, N, d), keys and values (B, H, P, d) -> (B, N, H * G, d), as transformers asks."""
     of_keys, of_values = collected(key), collected(value)
-    is_fp32 = query.dtype == torch.float32 and not torch.is_autocast_enabled(query.device.type)
     columns, size = query.shape[2:]
     if attention_mask is None:
         has_plain_mask = columns == 1
@@ -54,19 +62,19 @@ def _attention(
     is_plain = has_plain_mask and options.get("position_bias") is None
     groups = query.shape[1] // key.shape[1]
     is_short = columns < key.shape[2] and columns * groups <= size
-    if of_keys is None or of_values is None or not (is_short and is_fp32 and is_plain):
+    if of_keys is None or of_values is None or not (is_short and is_plain and pays(query)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
     query = query.reshape(len(key), key.shape[1], groups * columns, size)
     query = query * (size**-0.5 if scaling is None else scaling)
-    scores = _Product.apply(query, key.mT, lambda rows, gradient: of_keys.leave(gradient, rows))
+    scores = _Product.apply(query, key.mT, lambda rows, gradient: of_keys.keep(gradient, rows))
     if attention_mask is not None:
         # Not -inf, which makes NaN of a padding column that sees nothing.
         hidden = ~attention_mask.repeat(1, 1, groups, 1)  # (B, 1, G * N, P)
         scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     shares = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, H, G * N, P)
-    mixed = _Product.apply(shares, value, of_values.leave)  # (B, H, G * N, d)
+    mixed = _Product.apply(shares, value, of_values.keep)  # (B, H, G * N, d)
     return mixed.reshape(len(key), -1, columns, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 

@@ -15,8 +15,8 @@ Shapes: N rows of a pass (batch times columns), I inputs, O outputs of a linear 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from coconut_ds.model.fast.deferred import Deferred
 from coconut_ds.model.fast.few_rows import product
+from coconut_ds.model.fast.low_rank import Factors, pays
 
 SHORT = 16
 """Columns of a pass that leaves its rows: 0.6 MB a column and row of the batch for GPT-2 small in fp32. By columns and
@@ -37,13 +37,13 @@ not by rows, so that memory grows linearly with the micro-batch, as the planner 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of a forward; `left` is shared by its passes.
+    """One pass of a forward; `kept` is shared by its passes.
 
     For each linear layer the prefix ran, the rows short passes leave it: inputs (N, I) and output gradients (N, O).
     """
 
     is_prefix: bool
-    left: dict[nn.Module, Deferred]
+    kept: dict[nn.Module, Factors]
 
 
 _CURRENT: ContextVar[Pass | None] = ContextVar("pass", default=None)
@@ -64,11 +64,24 @@ def current_pass() -> Pass | None:
     return _CURRENT.get()
 
 
-def gather_weight_gradients(decoder: nn.Module) -> None:
+def passes_of_a_forward() -> Callable[[bool], AbstractContextManager[None]]:
+    """What the passes of one forward run in, given whether the pass is the prefix."""
+    kept: dict[nn.Module, Factors] = {}
+    return lambda is_prefix: within(Pass(is_prefix, kept))
+
+
+def install(decoder: nn.Module) -> None:
     """Make the linear layers inside `decoder` follow the pass they run in."""
     for module in decoder.modules():
         if type(module) in (nn.Linear, Conv1D):
             module.forward = functools.partial(_forward, module)
+
+
+def uninstall(decoder: nn.Module) -> None:
+    """Undo `install`."""
+    for module in decoder.modules():
+        if type(module) in (nn.Linear, Conv1D):
+            module.__dict__.pop("forward", None)
 
 
 def _forward(module: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -78,19 +91,19 @@ def _forward(module: Any, rows: torch.Tensor) -> torch.Tensor:
     is_transposed = isinstance(module, Conv1D)
     if not torch.is_grad_enabled():
         return product(rows, weight if is_transposed else weight.T, module.bias)
-    # Autocast wants the casts of torch's own operations, and ZeRO-3 has the weight for the call of its module only.
-    is_ordinary = torch.is_autocast_enabled(rows.device.type) or hasattr(weight, "ds_id")
-    if this is None or not weight.requires_grad or is_ordinary:
+    # ZeRO-3 has the weight for the call of its module only.
+    is_whole = not hasattr(weight, "ds_id")
+    if this is None or not (weight.requires_grad and is_whole and pays(rows)):
         return type(module).forward(module, rows)
     if this.is_prefix:
-        left = this.left.setdefault(module, Deferred())
+        left = this.kept.setdefault(module, Factors())
         weight, bias = _Gathered.apply(weight, module.bias, is_transposed, left)
         if is_transposed:
             return torch.addmm(bias, rows.flatten(0, -2), weight).unflatten(0, rows.shape[:-1])
         return F.linear(rows, weight, bias)
-    if rows.shape[1] > SHORT or module not in this.left:
+    if rows.shape[1] > SHORT or module not in this.kept:
         return type(module).forward(module, rows)
-    return _Short.apply(rows, weight, module.bias, is_transposed, this.left[module])
+    return _Short.apply(rows, weight, module.bias, is_transposed, this.kept[module])
 
 
 class _Short(torch.autograd.Function):
@@ -103,7 +116,7 @@ class _Short(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         is_transposed: bool,
-        left: Deferred,
+        left: Factors,
     ) -> torch.Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.is_transposed, ctx.left = is_transposed, left
@@ -113,7 +126,7 @@ class _Short(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
-        ctx.left.leave(rows.flatten(0, -2), gradient.flatten(0, -2))
+        ctx.left.keep(rows.flatten(0, -2), gradient.flatten(0, -2))
         return product(gradient, weight.T if ctx.is_transposed else weight), None, None, None, None
 
 
@@ -122,7 +135,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool, left: Deferred
+        ctx: Any, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool, left: Factors
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.is_transposed, ctx.left = is_transposed, left
         return weight.view_as(weight), bias if bias is None else bias.view_as(bias)

@@ -10,7 +10,7 @@ import torch
 from test_coconut import ALIGNED, CONTEXTS, RAGGED, batch_of
 
 from coconut_ds.memory.meter import LiveTensorMeter
-from coconut_ds.model.fast import weight_gradients
+from coconut_ds.model.fast import low_rank_linear
 
 
 def gradients(model, inputs) -> dict[str, torch.Tensor]:
@@ -24,19 +24,19 @@ def gradients(model, inputs) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("shapes", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
 @pytest.mark.parametrize("short", [1, 32], ids=["the tail goes the usual way", "the tail leaves rows"])
 def test_gathered_equals_summed(monkeypatch, family, checkpointed, shapes, short):
-    monkeypatch.setattr(weight_gradients, "SHORT", short)
+    monkeypatch.setattr(low_rank_linear, "SHORT", short)
     model = tiny.coconut(family, CONTEXTS["sequence"])
     inputs = batch_of(shapes).inputs
     if checkpointed:
         model.enable_activation_checkpointing()
     left: list[int] = []
-    backward = weight_gradients._Short.backward
+    backward = low_rank_linear._Short.backward
 
     def counted(ctx, gradient):
         left.append(len(gradient))
         return backward(ctx, gradient)
 
-    monkeypatch.setattr(weight_gradients._Short, "backward", staticmethod(counted))
+    monkeypatch.setattr(low_rank_linear._Short, "backward", staticmethod(counted))
     gathered = gradients(model, inputs)
     assert left, "no pass left anything to the prefix"
     leave_all_to_torch(model)
@@ -59,7 +59,7 @@ def test_frozen_weights_are_left_alone():
 def leave_all_to_torch(model):
     """Plain layers and torch's attention; nothing is put off."""
     for module in model.modules():
-        if type(module) in (torch.nn.Linear, weight_gradients.Conv1D):
+        if type(module) in (torch.nn.Linear, low_rank_linear.Conv1D):
             module.__dict__.pop("forward", None)
     model.base_causallm.set_attn_implementation("sdpa")
 
@@ -137,7 +137,7 @@ def test_a_layer_that_only_thoughts_run_is_trained():
     model = tiny.coconut("llama", CONTEXTS["sequence"])
     extra = torch.nn.Linear(32, 32)
     model.base_causallm.model.layers[0].extra = extra
-    weight_gradients.gather_weight_gradients(extra)
+    low_rank_linear.install(extra)
 
     def add(module, args, output):
         return output + extra(output) if output.shape[1] == 1 else output

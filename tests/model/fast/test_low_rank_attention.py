@@ -11,7 +11,7 @@ from test_coconut import CONTEXTS, RAGGED, batch_of
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from coconut_ds.model.fast import thought_attention
+from coconut_ds.model.fast import low_rank_attention
 from coconut_ds.model.fast.kv_cache import TrainingCache
 
 ROWS, HEADS, GROUP, COLUMNS, SIZE = 3, 2, 2, 7, 8
@@ -27,7 +27,7 @@ def asked(monkeypatch):
         asked.append(args[1].shape[2])
         return sdpa_attention_forward(*args, **options)
 
-    monkeypatch.setattr(thought_attention, "sdpa_attention_forward", counted)
+    monkeypatch.setattr(low_rank_attention, "sdpa_attention_forward", counted)
     return asked
 
 
@@ -61,7 +61,7 @@ def masks():
 @pytest.mark.parametrize("scaling", [None, 0.7])
 def test_values_and_gradients_are_those_of_torch(asked, kind, scaling):
     mask = masks()[kind]
-    found = attended(thought_attention._attention, TrainingCache(COLUMNS), mask, scaling=scaling)
+    found = attended(low_rank_attention._attention, TrainingCache(COLUMNS), mask, scaling=scaling)
     expected = attended(sdpa_attention_forward, DynamicCache(), mask, scaling=scaling)
     for ours, torchs in zip((*found[0], *found[1]), (*expected[0], *expected[1])):
         torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-6)
@@ -76,7 +76,7 @@ def test_a_tail_whose_rows_would_take_more_than_their_product_is_left_to_torch(a
         mask = torch.ones(1, 1, columns, keys.shape[2], dtype=torch.bool)
         module = torch.nn.Module()
         module.num_key_value_groups = GROUP
-        thought_attention._attention(module, parts[0], keys, values, mask)
+        low_rank_attention._attention(module, parts[0], keys, values, mask)
     assert asked == [11, SIZE // GROUP + 1]
 
 
@@ -105,7 +105,7 @@ def test_dropout_keeps_the_mean():
     query = torch.randn(1, 1, 1, SIZE)
 
     def mixed(dropout: float) -> torch.Tensor:
-        return thought_attention._attention(torch.nn.Module(), query, keys, values, None, dropout=dropout)[0].detach()
+        return low_rank_attention._attention(torch.nn.Module(), query, keys, values, None, dropout=dropout)[0].detach()
 
     drawn = torch.stack([mixed(0.3) for _ in range(4000)])
     assert drawn.std(dim=0).min() > 0.05
@@ -114,7 +114,7 @@ def test_dropout_keeps_the_mean():
 
 def test_a_saved_model_asks_for_the_attention_of_transformers(tmp_path):
     model = tiny.coconut("llama")
-    assert model.base_causallm.config._attn_implementation == thought_attention.GATHERING_SDPA
+    assert model.base_causallm.config._attn_implementation == low_rank_attention.GATHERING_SDPA
     model.base_causallm.save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
@@ -127,6 +127,6 @@ def test_a_model_with_another_attention_keeps_it():
     expected = model(**batch_of(RAGGED).inputs).loss
     backbone.load_state_dict(model.base_causallm.state_dict())
     model.base_causallm = backbone
-    thought_attention.gather_attention_gradients(backbone)
+    low_rank_attention.install(backbone)
     assert backbone.config._attn_implementation == "eager"
     torch.testing.assert_close(model(**batch_of(RAGGED).inputs).loss, expected, rtol=1e-6, atol=0)
