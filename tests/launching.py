@@ -164,38 +164,63 @@ def on_ranks(ranks: int, code: str, **values: Any) -> list[Any]:
 def on_warm_ranks(
     ranks: int, command: list[str], time_limit_s: float = TIME_LIMIT_S, **more: str
 ) -> subprocess.CompletedProcess:
-    """What the launcher would do with the script and arguments of `command`: its output and exit status.
-
-    The first rank that fails ends the others and gives the status, as under the launcher. `--fresh-ranks` has the
-    launcher do it.
-    """
-    _demand_marker()
-    port = str(free_port())
+    """What the launcher would do with the script and arguments of `command`: its output and exit status."""
     if fresh_ranks:
-        options = ["--num_gpus", str(ranks), "--master_port", port]
+        options = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
+        _demand_marker()
         return finish(start([str(_LAUNCHER), *options, *command], **more), time_limit_s)
-    placed = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
-    threads = int(more.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // ranks)))
-    processes = []
-    with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
+    return WarmRanks(ranks, command, **more).finish(time_limit_s)
+
+
+class WarmRanks:
+    """Ranks that run the script and arguments of `command`, started as under the launcher but without imports.
+
+    The first rank that fails ends the others and gives the status. `finish` or `end` has to be called.
+    """
+
+    def __init__(self, ranks: int, command: list[str], **more: str):
+        _demand_marker()
+        self.command, self._port = command, str(free_port())
+        self._folder = tempfile.TemporaryDirectory()
+        self._output = Path(self._folder.name) / "output"
+        placed = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._port, "WORLD_SIZE": str(ranks)}
+        placed |= {"LOCAL_SIZE": str(ranks), "CROSS_RANK": "0", "CROSS_SIZE": "1"}
+        threads = int(more.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // ranks)))
+        streams = [str(self._output)] * 2
+        self.processes: list[Any] = []
+        for rank in range(ranks):
+            environ = environment(**more, **placed, RANK=str(rank), LOCAL_RANK=str(rank))
+            arguments = [command[0], f"--local_rank={rank}", *command[1:]]
+            self.processes.append(warm_server.fork(warm_server.become, arguments, str(ROOT), environ, streams, threads))
+
+    def poll(self) -> int | None:
+        """The status of the first rank that failed, 0 when all ended well, None while they run."""
+        codes = [process.exitcode for process in self.processes]
+        return next((code for code in codes if code), None if None in codes else 0)
+
+    def shown(self) -> str:
+        """What the ranks have written so far."""
+        return self._output.read_text(encoding="utf-8", errors="replace") if self._output.exists() else ""
+
+    def finish(self, time_limit_s: float = TIME_LIMIT_S) -> subprocess.CompletedProcess:
         try:
-            for rank in range(ranks):
-                environ = environment(
-                    **more, **placed, RANK=str(rank), LOCAL_RANK=str(rank), CROSS_RANK="0", CROSS_SIZE="1"
-                )
-                arguments = [command[0], f"--local_rank={rank}", *command[1:]]
-                streams = [output.name, output.name]
-                processes.append(warm_server.fork(warm_server.become, arguments, str(ROOT), environ, streams, threads))
-            status = _first_failure(processes, time.monotonic() + time_limit_s)
+            status = _first_failure(self.processes, time.monotonic() + time_limit_s)
+            shown = self.shown()
         finally:
-            for process in processes:
-                process.kill()
-                process.join()
-            _remove_shared_memory(port)
-        shown = output.read()
-    if status is None:
-        raise AssertionError(f"no end after {time_limit_s} s: {command}\n{shown[-4000:]}")
-    return subprocess.CompletedProcess(command, status, shown, "")
+            self.end()
+        if status is None:
+            raise AssertionError(f"no end after {time_limit_s} s: {self.command}\n{shown[-4000:]}")
+        return subprocess.CompletedProcess(self.command, status, shown, "")
+
+    def end(self) -> None:
+        """End them all, and remove what ranks that did not end by themselves left in shared memory."""
+        ended_well = self.poll() == 0
+        for process in self.processes:
+            process.kill()
+            process.join()
+        if not ended_well:
+            _remove_shared_memory(self._port)
+        self._folder.cleanup()
 
 
 def _first_failure(processes: list[Any], give_up: float) -> int | None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import faults
 import launching
-import psutil
 import pytest
 
 pytestmark = pytest.mark.ranks
@@ -30,17 +29,12 @@ def checkpoints(folder: Path, name: str) -> list[str]:
     return sorted(path.name for path in (folder / "runs" / name / "checkpoints").glob("epoch_*[0-9]"))
 
 
-def ranks_of(process) -> list[psutil.Process]:
-    found = psutil.Process(process.pid).children(recursive=True)
-    return [each for each in found if any(part.startswith("--local_rank") for part in each.cmdline())]
-
-
 def wait_for_steps(folder: Path, name: str, count: int, process) -> None:
     """Until the run has logged `count` steps."""
     metrics = folder / "runs" / name / "metrics.jsonl"
     give_up = time.monotonic() + launching.TIME_LIMIT_S
     while not metrics.exists() or metrics.read_text().count('"train_step"') < count:
-        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert process.poll() is None, f"ended with {process.poll()}"
         assert time.monotonic() < give_up
         time.sleep(0.02)
 
@@ -60,13 +54,14 @@ def test_checkpoints_within_an_epoch_make_room(folder):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(folder, number):
     run = faults.run_of(folder, f"stopped_by_{number.name}", save_every_steps=None)
-    process = launching.start(launching.train_command(launching.write_run(run, folder / run["name"]), 2))
+    run_file = launching.write_run(run, folder / run["name"])
+    ranks = launching.WarmRanks(2, ["coconut_ds/train.py", "--run", str(run_file)])
     try:
-        wait_for_steps(folder, run["name"], 4, process)
+        wait_for_steps(folder, run["name"], 4, ranks)
         # One rank is enough: they agree on the step to stop after.
-        ranks_of(process)[1].send_signal(number)
+        os.kill(ranks.processes[1].pid, number)
     finally:
-        done = launching.finish(process)
+        done = ranks.finish()
     assert done.returncode == 0, done.stdout
     (saved,) = checkpoints(folder, run["name"])
     assert (

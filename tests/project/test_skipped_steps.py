@@ -103,6 +103,7 @@ def test_the_terminal_says_it_at_the_end_and_warns_as_soon_as_it_is_seen(searchi
     assert lines.index(warnings[0]) < next(place for place, line in enumerate(lines) if line.startswith("epoch 2/3"))
 
 
+@pytest.mark.ranks
 def test_the_log_has_a_line_for_each_with_a_launcher_and_without(searching, tmp_path):
     """What the page of troubles promises."""
     launched(run_of(tmp_path, {"initial_scale_power": 32, "hysteresis": 1}), tmp_path)

@@ -314,7 +314,7 @@ def test_a_run_that_goes_on_is_not_started_again_evaluated_or_debugged(tmp_path)
         before = contents(tmp_path)
         checkpoint = next((folder / "checkpoints").glob("epoch_*[0-9]"))
         for count, words in ((2, []), (1, ["only_eval=true", f"load_model_path={checkpoint}"]), (1, ["debug=true"])):
-            done = launching.finish(launching.start(launching.train_command(run_file, count, *words)))
+            done = launching.on_warm_ranks(count, ["coconut_ds/train.py", "--run", str(run_file), *words])
             assert done.returncode == 2, done.stdout[-3000:]
             (said,) = re.findall(r"^error: (.* is in use by .*)$", done.stdout, re.MULTILINE)
             assert said.startswith(f"{folder} is in use by process {ranks[0].pid} on ")
@@ -345,7 +345,7 @@ def test_a_run_killed_with_its_launcher_is_started_again_at_once(tmp_path):
         launching.end(process)
     assert json.loads((folder / RUN_LOCK).read_text())["pid"]
     epoch = 1 + max(event["epoch"] for event in launching.events(folder, "train_step"))
-    done = launching.finish(launching.start(launching.train_command(run_file, 2, f"num_epochs={epoch}")))
+    done = launching.on_warm_ranks(2, ["coconut_ds/train.py", "--run", str(run_file), f"num_epochs={epoch}"])
     assert done.returncode == 0, done.stdout[-3000:]
     assert "going on from " in done.stdout
     assert not (folder / RUN_LOCK).exists()
