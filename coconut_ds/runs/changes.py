@@ -13,8 +13,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from coconut_ds import strict_json
 from coconut_ds.config.run_config import RunConfig, load_run_config
 from coconut_ds.errors import InputError
-from coconut_ds.runs.events import read_metrics
 from coconut_ds.runs.atomic_folder import fingerprint
+from coconut_ds.runs.events import read_metrics
 
 DATA_KEYS = ("train_path", "val_path")
 _PLACE = ("save_path", "name")

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 
 from coconut_ds import strict_json
 from coconut_ds.config.run_config import RunConfig
-from coconut_ds.errors import InputError
-from coconut_ds.errors import demand_libraries
+from coconut_ds.errors import InputError, demand_libraries
 
 _WANDB_WAIT_S = 20
 _WANDB_UPLOAD_S = 300

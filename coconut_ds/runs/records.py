@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from coconut_ds.config.run_config import RunConfig, load_run_config
 from coconut_ds.errors import InputError
-from coconut_ds.runs.predictions import Prediction, epoch_of, last_epoch, prediction_names, read_predictions
 from coconut_ds.runs.events import EpochEvaluation, Metrics, read_metrics
+from coconut_ds.runs.predictions import Prediction, epoch_of, last_epoch, prediction_names, read_predictions
 
 
 @dataclass(frozen=True)

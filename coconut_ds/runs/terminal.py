@@ -15,9 +15,9 @@ from typing import IO, TypeVar
 
 from tqdm import tqdm
 
-from coconut_ds.runtime import distributed
 from coconut_ds.errors import unwritable_save_path
 from coconut_ds.runs.pace import Pace
+from coconut_ds.runtime import distributed
 
 Item = TypeVar("Item")
 _PLAIN_LINES_PER_EPOCH = 4

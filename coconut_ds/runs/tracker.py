@@ -13,9 +13,9 @@ from typing import Any
 
 from coconut_ds import strict_json
 from coconut_ds.config.run_config import RunConfig
-from coconut_ds.runs.terminal import say
-from coconut_ds.runs.dashboards import Dashboard, dashboards_of, forget_earlier_run
 from coconut_ds.errors import InputError, in_one_line
+from coconut_ds.runs.dashboards import Dashboard, dashboards_of, forget_earlier_run
+from coconut_ds.runs.terminal import say
 
 _LONGEST_REASON = 200
 

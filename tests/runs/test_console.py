@@ -9,8 +9,8 @@ import textwrap
 import launching
 import pytest
 
-from coconut_ds.runs.terminal import libraries_to, say
 from coconut_ds.errors import InputError
+from coconut_ds.runs.terminal import libraries_to, say
 
 _NOISY = """
 import os, sys, warnings

@@ -18,8 +18,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from wandb.proto import wandb_internal_pb2
 
 from coconut_ds.config.run_config import RunConfig
-from coconut_ds.runs.dashboards import demand_libraries_of
 from coconut_ds.errors import InputError
+from coconut_ds.runs.dashboards import demand_libraries_of
 from coconut_ds.runs.tracker import Tracker
 
 N_QUESTIONS, FIRST_WRONG = 150, 130

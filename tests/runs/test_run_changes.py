@@ -12,8 +12,8 @@ import pytest
 import tiny
 import yaml
 
-from coconut_ds.commands import sweep
 from coconut_ds import train
+from coconut_ds.commands import sweep
 from coconut_ds.config.run_config import load_run_config
 from coconut_ds.runs.changes import changed_keys
 

@@ -23,10 +23,9 @@ import psutil
 import pytest
 import tiny
 
-from coconut_ds.commands import export
-from coconut_ds.runs import lock as run_lock
-from coconut_ds.commands import sweep
+from coconut_ds.commands import export, sweep
 from coconut_ds.errors import InputError
+from coconut_ds.runs import lock as run_lock
 from coconut_ds.runs.lock import RUN_LOCK, HeldError, run_folder_held
 
 HOLD = """

@@ -12,8 +12,8 @@ import launching
 import pytest
 
 from coconut_ds.config.run_config import RunConfig
-from coconut_ds.runs.environment import describe_environment
 from coconut_ds.errors import InputError
+from coconut_ds.runs.environment import describe_environment
 from coconut_ds.runs.tracker import Tracker, write_record
 
 
