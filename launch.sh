@@ -178,7 +178,7 @@ demo() {
   # Values are YAML, so the configuration says which folder they name.
   local folder
   folder=$(python -c 'import sys
-from coconut_ds.config.run_config import load_run_config
+from coconut_ds.config.run_file import load_run_config
 print(load_run_config(sys.argv[1], sys.argv[2:]).run_folder)' "${run[@]}")
   python -m coconut_ds.report "$folder"
 }
@@ -204,7 +204,7 @@ sweep() {
     }
     run=
   done <<<"$pending"
-  ((asked)) && echo "stopped as asked; the same command goes on"
+  ((asked)) && echo "stopped as requested; the same command resumes"
   exit "$failed"
 }
 

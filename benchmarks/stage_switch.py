@@ -22,9 +22,9 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
 
 import workload
 
-from coconut_ds.config.run_config import BatchSizes
+from coconut_ds.config.batch_sizes import BatchSizes
 from coconut_ds.data.batches import Tokens
-from coconut_ds.data.loaders import TrainingWindows, training_loader
+from coconut_ds.data.loaders import TrainingSteps, training_loader
 from coconut_ds.data.records import tokenize
 from coconut_ds.data.stages import Curriculum
 
@@ -47,7 +47,7 @@ def main() -> None:
     epoch = iter(range(1, 10**6))
 
     def switch() -> None:
-        windows = TrainingWindows(
+        windows = TrainingSteps(
             examples, curriculum, Tokens(50256, 50257, 50258, 50259), BatchSizes(8, 16, 1), 0, next(epoch)
         )
         next(iter(training_loader(windows)))

@@ -30,9 +30,9 @@ import workload
 from transformers import DynamicCache
 
 from coconut_ds import Coconut, LatentContext
-from coconut_ds.config.run_config import BatchSizes
+from coconut_ds.config.batch_sizes import BatchSizes
 from coconut_ds.data.batches import Batch, to_device
-from coconut_ds.data.loaders import TrainingWindows
+from coconut_ds.data.loaders import TrainingSteps
 from coconut_ds.data.records import tokenize
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.model.backbone import Backbone
@@ -101,7 +101,7 @@ def _batch(options: argparse.Namespace, backbone: Backbone, micro: int) -> Batch
     examples = tokenize(workload.records(options, 128), backbone.tokenizer)
     # The second of two stages replaces every step, here by as many thoughts as are asked for.
     curriculum = Curriculum("coconut", options.thoughts, 1, 1, True, 0.0, 0)
-    windows = TrainingWindows(examples, curriculum, workload.tokens_of(backbone), BatchSizes(micro, 1, 1), 0, epoch=2)
+    windows = TrainingSteps(examples, curriculum, workload.tokens_of(backbone), BatchSizes(micro, 1, 1), 0, epoch=2)
     batches = sorted((windows[n][0] for n in range(len(windows))), key=lambda each: each.inputs["input_ids"].shape[1])
     return batches[len(batches) // 2]
 

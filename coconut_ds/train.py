@@ -14,11 +14,12 @@ if __name__ == "__main__":  # the launcher starts it by path: this folder is fir
 
 import argparse
 import traceback
-from typing import Any
 
 from coconut_ds import strict_json
-from coconut_ds.config.run_config import BatchSizes, RunConfig, batch_sizes, load_run_config
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.config.run_file import load_run_config
 from coconut_ds.errors import InputError
+from coconut_ds.runs.folder import RunFolder
 from coconut_ds.runs.lock import run_folder_held
 
 
@@ -52,26 +53,23 @@ def main(arguments: list[str] | None = None) -> int:
 def run(config: RunConfig, options: argparse.Namespace) -> None:
     from coconut_ds.runs.terminal import libraries_to, say
 
-    log = None if options.verbose or options.dry_run else config.run_folder / "run.log"
-    with run_folder_held(None if options.dry_run else config.run_folder), libraries_to(log):
-        from coconut_ds.config import deepspeed_config as ds_config
+    folder = RunFolder(config.run_folder)
+    log = None if options.verbose or options.dry_run else folder.log
+    with run_folder_held(None if options.dry_run else folder.path), libraries_to(log):
+        from coconut_ds.config.deepspeed_file import read_ds_json
+        from coconut_ds.config.resolved_run import resolve
         from coconut_ds.engine.build import describe_device
         from coconut_ds.runtime import distributed  # in here: libraries have something to say when they are imported
         from coconut_ds.training import session
 
-        raw, device = ds_config.read_ds_json(config.deepspeed), describe_device()
-
-        def resolve(config: RunConfig, sizes: BatchSizes) -> dict[str, Any]:
-            return ds_config.resolve_ds_config(raw, config, sizes, device, options.run)
-
-        resolved = resolve(config, batch_sizes(config, distributed.world_size()))  # before any weight is loaded
-        config = config.model_copy(update={"activation_checkpointing": ds_config.resolve_checkpointing(raw, config)})
+        ds_json = read_ds_json(config.deepspeed)
+        draft = resolve(config, ds_json, describe_device(), distributed.world_size(), options.run)
         if options.dry_run:
-            say(f"# run\n{config.to_yaml()}\n# deepspeed\n{strict_json.dumps(resolved, indent=2)}")
+            say(f"# run\n{draft.config.to_yaml()}\n# deepspeed\n{strict_json.dumps(draft.ds_config, indent=2)}")
         elif config.only_eval:
-            session.evaluate(config, ds_config.resolve_precision(config, device))
+            session.evaluate(draft)
         else:
-            session.train(config, resolve)
+            session.train(draft)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 
 from coconut_ds import Coconut, LatentContext
 from coconut_ds.checkpoints.store import Checkpoints, Progress, Stored, read_stored, restore
-from coconut_ds.config.deepspeed_config import read_ds_json, resolve_ds_config
-from coconut_ds.config.run_config import BatchSizes, RunConfig
+from coconut_ds.config.batch_sizes import BatchSizes
+from coconut_ds.config.deepspeed_config import resolve_ds_config
+from coconut_ds.config.deepspeed_file import read_ds_json
+from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.batches import Batch, Tokens, collate_training, training_sequence
-from coconut_ds.data.loaders import TrainingWindows
+from coconut_ds.data.loaders import TrainingSteps
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.engine.build import build_engine, describe_device, start_process_group
 from coconut_ds.engine.internals import InternalsError, demand_internals, loss_scale
@@ -71,10 +73,10 @@ def undivided(rows: Dataset, epoch: int) -> Batch:
     return collate_training(sequences, list(range(len(rows))), tiny.PAD)
 
 
-def windows_of(name: str, rows: Dataset, sizes: BatchSizes, epoch: int) -> TrainingWindows:
+def windows_of(name: str, rows: Dataset, sizes: BatchSizes, epoch: int) -> TrainingSteps:
     """This rank's windows of an epoch, as the ZeRO file wants them."""
     in_step = name.startswith("zero3")
-    return TrainingWindows(rows, curriculum(), TOKENS, sizes, distributed.rank(), epoch, in_step=in_step)
+    return TrainingSteps(rows, curriculum(), TOKENS, sizes, distributed.rank(), epoch, in_step=in_step)
 
 
 def gradient_errors(names: list[str], splits: list[list[int]], speed: str) -> dict[str, float]:
@@ -125,7 +127,7 @@ def micro_batch_loss() -> list[float]:
     config = RunConfig()
     model = tiny.coconut(context=CONTEXT)
     engine = build_engine(model, config, ds_config("zero2", config, sizes))
-    everything = [TrainingWindows(rows, curriculum(), TOKENS, sizes, rank, 1)[0] for rank in range(sizes.world)]
+    everything = [TrainingSteps(rows, curriculum(), TOKENS, sizes, rank, 1)[0] for rank in range(sizes.world)]
     with torch.no_grad():
         means = [model(**b.inputs).loss.item() for window in everything for b in window if b.n_targets]
     assert sum(not b.n_targets for window in everything for b in window) == 1, "one of them is a filler"
@@ -199,7 +201,7 @@ def _alone() -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tens
     moved = {key: torch.ones_like(value, dtype=torch.bool) for key, value in model.named_parameters()}
     for epoch in _EPOCHS:
         optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01)
-        windows = TrainingWindows(rows, curriculum(), TOKENS, BatchSizes(_TOTAL, 1, 1), 0, epoch)
+        windows = TrainingSteps(rows, curriculum(), TOKENS, BatchSizes(_TOTAL, 1, 1), 0, epoch)
         for number in range(len(windows)):
             loss = model(**windows[number][0].inputs).loss
             optimizer.zero_grad()
@@ -330,7 +332,7 @@ def non_finite_stops() -> dict[str, Any]:
     config = RunConfig()
     model = tiny.coconut(context=CONTEXT)
     engine = build_engine(model, config, ds_config("zero2", config, sizes))
-    window = TrainingWindows(examples(4), curriculum(), TOKENS, sizes, distributed.rank(), 1)[0]
+    window = TrainingSteps(examples(4), curriculum(), TOKENS, sizes, distributed.rank(), 1)[0]
     if distributed.rank() == 0:
         model.lm_head.weight.data[7] = float("nan")
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
@@ -350,7 +352,7 @@ def states_against_engine(name: str) -> list[int]:
     model = tiny.coconut(context=CONTEXT, n_layer=8)
     settings = ds_config(name, config, sizes)
     engine = build_engine(model, config, settings)
-    optimizer_step(engine, TrainingWindows(examples(4), curriculum(), TOKENS, sizes, distributed.rank(), 1)[0], "token")
+    optimizer_step(engine, TrainingSteps(examples(4), curriculum(), TOKENS, sizes, distributed.rank(), 1)[0], "token")
     numels = [parameter.numel() for parameter in model.parameters()]
     without_buckets = settings | {"zero_optimization": settings["zero_optimization"] | {"reduce_bucket_size": 0}}
     states = model_states(without_buckets, sum(numels), 0, sizes.world)

@@ -14,7 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from coconut_ds import strict_json
 from coconut_ds.analysis import report_tables
-from coconut_ds.runs.predictions import Prediction, epoch_of
+from coconut_ds.runs.folder import epoch_of
+from coconut_ds.runs.predictions import Prediction
 from coconut_ds.runs.records import RunRecords
 
 ROWS_PER_FILE = 1000

@@ -37,10 +37,11 @@ from coconut_ds.memory.meter import GIB
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.folder import MODEL_FOLDER, WEIGHTS_FILE, stored_window, write_folder
 from coconut_ds.runs import atomic_folder
+from coconut_ds.runs.folder import RunFolder, is_within_epoch
 from coconut_ds.runs.terminal import say
 from coconut_ds.runtime import distributed, watchdog
 
-_PROGRESS, _RANDOM, _LATEST = "progress.json", "random_states.safetensors", "latest"
+_PROGRESS, _RANDOM = "progress.json", "random_states.safetensors"
 _PREFIX = "base_causallm."
 _BESIDE_TENSORS = 64 * 2**20
 """Bytes for tokenizer, configuration and the like."""
@@ -88,12 +89,13 @@ class Checkpoints:
     """The checkpoints of one run folder. `keep` is how many stay, None for all at ends of epochs."""
 
     def __init__(self, run_folder: Path, keep: int | None):
-        self.folder = run_folder / "checkpoints"
+        self._run_folder = RunFolder(run_folder)
+        self.folder = self._run_folder.checkpoints
         self._keep = keep
 
     def found(self) -> list[Path]:
         """Published checkpoints, oldest first, not checked."""
-        return sorted(self.folder.glob("epoch_*[0-9]")) if self.folder.is_dir() else []
+        return self._run_folder.found_checkpoints()
 
     def newest_intact(self) -> Path | None:
         """The newest checkpoint without a fault, the same on every rank.
@@ -120,8 +122,7 @@ class Checkpoints:
         return None
 
     def path_for(self, progress: Progress) -> Path:
-        within = f"_step_{progress.step:08d}" if progress.windows else ""
-        return self.folder / f"epoch_{progress.epochs:04d}{within}"
+        return self._run_folder.checkpoint(progress.epochs, progress.step if progress.windows else None)
 
     def save(
         self,
@@ -163,10 +164,11 @@ class Checkpoints:
 
     def _publish(self, unfinished: Path, progress: Progress) -> None:
         path = atomic_folder.publish(unfinished)
-        pointer = self.folder / f"{_LATEST}.new"
+        latest = self._run_folder.latest
+        pointer = latest.with_suffix(".new")
         pointer.write_text(path.name + "\n", encoding="utf-8")
         atomic_folder.flush(pointer)
-        pointer.replace(self.folder / _LATEST)
+        pointer.replace(latest)
         atomic_folder.flush(self.folder)
         for old in self._superseded(progress):
             atomic_folder.remove(old)
@@ -174,7 +176,7 @@ class Checkpoints:
     def _superseded(self, progress: Progress) -> list[Path]:
         found = self.found()
         if self._keep is None:
-            return [path for path in found if "_step_" in path.name][:-_KEPT_WITHIN_EPOCHS]
+            return [path for path in found if is_within_epoch(path)][:-_KEPT_WITHIN_EPOCHS]
         return [path for path in found[: -self._keep] if path.name != progress.best_checkpoint]
 
 

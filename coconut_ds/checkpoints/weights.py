@@ -24,11 +24,16 @@ from coconut_ds.runs import atomic_folder
 def latent_settings(config: RunConfig) -> dict[str, Any]:
     """How a run makes thoughts: stored in `model/coconut.json`, with the epochs and the stage the weights have seen."""
     values = config.model_dump(mode="json", include={"pad_latent_to_max", "max_latent_stage", "latent_norm"})
-    context = config.latent_context
-    window = None
-    if context is not None:
-        window = context_settings(LatentContext(context.newest_first, context.scope, context.learned))
+    window = context_settings(latent_context(config))
     return {"method": config.method, "c_thought": config.thoughts_per_step, "latent_context": window, **values}
+
+
+def latent_context(config: RunConfig) -> LatentContext:
+    """The latent window and the norm of a run, as the model takes them."""
+    window = config.latent_context
+    if window is None:
+        return LatentContext(norm=config.latent_norm)
+    return LatentContext(window.newest_first, window.scope, window.learned, config.latent_norm)
 
 
 def origin(config: RunConfig) -> dict[str, Any]:
@@ -57,17 +62,18 @@ def _base_model(config: RunConfig) -> str | None:
 
 
 def load_initial(
-    config: RunConfig,
+    model_id: str,
+    path: str | None,
+    has_thoughts: bool,
     from_scratch: Callable[[], Backbone] | None = None,
     with_weights: bool = True,
 ) -> Backbone:
-    """The backbone a run starts from, with marker tokens where its method uses them.
+    """The backbone to start from, with marker tokens if its method `has_thoughts`.
 
-    `load_model_path` may be a checkpoint of ours, an HF folder or hub id, or a `.pt` state dict as the published code
-    saves it. `from_scratch` makes the model of `model_id: scratch`. Without weights those of a folder or hub
-    id are random and need not be there. Raises InputError for a damaged checkpoint.
+    `path` leads to its weights, and may be a checkpoint, an HF folder or hub id, or a `.pt` state dict as the published
+    code saves it; None takes those of `model_id`. `from_scratch` makes the model of `model_id: scratch`. Without
+    weights those of a folder or hub id are random and need not be there. Raises InputError for a damaged checkpoint.
     """
-    path = config.load_model_path
     if path is not None:
         _demand_there(Path(path))
         if with_weights:
@@ -76,17 +82,17 @@ def load_initial(
     load = load_backbone if with_weights else backbone_from_config
     if path is not None and not is_state_dict:
         backbone = load(str(model_folder(path)))
-    elif config.model_id == "scratch":
+    elif model_id == "scratch":
         if from_scratch is None:
             raise InputError(
                 "load_model_path: a state dict has no shape and model_id is scratch; name the model's folder"
             )
         backbone = from_scratch()
     else:
-        backbone = load(config.model_id)
+        backbone = load(model_id)
     if is_state_dict:
         _load_state_dict(backbone, str(path))
-    if config.traits.thoughts != "none":
+    if has_thoughts:
         add_markers(backbone)
     return backbone
 

@@ -40,8 +40,8 @@ from coconut_ds.analysis import intervals
 from coconut_ds.analysis.comparison_tables import report
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.errors import InputError, demand_libraries
-from coconut_ds.runs.answer_lengths import cut_warning
-from coconut_ds.runs.predictions import Prediction, cut_answers, epoch_of, predictions_file, read_predictions
+from coconut_ds.runs.folder import RunFolder, epoch_of
+from coconut_ds.runs.predictions import Prediction, chosen_file, cut_answers, cut_warning, read_predictions
 from coconut_ds.runs.records import read_config
 
 DRAWS, BOOTSTRAP_SEED = 10_000, 0
@@ -137,7 +137,7 @@ def read_run(text: str, predictions: str | None = None) -> Run:
         raise InputError(f"{text!r}: a label is written LABEL=RUN")
     folder = Path(rest if is_labelled else text)
     config = read_config(folder)
-    path = predictions_file(folder / "predictions", predictions)
+    path = chosen_file(RunFolder(folder), predictions)
     return Run(folder, label if is_labelled else group_of(config), config, path.stem, read_predictions(path))
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from coconut_ds.checkpoints.weights import load_initial
 from coconut_ds.config.methods import METHODS
-from coconut_ds.config.run_config import RunConfig
 from coconut_ds.errors import InputError, unwritable_output
 from coconut_ds.model.folder import push, stored_settings, stored_window, write_folder
 from coconut_ds.runs import atomic_folder
@@ -64,8 +63,7 @@ def export(checkpoint: str, out: Path, model_id: str, with_markers: bool = True)
         # A model that was saved outside of a run names no method.
         method = (settings or {}).get("method")
         has_thoughts = with_markers if method is None else METHODS[method].thoughts != "none"
-        config = RunConfig(method="coconut" if has_thoughts else "cot", model_id=model_id, load_model_path=checkpoint)
-        backbone, window = load_initial(config), stored_window(checkpoint)
+        backbone, window = load_initial(model_id, checkpoint, has_thoughts), stored_window(checkpoint)
         with _unfinished(out) as folder:
             write_folder(folder, backbone.model, backbone.tokenizer, settings, window=window)
 

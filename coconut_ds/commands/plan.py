@@ -16,22 +16,19 @@ from typing import Any
 
 import torch
 
-from coconut_ds.config.deepspeed_config import (
-    Device,
-    read_ds_json,
-    resolve_checkpointing,
-    resolve_ds_config,
-    resolve_precision,
-    shipped_ds_jsons,
-)
-from coconut_ds.config.run_config import BatchSizes, RunConfig, load_run_config
+from coconut_ds.config.batch_sizes import BatchSizes, stated_micro_batch
+from coconut_ds.config.deepspeed_config import Device, resolve_checkpointing, resolve_ds_config, resolve_precision
+from coconut_ds.config.deepspeed_file import read_ds_json, shipped_ds_jsons
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.config.run_file import load_run_config
+from coconut_ds.config.sections import ActivationCheckpointingConfig
 from coconut_ds.errors import InputError
 from coconut_ds.memory.activations import ActivationCost, measure, widest_sequence
 from coconut_ds.memory.batch_size import USABLE_SHARE, distinct_stages
 from coconut_ds.memory.meter import GIB
 from coconut_ds.memory.model_states import ModelStates, bucket_note, model_states
 from coconut_ds.runs.terminal import quiet_libraries
-from coconut_ds.training.setup import Materials, load_materials
+from coconut_ds.training.setup import Setup, load_setup
 
 # The plan is for the card that is named, not for the machine it is made on.
 _CARD = Device(kind="cuda", has_bf16=True, has_fp16=True)
@@ -64,38 +61,44 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_run_config(options.run, options.overrides)
         raw = read_ds_json(config.deepspeed)
         _resolved(raw, config, options.ranks)
-        config = config.model_copy(update={"activation_checkpointing": resolve_checkpointing(raw, config)})
         torch.manual_seed(config.seed)
-        materials = load_materials(config, with_weights=False)
+        checkpointing = resolve_checkpointing(raw, config)
+        setup = load_setup(config, config.load_model_path, checkpointing, with_weights=False)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    stages = plan_stages(config, materials)
-    print(report(config, materials, stages, options.memory, options.ranks))
+    stages = plan_stages(config, setup)
+    print(report(config, checkpointing, setup, stages, options.memory, options.ranks))
     return 0
 
 
-def plan_stages(config: RunConfig, materials: Materials) -> list[StagePlan]:
+def plan_stages(config: RunConfig, setup: Setup) -> list[StagePlan]:
     """Measure every stage of the run that has a layout of its own, in the precision it trains in."""
     # On a CPU bf16 stands for fp16: what counts is its width.
     dtype = torch.float32 if resolve_precision(config, _CARD) == "fp32" else torch.bfloat16
-    materials.model.to(dtype)
+    setup.model.to(dtype)
     plans = []
-    for stage in distinct_stages(config, materials.curriculum):
-        sequence = widest_sequence(materials.train_set, materials.curriculum, stage, materials.tokens)
-        cost = measure(materials.model, sequence)
+    for stage in distinct_stages(config, setup.curriculum):
+        sequence = widest_sequence(setup.train_set, setup.curriculum, stage, setup.tokens)
+        cost = measure(setup.model, sequence)
         plans.append(StagePlan(stage, sequence.n_thoughts, len(sequence.ids), cost))
     return plans
 
 
-def report(config: RunConfig, materials: Materials, stages: list[StagePlan], memory: float, ranks: int) -> str:
+def report(
+    config: RunConfig,
+    checkpointing: ActivationCheckpointingConfig,
+    setup: Setup,
+    stages: list[StagePlan],
+    memory: float,
+    ranks: int,
+) -> str:
     """The tables; sizes in GiB per card."""
-    states = _states(config.deepspeed, config, materials, ranks)
+    states = _states(config.deepspeed, config, setup, ranks)
     note = bucket_note(_resolved(read_ds_json(config.deepspeed), config, ranks), config.deepspeed)
     budget = int(USABLE_SHARE * memory * GIB)
-    micro = 1 if config.batch_size_training == "auto" else config.batch_size_training
-    checkpointing = config.activation_checkpointing
-    how = "recomputed" if checkpointing is not None and checkpointing.enabled else "kept"
+    micro = stated_micro_batch(config)
+    how = "recomputed" if checkpointing.enabled else "kept"
     lines = [
         f"{config.name}: {ranks} cards of {memory:g} GiB, {USABLE_SHARE:.0%} of it counted on; "
         f"{resolve_precision(config, _CARD)}, activations {how}, {config.deepspeed}",
@@ -111,25 +114,22 @@ def report(config: RunConfig, materials: Materials, stages: list[StagePlan], mem
     lines += ["", f"buckets: {note}"] if note else []
     lines += ["", "deepspeed file                  on the card  in host memory  largest micro-batch, all stages"]
     for path in sorted({*shipped_ds_jsons(), str(Path(config.deepspeed))}):
-        lines.append(_file_line(path, config, materials, stages, budget, ranks))
+        lines.append(_file_line(path, config, setup, stages, budget, ranks))
     return "\n".join(lines)
 
 
-def _file_line(
-    path: str, config: RunConfig, materials: Materials, stages: list[StagePlan], budget: int, ranks: int
-) -> str:
+def _file_line(path: str, config: RunConfig, setup: Setup, stages: list[StagePlan], budget: int, ranks: int) -> str:
     try:
-        states = _states(path, config, materials, ranks)
+        states = _states(path, config, setup, ranks)
     except InputError as error:
         return f"{path:<30}  {str(error).splitlines()[-1].strip()}"
     largest = min(each.cost.most_rows(budget - states.device) for each in stages)
     return f"{path:<30}  {states.device / GIB:>11.2f}  {states.host / GIB:>14.2f}  {largest:>31}"
 
 
-def _states(path: str, config: RunConfig, materials: Materials, ranks: int) -> ModelStates:
-    sizes = [parameter.numel() for parameter in materials.model.parameters()]
-    named = config.model_copy(update={"deepspeed": path})
-    return model_states(_resolved(read_ds_json(path), named, ranks), sum(sizes), max(sizes), ranks)
+def _states(path: str, config: RunConfig, setup: Setup, ranks: int) -> ModelStates:
+    sizes = [parameter.numel() for parameter in setup.model.parameters()]
+    return model_states(_resolved(read_ds_json(path), config, ranks), sum(sizes), max(sizes), ranks)
 
 
 def _resolved(raw: dict[str, Any], config: RunConfig, ranks: int) -> dict[str, Any]:

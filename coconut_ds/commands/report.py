@@ -17,6 +17,7 @@ from pathlib import Path
 
 from coconut_ds.analysis.report_page import PagePicture, RunColour, render
 from coconut_ds.errors import InputError, demand_libraries
+from coconut_ds.runs.folder import REPORT_PAGE, RunFolder
 from coconut_ds.runs.records import RunRecords, read_run
 
 
@@ -48,7 +49,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _default_folder(runs: Sequence[Path]) -> Path:
     if len(runs) > 1:
         raise InputError(f"{len(runs)} runs: name a folder for their report with --out FOLDER")
-    return runs[0] / "report"
+    return RunFolder(runs[0]).report
 
 
 def named(runs: Sequence[RunRecords]) -> dict[str, RunRecords]:
@@ -76,7 +77,7 @@ def write_report(runs: Mapping[str, RunRecords], folder: Path) -> Path:
             f"{len(runs)} runs: a report has {most} colours to tell runs apart; name {most} at most, or compare groups "
             "of runs with python -m coconut_ds.compare"
         )
-    page = folder / "report.html"
+    page = folder / REPORT_PAGE
     shown = []
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,11 +15,14 @@ import shlex
 import sys
 from pathlib import Path
 
-from coconut_ds.config.deepspeed_config import read_ds_json
-from coconut_ds.config.run_config import RunConfig, load_run_config
+from coconut_ds.config.deepspeed_file import read_ds_json
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.config.run_file import load_run_config
 from coconut_ds.errors import InputError, problem_list
-from coconut_ds.runs.changes import changed_contents, changed_keys, is_finished
-from coconut_ds.runs.lock import RUN_LOCK, holder_text, run_folder_is_held
+from coconut_ds.runs.changes import changed_contents, changed_keys
+from coconut_ds.runs.events import read_metrics
+from coconut_ds.runs.folder import RunFolder
+from coconut_ds.runs.lock import holder_text, run_folder_is_held
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for words, config in runs:
-        if is_finished(config):
+        if _is_finished(config):
             print(f"{config.run_folder} is finished", file=sys.stderr)
         else:
             print(shlex.join(words))
@@ -82,11 +85,17 @@ def _checked(words: list[str]) -> RunConfig:
     missing = [path for path in (config.train_path, config.val_path) if path and not Path(path).is_file()]
     if missing:
         raise InputError(f"{', '.join(missing)}: not there; data/README.md says how to get or make the data")
-    if is_finished(config) and (keys := _trained_otherwise(config)):
+    if _is_finished(config) and (keys := _trained_otherwise(config)):
         raise InputError(f"{config.run_folder} is finished and was trained with another {', '.join(keys)}; rename one")
-    if not is_finished(config) and run_folder_is_held(config.run_folder):
-        raise InputError(f"{config.run_folder} is in use by {holder_text(config.run_folder / RUN_LOCK)}, or rename one")
+    if not _is_finished(config) and run_folder_is_held(config.run_folder):
+        lock = RunFolder(config.run_folder).lock
+        raise InputError(f"{config.run_folder} is in use by {holder_text(lock)}, or rename one")
     return config
+
+
+def _is_finished(config: RunConfig) -> bool:
+    records = RunFolder(config.run_folder).metrics
+    return records.is_file() and read_metrics(records).is_finished(config.num_epochs)
 
 
 def _trained_otherwise(config: RunConfig) -> list[str]:

@@ -1,8 +1,7 @@
 """Pure: (ds_configs JSON, RunConfig, batch sizes, device) -> the final DeepSpeed dict.
 
 The run YAML owns training values, the JSON owns the memory strategy and may say "auto" for the rest. Every "auto" is
-resolved here, because DeepSpeed drops the ones it does not know in silence; unknown keys are refused for the same
-reason, by DeepSpeed's own schema where a section has one. Evidence for each refusal: `docs/ZERO.md`.
+resolved here, because DeepSpeed drops the ones it does not know in silence. Evidence for each refusal: `docs/ZERO.md`.
 """
 
 from __future__ import annotations
@@ -10,41 +9,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from deepspeed.comm.config import CommsLoggerConfig
-from deepspeed.runtime.config import DeepSpeedConfigError as DeepSpeedError
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import BaseModel, ValidationError
 
-from coconut_ds.config.foreign_keys import known_elsewhere
-from coconut_ds.config.run_config import ActivationCheckpointingConfig, BatchSizes, RunConfig
-from coconut_ds.errors import InputError, did_you_mean, problem_list
+from coconut_ds.config.batch_sizes import BatchSizes
+from coconut_ds.config.deepspeed_file import (
+    MEMORY_KEYS,
+    DeepSpeedConfigError,
+    schema_problems,
+    unknown_keys,
+    without_auto,
+)
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.config.sections import ActivationCheckpointingConfig
+from coconut_ds.errors import did_you_mean, problem_list
 
 Precision = Literal["fp32", "bf16", "fp16"]
-_PACKAGE = Path(__file__).resolve().parent.parent
-
-MEMORY_KEYS = frozenset(
-    """zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer bf16 bfloat16 fp16 data_types
-    communication_data_type prescale_gradients gradient_predivide_factor disable_allgather steps_per_print
-    wall_clock_breakdown memory_breakdown dump_state comms_logger flops_profiler""".split()
-)
-"""Top-level keys of DeepSpeed that may stand in a ds JSON beside those owned by the run YAML."""
-
-_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-_OWNED_KEYS = frozenset(
-    (
-        *_BATCH_KEYS,
-        "gradient_clipping",
-        "optimizer",
-        "scheduler",
-        "managed_gradient_accumulation",
-        "activation_checkpointing",
-    )
-)
-
 _CHECKPOINTING_REFUSED = {
     "partition_activations": "it divides activations among model-parallel ranks, and there are none here",
     "contiguous_memory_optimization": "it wants activations of one shape, and the passes differ in theirs",
@@ -52,26 +33,6 @@ _CHECKPOINTING_REFUSED = {
     "activation_checkpointing.every_n_layers in the run YAML",
     "synchronize_checkpoint_boundary": "it makes the host wait at every layer of every pass",
     "profile": "it times DeepSpeed's own checkpoint function, which is not used; see benchmarks/train_step.py",
-}
-
-_SCHEMAS: dict[str, type[BaseModel]] = {
-    "zero_optimization": DeepSpeedZeroConfig,
-    "fp16": DeepSpeedFP16Config,
-    "bf16": DeepSpeedBF16Config,
-    "bfloat16": DeepSpeedBF16Config,
-    "comms_logger": CommsLoggerConfig,
-}
-_KEYS_WITHOUT_SCHEMA = {
-    "data_types": ("grad_accum_dtype",),
-    "flops_profiler": (
-        "enabled",
-        "recompute_fwd_factor",
-        "profile_step",
-        "module_depth",
-        "top_modules",
-        "detailed",
-        "output_file",
-    ),
 }
 
 _FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
@@ -114,17 +75,6 @@ SMALL_BUCKETS = {
 _AUTO_VALUES = SMALL_BUCKETS | {"stage3_param_persistence_threshold": 100_000}
 """What "auto" stands for: the values of `ds_configs/`, where DeepSpeed's own would take up to 1.9 GiB."""
 
-_REFUSED_KEYS = {
-    "aio": "it is for NVMe, which is not supported",
-    "checkpoint": "checkpoints are written by this trainer (docs/RELIABILITY.md)",
-    "elasticity": "DeepSpeed 0.19 removed it",
-    "torch_autocast": "it is global to the process and outlives the engine; set precision in the run YAML",
-    "amp": "DeepSpeed 0.19 removed it; set precision in the run YAML",
-    "tensorboard": "records belong to metrics.jsonl and wandb",
-    "wandb": "set wandb in the run YAML",
-    "csv_monitor": "records belong to metrics.jsonl",
-}
-
 
 @dataclass(frozen=True)
 class Device:
@@ -133,40 +83,6 @@ class Device:
     kind: Literal["cpu", "cuda"]
     has_bf16: bool
     has_fp16: bool
-
-
-class DeepSpeedConfigError(InputError):
-    """Everything wrong with a ds JSON, or with it and the run YAML together, found in one pass."""
-
-
-def ds_json_path(name: str | Path) -> Path:
-    """The file that `deepspeed: NAME` means: NAME as it is given, else the one that the package brings along.
-
-    `ds_configs/` is a folder of the checkout and, by a link, of the package, so an installed trainer has it too.
-    """
-    path, shipped = Path(name), _PACKAGE / name
-    return shipped if path.parts[:1] == ("ds_configs",) and shipped.is_file() and not path.exists() else path
-
-
-def shipped_ds_jsons() -> list[str]:
-    """The names under which the files of `ds_configs/`, here and in the package, can be given."""
-    return sorted({f"ds_configs/{file.name}" for root in (Path(), _PACKAGE) for file in root.glob("ds_configs/*.json")})
-
-
-def read_ds_json(path: str | Path) -> dict[str, Any]:
-    """Read a ds JSON file, found as `ds_json_path` says; raises DeepSpeedConfigError for what is not a JSON object."""
-    try:
-        raw = json.loads(ds_json_path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        known = ", ".join(shipped_ds_jsons())
-        raise DeepSpeedConfigError(
-            f"deepspeed file {path} cannot be read: {error.strerror}; name one of {known}"
-        ) from None
-    except ValueError as error:
-        raise DeepSpeedConfigError(f"deepspeed file {path} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise DeepSpeedConfigError(f"deepspeed file {path} must hold a JSON object, found {type(raw).__name__}")
-    return raw
 
 
 def resolve_precision(config: RunConfig, device: Device) -> Precision:
@@ -194,20 +110,18 @@ def resolve_ds_config(
     precision = resolve_precision(config, device)
     zero = _as_deepspeed_reads(_with_small_buckets(raw.get("zero_optimization", {})))
     problems = [
-        *_unknown_keys(raw),
+        *unknown_keys(raw),
         *_clashes(raw, config, sizes, precision, run_file),
         *_broken_combinations(zero, raw, precision),
         *_checkpointing_problems(raw, config, run_file),
-        *_schema_problems(raw),
+        *schema_problems(raw),
     ]
     if problems:
         raise DeepSpeedConfigError(problem_list(config.deepspeed, problems))
-    resolved = {key: _without_auto(value) for key, value in raw.items() if key in MEMORY_KEYS and value != "auto"}
+    resolved = {key: without_auto(value) for key, value in raw.items() if key in MEMORY_KEYS and value != "auto"}
     resolved.pop("bfloat16", None)
     resolved |= {
-        "train_batch_size": sizes.total,
-        "train_micro_batch_size_per_gpu": sizes.micro,
-        "gradient_accumulation_steps": sizes.accumulation,
+        **batch_keys(sizes),
         # Windows end where an epoch ends, so the loop and not DeepSpeed's counter says when to step.
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.max_grad_norm,
@@ -217,6 +131,15 @@ def resolve_ds_config(
         "zero_allow_untested_optimizer": True,
     }
     return {"steps_per_print": 2**31 - 1} | resolved
+
+
+def batch_keys(sizes: BatchSizes) -> dict[str, int]:
+    """Batch sizes under DeepSpeed's keys."""
+    return {
+        "train_batch_size": sizes.total,
+        "train_micro_batch_size_per_gpu": sizes.micro,
+        "gradient_accumulation_steps": sizes.accumulation,
+    }
 
 
 def resolve_checkpointing(raw: dict[str, Any], config: RunConfig) -> ActivationCheckpointingConfig:
@@ -244,16 +167,10 @@ def _offload_device(zero: dict[str, Any], section: str) -> str:
     return settings.get("device", "none") if isinstance(settings, dict) else "none"
 
 
-def _without_auto(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
-    return value
-
-
 def _with_small_buckets(zero: Any) -> Any:
     if not isinstance(zero, dict):
         return zero
-    return _without_auto(
+    return without_auto(
         {key: _AUTO_VALUES.get(key, value) if value == "auto" else value for key, value in zero.items()}
     )
 
@@ -277,69 +194,14 @@ def _of_text(value: str) -> Any:
     return int(read) if isinstance(read, float) and read.is_integer() else read
 
 
-def _schema_problems(raw: dict[str, Any]) -> Iterator[str]:
-    """Unknown keys and unusable values inside the sections."""
-    for section, value in raw.items():
-        if section in (*_SCHEMAS, *_KEYS_WITHOUT_SCHEMA) and not isinstance(value, dict):
-            if value != "auto" and section != "zero_optimization":
-                yield f"{section}: {value!r} must be an object"
-        elif section in (*_SCHEMAS, *_KEYS_WITHOUT_SCHEMA) and "strict" in value:
-            yield f"{section}.strict: unknown key"
-        elif section in _SCHEMAS:
-            yield from _against_schema(section, _SCHEMAS[section], _without_auto(value))
-        elif section in _KEYS_WITHOUT_SCHEMA:
-            known = _KEYS_WITHOUT_SCHEMA[section]
-            for key in value:
-                if key not in known:
-                    yield f"{section}.{key}: unknown key, which DeepSpeed would ignore{did_you_mean(key, known)}"
-
-
-def _against_schema(section: str, schema: type[BaseModel], values: dict[str, Any]) -> Iterator[str]:
-    try:
-        schema(**values)
-    except ValidationError as error:
-        for item in error.errors():
-            key = ".".join((section, *map(str, item["loc"])))
-            if item["type"] == "extra_forbidden":
-                yield f"{key}: unknown key{did_you_mean(str(item['loc'][-1]), _known_names(schema))}"
-            else:
-                yield f"{key}: {item['input']!r}: {item['msg']}"
-    except DeepSpeedError as error:
-        yield f"{section}: {error}"
-
-
-def _known_names(schema: type[BaseModel]) -> list[str]:
-    """Of fields with two names the one that stands in most files."""
-    return [field.alias or name for name, field in schema.model_fields.items()]
-
-
-def _is_off(section: Any) -> bool:
-    """Whether it is there for completeness only, as in JSONs for the HF Trainer: switched off, or left to the run."""
-    return isinstance(section, dict) and section.get("enabled") in (False, "auto")
-
-
-def _unknown_keys(raw: dict[str, Any]) -> Iterator[str]:
-    for key in raw:
-        if key in _REFUSED_KEYS and not _is_off(raw[key]):
-            yield f"{key}: refused: {_REFUSED_KEYS[key]}"
-        elif key not in MEMORY_KEYS | _OWNED_KEYS | _REFUSED_KEYS.keys():
-            yield f"{key}: unknown key, which DeepSpeed would ignore{_hint(key)}"
-
-
-def _hint(key: str) -> str:
-    """For an unknown key at the top level."""
-    if key in DeepSpeedZeroConfig.model_fields:
-        return "; it belongs in zero_optimization"
-    return known_elsewhere(key, "ds") or did_you_mean(key, MEMORY_KEYS | _OWNED_KEYS)
-
-
 def _clashes(
     raw: dict[str, Any], config: RunConfig, sizes: BatchSizes, precision: Precision, run_file: str
 ) -> Iterator[str]:
+    measured = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     owned = {
-        "train_batch_size": sizes.total,
-        "train_micro_batch_size_per_gpu": sizes.micro,
-        "gradient_accumulation_steps": sizes.accumulation,
+        **batch_keys(sizes),
+        # Their numbers come later, so that none can stand here.
+        **(dict.fromkeys(measured, "auto") if config.batch_size_training == "auto" else {}),
         "gradient_clipping": config.max_grad_norm,
         "managed_gradient_accumulation": False,
         "bf16.enabled": precision == "bf16",

@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from coconut_ds.config.methods import METHODS, Method
+from coconut_ds.data.markers import END_LATENT, LATENT, START_LATENT, marker_ids
 from coconut_ds.data.stages import Layout
 from coconut_ds.runtime import distributed
 
@@ -30,6 +33,21 @@ class Tokens:
     """Ends a fact of a question, where facts are shuffled."""
     bos: int | None = None
     """Stands before a question under some tokenizers."""
+
+    @classmethod
+    def of(cls, method: Method, tokenizer: PreTrainedTokenizerBase, fact_end: int | None = None) -> Tokens:
+        """Those of `method`; raises ModelError if it needs markers that the tokenizer does not have."""
+        traits = METHODS[method]
+        ids = {} if traits.thoughts == "none" else marker_ids(tokenizer)
+        return cls(
+            pad=tokenizer.pad_token_id,
+            start_latent=ids[START_LATENT] if traits.has_markers else None,
+            end_latent=ids[END_LATENT] if traits.has_markers else None,
+            latent=ids.get(LATENT),
+            is_pause=traits.thoughts == "pause",
+            fact_end=fact_end,
+            bos=tokenizer.bos_token_id,
+        )
 
     @property
     def thought(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Per-stage loaders over one tokenized set: seeded training windows, evaluation without repeats."""
+"""Per-stage loaders over one tokenized set: seeded training steps, evaluation without repeats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from coconut_ds.config.run_config import BatchSizes
+from coconut_ds.config.batch_sizes import BatchSizes
 from coconut_ds.data.batches import (
     Batch,
     Size,
@@ -33,18 +33,19 @@ POOL = 128
 ID_COLUMNS = ["question_ids", "steps_ids", "answer_ids"]
 
 
-class TrainingWindows(torch.utils.data.Dataset):
-    """One epoch of one rank: item w is the list of micro-batches of optimizer step w (an accumulation window).
+class TrainingSteps(torch.utils.data.Dataset):
+    """One epoch of one rank: item s is the list of micro-batches of the epoch's optimizer step s, from 0.
 
-    The order is a permutation fixed by (seed, epoch); window w holds the same examples whatever the number of ranks
-    and the micro-batch size, as long as their product with the accumulation is the same. Every rank gets the same
-    number of micro-batches; where examples run out, the missing ones are fillers without a supervised token.
+    The order is a permutation fixed by (seed, epoch); step s has the same examples whatever the number of ranks and the
+    micro-batch size, as long as their product with the accumulation is the same. Every rank gets the same number of
+    micro-batches; where examples run out, the missing ones are fillers without a supervised token.
 
-    With `group_by_length` the examples of a window are sorted by question length, longest first, before they are dealt
-    to micro-batches: less padding, the same optimizer step. Windows of fewer than `POOL` examples are cut from sorted
+    With `group_by_length` the examples of a step are sorted by question length, longest first, before they are dealt
+    to micro-batches: less padding, the same optimizer step. Steps of fewer than `POOL` examples are cut from sorted
     pools of at least that many, and come in random order.
 
-    With `in_step` micro-batches make as many passes on every rank, as ZeRO-3 demands: those of the rank with the most.
+    With `in_step` micro-batches make the same number of passes on every rank, as ZeRO-3 demands: those of the rank with
+    the most.
     """
 
     def __init__(
@@ -72,15 +73,15 @@ class TrainingWindows(torch.utils.data.Dataset):
         self._order: list[int] = order.tolist()
 
     def __len__(self) -> int:
-        return windows_per_epoch(len(self._order), self._sizes)
+        return steps_per_epoch(len(self._order), self._sizes)
 
-    def __getitem__(self, window: int) -> list[Batch]:
-        if not 0 <= window < len(self):
-            raise IndexError(f"window {window} of an epoch of {len(self)}")
+    def __getitem__(self, step: int) -> list[Batch]:
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {step} of an epoch of {len(self)}")
         sizes = self._sizes
-        chosen = self._order[window * sizes.total : (window + 1) * sizes.total]
+        chosen = self._order[step * sizes.total : (step + 1) * sizes.total]
         at_once = sizes.micro * sizes.world
-        progress = window / len(self)
+        progress = step / len(self)
         return [self._of_rank(chosen[start : start + at_once], progress) for start in range(0, len(chosen), at_once)]
 
     def _of_rank(self, indices: list[int], progress: float) -> Batch:
@@ -106,14 +107,14 @@ class TrainingWindows(torch.utils.data.Dataset):
 
 
 def _grouped(order: torch.Tensor, lengths: torch.Tensor, total: int, generator: torch.Generator) -> torch.Tensor:
-    """`order` (N,) with windows of `total` examples of like length, longest first within each; lengths (N,)."""
+    """`order` (N,) with steps of `total` examples of like length, longest first within each; lengths (N,)."""
     grouped = []
     for pool in order.split(total * max(1, -(-POOL // total))):
         by_length = pool[lengths[pool].argsort(descending=True, stable=True)]
-        windows = by_length.split(total)
-        whole = [windows[place] for place in torch.randperm(len(pool) // total, generator=generator)]
-        # A smaller window can only be the last of the epoch.
-        grouped += [*whole, *windows[len(whole) :]]
+        steps = by_length.split(total)
+        whole = [steps[place] for place in torch.randperm(len(pool) // total, generator=generator)]
+        # A smaller step can only be the last of the epoch.
+        grouped += [*whole, *steps[len(whole) :]]
     return torch.cat(grouped)
 
 
@@ -123,14 +124,14 @@ def _question_lengths(examples: Dataset) -> torch.Tensor:
     return torch.tensor(pyarrow.compute.list_value_length(table["question_ids"]).to_numpy())
 
 
-def windows_per_epoch(n_examples: int, sizes: BatchSizes) -> int:
+def steps_per_epoch(n_examples: int, sizes: BatchSizes) -> int:
     """Optimizer steps in an epoch; the last one may be smaller."""
     return -(-n_examples // sizes.total)
 
 
-def training_loader(windows: TrainingWindows, first_window: int = 0) -> DataLoader:
-    """Loader over the accumulation windows of an epoch, from `first_window` on."""
-    return DataLoader(windows, batch_size=None, sampler=range(first_window, len(windows)), **_loading())
+def training_loader(steps: TrainingSteps, first: int = 0) -> DataLoader:
+    """Loader over the optimizer steps of an epoch, from step `first` on."""
+    return DataLoader(steps, batch_size=None, sampler=range(first, len(steps)), **_loading())
 
 
 def loss_loader(

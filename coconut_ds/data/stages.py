@@ -7,7 +7,8 @@ import random
 from dataclasses import dataclass, field
 
 from coconut_ds.config.methods import METHODS, Method, Traits
-from coconut_ds.config.run_config import IcotConfig, RunConfig
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.config.sections import IcotConfig
 
 
 @dataclass(frozen=True)

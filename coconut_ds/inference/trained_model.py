@@ -11,14 +11,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from coconut_ds.checkpoints.weights import check_intact
-from coconut_ds.config.methods import METHODS, Method
 from coconut_ds.data.batches import Batch, Tokens, collate_prompts, prompt_sequence, to_device
-from coconut_ds.data.markers import END_LATENT, LATENT, START_LATENT
 from coconut_ds.data.plain_text import reserved_in
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.errors import InputError
 from coconut_ds.model import fast
-from coconut_ds.model.backbone import demand_rows, load_tokenizer, marker_ids
+from coconut_ds.model.backbone import demand_rows, load_tokenizer
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import model_folder
 from coconut_ds.runtime import distributed
@@ -53,7 +51,7 @@ class TrainedModel:
             raise InputError(f"{name}: coconut.json names no {what}; name a checkpoint of a run")
         tokenizer = load_tokenizer(str(model_folder(name)))
         demand_rows(model.base_causallm, tokenizer, name)
-        tokens = tokens_of(settings["method"], tokenizer)
+        tokens = Tokens.of(settings["method"], tokenizer)
         if tokens.thought != model.latent_token_id and tokens.thought is not None:
             raise InputError(
                 f"{name}: coconut.json says that token {model.latent_token_id} stands for a thought, the tokenizer has "
@@ -106,19 +104,4 @@ def curriculum_of(settings: dict[str, Any]) -> Curriculum:
         pad_latent_to_max=settings["pad_latent_to_max"],
         uniform_prob=0.0,
         seed=0,
-    )
-
-
-def tokens_of(method: Method, tokenizer: PreTrainedTokenizerBase, fact_end: int | None = None) -> Tokens:
-    """The token ids that sequences of `method` are built from."""
-    traits = METHODS[method]
-    ids = {} if traits.thoughts == "none" else marker_ids(tokenizer)
-    return Tokens(
-        pad=tokenizer.pad_token_id,
-        start_latent=ids[START_LATENT] if traits.has_markers else None,
-        end_latent=ids[END_LATENT] if traits.has_markers else None,
-        latent=ids.get(LATENT),
-        is_pause=traits.thoughts == "pause",
-        fact_end=fact_end,
-        bos=tokenizer.bos_token_id,
     )

@@ -11,6 +11,7 @@ import psutil
 import torch
 from datasets import Dataset
 
+from coconut_ds.config.resolved_run import DraftRun
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.batches import Tokens, TokenSequence, to_device
 from coconut_ds.data.stages import Curriculum
@@ -41,25 +42,19 @@ def distinct_stages(config: RunConfig, curriculum: Curriculum) -> list[int]:
 
 
 def choose_micro_batch(
-    config: RunConfig,
-    ds_config: dict[str, Any],
-    model: Coconut,
-    examples: Dataset,
-    curriculum: Curriculum,
-    tokens: Tokens,
+    draft: DraftRun, model: Coconut, examples: Dataset, curriculum: Curriculum, tokens: Tokens
 ) -> int:
     """The largest micro-batch that divides `train_batch_size` over the ranks and fits in every stage of the run.
 
-    Predicted on every rank, tried on a GPU with the longest batch there can be, and the smallest over ranks taken.
-    Raises InputError when one example is too much.
+    Predicted on every rank, tried on a GPU with the longest batch possible; the smallest over ranks is taken. Raises
+    InputError if one example is too much.
     """
-    world = distributed.world_size()
-    assert config.train_batch_size is not None, "load_run_config demands it for batch_size_training: auto"
-    per_rank = config.train_batch_size // world
-    kept = kept_between_steps(model, ds_config)
+    world = draft.sizes.world
+    per_rank = draft.sizes.total // world
+    kept = kept_between_steps(model, draft.ds_config)
     budget = memory_budget() - kept
-    deciding = deciding_sequences(config, examples, curriculum, tokens)
-    width = width_of_run(ds_config)
+    deciding = deciding_sequences(draft.config, examples, curriculum, tokens)
+    width = width_of_run(draft.ds_config)
     rows = min(measure(model, sequence, width).most_rows(budget) for sequence in deciding)
     micro = largest_divisor(per_rank, rows)
     if torch.cuda.is_available():

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from coconut_ds.data.markers import MARKERS
+from coconut_ds.data.markers import MARKERS, marker_ids
 from coconut_ds.errors import ModelError, in_one_line
 from coconut_ds.model.state_dicts import (
     PLAIN_NAMES,
@@ -58,18 +58,6 @@ class Backbone:
     def marker_ids(self) -> dict[str, int]:
         """Ids of the marker tokens; raises ModelError when they were not added."""
         return marker_ids(self.tokenizer)
-
-
-def marker_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Ids of the marker tokens; raises ModelError when they were not added."""
-    vocabulary = tokenizer.get_vocab()
-    missing = [marker for marker in MARKERS if marker not in vocabulary]
-    if missing:
-        raise ModelError(
-            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no {', '.join(missing)}, so it is not the "
-            "one the weights were trained with; copy the tokenizer's files from the checkpoint's model/ folder"
-        )
-    return {marker: vocabulary[marker] for marker in MARKERS}
 
 
 def load_backbone(name: str) -> Backbone:

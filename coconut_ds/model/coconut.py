@@ -14,11 +14,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from coconut_ds.config.methods import METHODS
-from coconut_ds.data.markers import END_LATENT, LATENT, START_LATENT
+from coconut_ds.data.batches import Tokens
 from coconut_ds.errors import InputError
 from coconut_ds.model import folder as pretrained
-from coconut_ds.model.backbone import load_model, load_tokenizer, marker_ids
+from coconut_ds.model.backbone import load_model, load_tokenizer
 from coconut_ds.model.decoding import decode
 from coconut_ds.model.loss import summed_cross_entropy
 from coconut_ds.model.passes import LatentPasses
@@ -42,12 +41,11 @@ class CoconutOutput(ModelOutput):
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> dict[str, int | None]:
     """Ids by their marker tokens, for folders that do not name them."""
-    traits = METHODS[settings["method"]]
-    ids = {} if traits.thoughts == "none" else marker_ids(tokenizer)
+    tokens = Tokens.of(settings["method"], tokenizer)
     return {
-        "latent_token_id": ids.get(LATENT) if traits.thoughts == "continuous" else None,
-        "start_latent_id": ids.get(START_LATENT) if traits.has_markers else None,
-        "end_latent_id": ids.get(END_LATENT) if traits.has_markers else None,
+        "latent_token_id": tokens.thought,
+        "start_latent_id": tokens.start_latent,
+        "end_latent_id": tokens.end_latent,
         "eos_token_id": tokenizer.eos_token_id,
     }
 

@@ -26,6 +26,7 @@ from coconut_ds.errors import InputError, in_one_line
 from coconut_ds.model.card import model_card
 from coconut_ds.model.latents import LatentContext
 from coconut_ds.model.state_dicts import demand_finite
+from coconut_ds.runs.folder import RunFolder
 
 MODEL_FOLDER, WEIGHTS_FILE, WINDOW_FILE = "model", "model.safetensors", "latent_window.safetensors"
 _SETTINGS_FILE, _CARD_FILE = "coconut.json", "README.md"
@@ -42,7 +43,7 @@ def model_folder(name: str) -> Path:
 
 def where_it_is(name: str) -> str:
     """What is wrong with a name that holds no Coconut model, and the way out."""
-    newest = sorted(Path(name, "checkpoints").glob("epoch_*[0-9]"))
+    newest = RunFolder(Path(name)).found_checkpoints()
     if newest:
         return f"{name} is a run folder; name one of its checkpoints, the newest is {newest[-1]}"
     if Path(name).exists():

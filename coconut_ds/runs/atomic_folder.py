@@ -12,16 +12,16 @@ import shutil
 from pathlib import Path
 
 from coconut_ds import strict_json
+from coconut_ds.runs.folder import DAMAGED, REMOVED, UNFINISHED
 
 MANIFEST = "manifest.json"
-_UNFINISHED, _DOOMED, _DAMAGED = ".tmp", ".removed", ".damaged"
 _BLOCK = 1 << 20
 
 
 def begin(path: Path) -> Path:
     """An empty folder to write what is to become `path`; what an interrupted attempt left is removed."""
     sweep(path.parent)
-    unfinished = path.with_name(path.name + _UNFINISHED)
+    unfinished = path.with_name(path.name + UNFINISHED)
     unfinished.mkdir(parents=True)
     return unfinished
 
@@ -32,7 +32,7 @@ def publish(unfinished: Path) -> Path:
     entries = {path.relative_to(unfinished).as_posix(): fingerprint(path) for path in files}
     (unfinished / MANIFEST).write_text(strict_json.dumps({"files": entries}, indent=2) + "\n", encoding="utf-8")
     flush_folder(unfinished)
-    path = unfinished.with_name(unfinished.name.removesuffix(_UNFINISHED))
+    path = unfinished.with_name(unfinished.name.removesuffix(UNFINISHED))
     if path.exists():
         remove(path)
     os.replace(unfinished, path)
@@ -63,7 +63,7 @@ def faults(path: Path) -> list[str]:
 
 def remove(path: Path) -> None:
     """Remove a published folder; interrupted, it leaves nothing under its name."""
-    doomed = path.with_name(path.name + _DOOMED)
+    doomed = path.with_name(path.name + REMOVED)
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(path, doomed)
     shutil.rmtree(doomed)
@@ -71,14 +71,14 @@ def remove(path: Path) -> None:
 
 def set_aside(path: Path) -> None:
     """Give a published folder a name under which nobody looks for one."""
-    aside = path.with_name(path.name + _DAMAGED)
+    aside = path.with_name(path.name + DAMAGED)
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(path, aside)
 
 
 def sweep(parent: Path) -> None:
     """Remove what interrupted attempts left in `parent`."""
-    for ending in (_UNFINISHED, _DOOMED):
+    for ending in (UNFINISHED, REMOVED):
         for left in parent.glob(f"*{ending}"):
             shutil.rmtree(left)
 

@@ -11,20 +11,15 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from coconut_ds import strict_json
-from coconut_ds.config.run_config import RunConfig, load_run_config
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.config.run_file import load_run_config
 from coconut_ds.errors import InputError
 from coconut_ds.runs.atomic_folder import fingerprint
-from coconut_ds.runs.events import read_metrics
+from coconut_ds.runs.folder import RunFolder
 
 DATA_KEYS = ("train_path", "val_path")
 _PLACE = ("save_path", "name")
 _SHOWN_OF_HASH = 12
-
-
-def is_finished(config: RunConfig) -> bool:
-    """Whether the run folder says that as many epochs as the configuration asks for were trained to the end."""
-    records = config.run_folder / "metrics.jsonl"
-    return records.is_file() and any(end.epochs >= config.num_epochs for end in read_metrics(records).ends)
 
 
 def changed_keys(folder: Path, asked: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -33,7 +28,7 @@ def changed_keys(folder: Path, asked: RunConfig) -> dict[str, tuple[Any, Any]]:
     A value of `auto` is not known before the run starts and differs from none; where the folder lies does not count.
     Raises InputError if the folder's configuration cannot be read.
     """
-    stored = load_run_config(folder / "run_config.yaml").model_dump(mode="json")
+    stored = load_run_config(RunFolder(folder).run_config).model_dump(mode="json")
     values = asked.model_dump(mode="json")
     return {
         key: (stored[key], value)
@@ -64,7 +59,7 @@ def data_files(config: RunConfig, n_examples: Mapping[str, int]) -> dict[str, Da
 
 def stored_environment(folder: Path) -> dict[str, Any]:
     """`environment.json`, empty where it is missing or damaged."""
-    return _json_object(folder / "environment.json")
+    return _json_object(RunFolder(folder).environment)
 
 
 def _json_object(file: Path) -> dict[str, Any]:
@@ -102,7 +97,7 @@ def changes(
     and `auto` can resolve to another value on another machine.
     """
     folder = asked.run_folder
-    if not (folder / "run_config.yaml").is_file():
+    if not RunFolder(folder).run_config.is_file():
         return []
     stored, lines = stored_data_files(folder), []
     try:
@@ -126,7 +121,7 @@ def changes(
 
 def _changes_of_deepspeed(folder: Path, ds_config: Mapping[str, Any]) -> list[str]:
     """Of the memory strategy and the precision; batch sizes and the rest are the run's and the ranks'."""
-    stored = _json_object(folder / "ds_config.json")
+    stored = _json_object(RunFolder(folder).ds_config)
     if not stored:
         return []
     sections = ("zero_optimization", "bf16", "fp16", "data_types")

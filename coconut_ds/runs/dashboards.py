@@ -1,6 +1,6 @@
 """A run on wandb and in TensorBoard: curves over optimizer steps, stages, predictions, configuration, summary.
 
-The only importer of both. Whatever goes wrong here is raised; `tracking.py` sees to it that the run goes on.
+The only importer of both. Whatever goes wrong here is raised; `tracker.py` sees to it that the run goes on.
 """
 
 from __future__ import annotations
@@ -8,19 +8,17 @@ from __future__ import annotations
 import html
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from coconut_ds import strict_json
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.errors import InputError, demand_libraries
+from coconut_ds.runs.folder import RunFolder
 
 _WANDB_WAIT_S = 20
 _WANDB_UPLOAD_S = 300
 _TENSORBOARD_FLUSH_S = 10
 _MOST_ROWS = 100
-_WANDB_ID = "wandb_run_id.txt"
-_TENSORBOARD = "tensorboard"
 _COLUMNS = ("index", "question", "expected", "given", "correct", "n_steps", "n_thoughts", "n_new_tokens", "cut", "text")
 _STAGE_CURVES = "loss_by_stage"
 
@@ -59,10 +57,10 @@ def demand_libraries_of(config: RunConfig) -> None:
             raise InputError(f"tensorboard: true, but {error}, or set it to false") from None
 
 
-def forget_earlier_run(run_folder: Path) -> None:
+def forget_earlier_run(folder: RunFolder) -> None:
     """For a run that starts anew: remove what would tie its curves to those of an earlier run of the same name."""
-    (run_folder / _WANDB_ID).unlink(missing_ok=True)
-    for left in (run_folder / _TENSORBOARD).glob("events.out.tfevents.*"):
+    folder.wandb_id.unlink(missing_ok=True)
+    for left in folder.tensorboard.glob("events.out.tfevents.*"):
         left.unlink()
 
 
@@ -80,7 +78,7 @@ class Wandb:
         wandb.setup(wandb.Settings(silent=True))
         if config.wandb == "online" and not wandb.login(prompt=False, verify=False):
             raise RuntimeError("no login found (`wandb login`, or WANDB_API_KEY)")
-        id_file = config.run_folder / _WANDB_ID
+        id_file = RunFolder(config.run_folder).wandb_id
         self._run = wandb.init(
             project=config.project,
             name=config.name,
@@ -146,7 +144,7 @@ class Tensorboard:
         self._config = config
         self._step = max((event["step"] for event in earlier), default=0)
         self._writer = SummaryWriter(
-            str(config.run_folder / _TENSORBOARD),
+            str(RunFolder(config.run_folder).tensorboard),
             purge_step=self._step + 1 if earlier else None,
             flush_secs=_TENSORBOARD_FLUSH_S,
         )

@@ -1,4 +1,4 @@
-"""The events in a run's `metrics.jsonl`, which `tracking.py` writes, read back and checked."""
+"""The events in a run's `metrics.jsonl`, which `tracker.py` writes, read back and checked."""
 
 from __future__ import annotations
 
@@ -96,6 +96,28 @@ class Metrics:
     ends: tuple[End, ...] = ()
     n_damaged: int = 0
     """Lines that are no whole event, but for the last one of a run that is still writing it."""
+
+    def is_finished(self, n_epochs: int) -> bool:
+        """Whether at least `n_epochs` epochs were trained to their end."""
+        return any(end.epochs >= n_epochs for end in self.ends)
+
+
+def skipped_text(n_skipped: int, n_steps: int) -> str:
+    """For a line of figures; empty where no step was skipped. Both counts are of the whole run so far."""
+    return f"{n_skipped} of {n_steps} steps skipped" if n_skipped else ""
+
+
+def skips_most(n_skipped: int, n_steps: int) -> bool:
+    return 2 * n_skipped > n_steps
+
+
+def skipped_warning(n_skipped: int, n_steps: int) -> str:
+    """What it means that most steps were skipped, and the way out."""
+    return (
+        f"fp16: {n_skipped} of {n_steps} optimizer steps were skipped because their gradients overflowed, the weights "
+        f"were updated {n_steps - n_skipped} times; lower initial_scale_power (or loss_scale) in the deepspeed file, "
+        "lower lr, or use bf16 or fp32"
+    )
 
 
 def read_metrics(path: Path) -> Metrics:

@@ -24,8 +24,8 @@ from typing import Any
 
 from coconut_ds import strict_json
 from coconut_ds.errors import InputError, unwritable_output, unwritable_save_path
+from coconut_ds.runs.folder import RunFolder
 
-RUN_LOCK = "run.lock"
 _HELD = (errno.EACCES, errno.EAGAIN)
 _PATIENCE_S = 0.5
 """How long a lock is tried for: a look at it (`holder`) takes it for an instant, and a holder has to write its name."""
@@ -53,17 +53,18 @@ def run_folder_held(folder: Path | None) -> Iterator[None]:
         return
     if int(os.environ.get("RANK", 0)) != 0:
         if _is_on_machine_of_rank_0():
-            _wait_for_rank_0(folder / RUN_LOCK)
+            _wait_for_rank_0(RunFolder(folder).lock)
         yield
         return
+    file = RunFolder(folder).lock
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(folder / RUN_LOCK)
+        descriptor = _acquire(file)
     except OSError as error:
         raise unwritable_save_path(folder, error) from None
     if descriptor is None:
-        raise HeldError(f"{folder} is in use by {holder_text(folder / RUN_LOCK)}, or set another name= or save_path=")
-    with _released(folder / RUN_LOCK, descriptor):
+        raise HeldError(f"{folder} is in use by {holder_text(file)}, or set another name= or save_path=")
+    with _released(file, descriptor):
         yield
 
 
@@ -87,7 +88,7 @@ def output_held(folder: Path) -> Iterator[None]:
 
 def run_folder_is_held(folder: Path) -> bool:
     """Whether a process holds a run folder now; nothing is written. False also where it cannot be found out."""
-    file = folder / RUN_LOCK
+    file = RunFolder(folder).lock
     try:
         if _holder_here(file):
             return True

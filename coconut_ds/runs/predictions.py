@@ -1,8 +1,7 @@
-"""Files of a run's `predictions/`, which `inference/evaluator.py` makes: which there are, and what is in them."""
+"""Files of a run's `predictions/`, with what `inference/evaluator.py` makes: written, found and read back."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coconut_ds.errors import InputError, did_you_mean
 from coconut_ds.runs.events import Number
-
-_EPOCH = re.compile(r"epoch_(\d+)")
+from coconut_ds.runs.folder import RunFolder, epoch_of
 
 
 class Prediction(BaseModel):
@@ -52,35 +50,30 @@ def cut_answers(answers: Iterable[Prediction]) -> CutAnswers | None:
     return CutAnswers(len(cut), tuple(sorted(set(cut))))
 
 
-def prediction_names(folder: Path) -> list[str]:
-    """Names of the predictions files in a `predictions` folder, sorted, without their ending."""
-    return sorted(path.stem for path in folder.glob("*.jsonl"))
+def cut_warning(n_cut: int, n_total: int, max_new_tokens: int, key: str = "max_new_tokens") -> str:
+    """What it means that answers were cut, and the way out; `key` is how the limit is spelled where it was set."""
+    return (
+        f"{n_cut} of {n_total} answers reached {key} ({max_new_tokens}) before their end and are compared as cut off "
+        f"there; raise {key}, unless the model is not trained enough yet to end its answers"
+    )
 
 
 def last_epoch(names: list[str]) -> str | None:
-    """The one of `epoch_NNNN` with the highest number; None where there is none."""
-    epochs = [name for name in names if _EPOCH.fullmatch(name)]
-    return max(epochs, key=lambda name: int(name.removeprefix("epoch_")), default=None)
+    """The name of the highest epoch among those of predictions files; None if there is none."""
+    epochs = {epoch: name for name in names if (epoch := epoch_of(name)) is not None}
+    return epochs[max(epochs)] if epochs else None
 
 
-def epoch_of(name: str) -> int | None:
-    """The epoch after which the questions of a predictions file were answered; None for another set's."""
-    found = _EPOCH.fullmatch(name)
-    return int(found[1]) if found else None
-
-
-def predictions_file(folder: Path, name: str | None) -> Path:
-    """The file of a `predictions` folder that `name` means, or its last epoch's.
-
-    Raises InputError where it is not there.
-    """
-    names = prediction_names(folder)
+def chosen_file(folder: RunFolder, name: str | None) -> Path:
+    """The predictions file that `name` means; None: that of the last epoch. Raises InputError if it is missing."""
+    names = folder.prediction_names()
     name = last_epoch(names) if name is None else name.removesuffix(".jsonl")
+    place = folder.predictions
     if name is None:
-        raise InputError(f"{folder} has no epoch_NNNN.jsonl: the run has not ended an epoch; or use --predictions")
+        raise InputError(f"{place} has no epoch_NNNN.jsonl: the run has not ended an epoch; or use --predictions")
     if name not in names:
-        raise InputError(f"{folder} has no {name}.jsonl{did_you_mean(name, names)}; it has {len(names)} other files")
-    return folder / f"{name}.jsonl"
+        raise InputError(f"{place} has no {name}.jsonl{did_you_mean(name, names)}; it has {len(names)} other files")
+    return folder.predictions_file(name)
 
 
 def read_predictions(path: Path) -> tuple[Prediction, ...]:

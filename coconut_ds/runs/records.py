@@ -13,10 +13,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from coconut_ds.config.run_config import RunConfig, load_run_config
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.config.run_file import load_run_config
 from coconut_ds.errors import InputError
 from coconut_ds.runs.events import EpochEvaluation, Metrics, read_metrics
-from coconut_ds.runs.predictions import Prediction, epoch_of, last_epoch, prediction_names, read_predictions
+from coconut_ds.runs.folder import RunFolder, epoch_of
+from coconut_ds.runs.predictions import Prediction, last_epoch, read_predictions
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class RunRecords:
 
     @property
     def is_finished(self) -> bool:
-        return any(end.epochs >= self.config.num_epochs for end in self.metrics.ends)
+        return self.metrics.is_finished(self.config.num_epochs)
 
 
 def read_run(folder: Path) -> RunRecords:
@@ -72,36 +74,37 @@ def read_run(folder: Path) -> RunRecords:
     Raises InputError where `folder` is no run folder or its configuration cannot be read.
     """
     config = read_config(folder)
+    files = RunFolder(folder)
     problems: list[str] = []
     metrics = Metrics()
     try:
-        metrics = read_metrics(folder / "metrics.jsonl")
+        metrics = read_metrics(files.metrics)
     except InputError as error:
         problems.append(str(error))
     if metrics.n_damaged:
-        problems.append(f"{folder / 'metrics.jsonl'}: {metrics.n_damaged} damaged line{'s' * (metrics.n_damaged > 1)}")
+        problems.append(f"{files.metrics}: {metrics.n_damaged} damaged line{'s' * (metrics.n_damaged > 1)}")
     return RunRecords(
         folder,
         config,
-        _read_environment(folder / "environment.json", problems),
+        _read_environment(files.environment, problems),
         metrics,
-        _read_predictions(folder / "predictions", metrics, problems),
-        _count_parameters(folder / "checkpoints"),
+        _read_predictions(files, metrics, problems),
+        _count_parameters(files),
         tuple(problems),
     )
 
 
 def read_config(folder: Path) -> RunConfig:
     """The resolved configuration of a run folder; raises InputError for a folder that is none."""
-    run_file = folder / "run_config.yaml"
+    run_file = RunFolder(folder).run_config
     if not run_file.is_file():
-        raise InputError(f"{folder} is no run folder, it has no run_config.yaml; name a folder save_path/name")
+        raise InputError(f"{folder} is no run folder, it has no {run_file.name}; name a folder save_path/name")
     return load_run_config(run_file)
 
 
-def _read_predictions(folder: Path, metrics: Metrics, problems: list[str]) -> dict[str, tuple[Prediction, ...]]:
+def _read_predictions(folder: RunFolder, metrics: Metrics, problems: list[str]) -> dict[str, tuple[Prediction, ...]]:
     """Predictions of the last epoch and of other sets."""
-    names = prediction_names(folder)
+    names = folder.prediction_names()
     # A run that was started anew in its folder has not come as far as the files of the former one.
     evaluated = {evaluation.epoch for evaluation in metrics.evaluations}
     last = last_epoch([name for name in names if epoch_of(name) in evaluated])
@@ -109,7 +112,7 @@ def _read_predictions(folder: Path, metrics: Metrics, problems: list[str]) -> di
     found = {}
     for name in chosen:
         try:
-            found[name] = read_predictions(folder / f"{name}.jsonl")
+            found[name] = read_predictions(folder.predictions_file(name))
         except InputError as error:
             problems.append(str(error))
     return found
@@ -127,15 +130,14 @@ def _read_environment(path: Path, problems: list[str]) -> dict[str, Any]:
     return values
 
 
-def _count_parameters(checkpoints: Path) -> int | None:
+def _count_parameters(folder: RunFolder) -> int | None:
     """Numbers in the `model/` folder of one checkpoint, a learned window's included; all have as many.
 
     They are read from the files' headers. None where no checkpoint is whole.
     """
-    # Not those that are being written, `epoch_NNNN.tmp`, nor those set aside as damaged.
-    for folder in sorted(checkpoints.glob("epoch_*[0-9]/model")):
+    for checkpoint in folder.found_checkpoints():
         try:
-            counts = [_numbers_in(path) for path in folder.glob("*.safetensors")]
+            counts = [_numbers_in(path) for path in (checkpoint / "model").glob("*.safetensors")]
         except (OSError, SafetensorError):  # damaged, or just being removed: another one tells as much
             continue
         if counts:

@@ -9,19 +9,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import IO, TypeVar
 
 from tqdm import tqdm
 
 from coconut_ds.errors import unwritable_save_path
-from coconut_ds.runs.pace import Pace
 from coconut_ds.runtime import distributed
 
 Item = TypeVar("Item")
 _PLAIN_LINES_PER_EPOCH = 4
 _PLAIN_LINES_APART_S = 10
+_WEIGHT_OF_THE_LATEST = 0.1
 
 
 @dataclass(frozen=True)
@@ -175,6 +174,38 @@ def progress(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
     yield from tqdm(items, total=total, desc=label, leave=False, dynamic_ncols=True, file=bars, disable=hidden)
 
 
+class Pace:
+    """Expects `steps` more optimizer steps and `evaluations`, each as long as lately; times in seconds."""
+
+    def __init__(self, steps: int, evaluations: int):
+        self._steps, self._evaluations = steps, evaluations
+        self._step_s = self._evaluation_s = 0.0
+        self.examples_per_s = 0.0
+        """Moving average over the latest steps."""
+
+    def stepped(self, n_examples: int, seconds: float) -> None:
+        is_first = self._step_s == 0
+        self._steps -= 1
+        self._step_s = seconds if is_first else _moved(self._step_s, seconds)
+        speed = n_examples / seconds
+        self.examples_per_s = speed if is_first else _moved(self.examples_per_s, speed)
+
+    def evaluated(self, seconds: float) -> None:
+        self._evaluations -= 1
+        self._evaluation_s = seconds
+
+    def seconds_for(self, steps: int) -> float:
+        return steps * self._step_s
+
+    def seconds_left(self) -> float:
+        """Of the whole run."""
+        return self.seconds_for(self._steps) + self._evaluations * self._evaluation_s
+
+
+def _moved(average: float, value: float) -> float:
+    return average + _WEIGHT_OF_THE_LATEST * (value - average)
+
+
 class EpochProgress:
     """The steps of an epoch: a bar on a terminal, a few plain lines elsewhere; used with `with`."""
 
@@ -213,7 +244,7 @@ class EpochProgress:
         pace = self._pace
         epoch, run = _duration(pace.seconds_for(self._total - self._done)), _duration(pace.seconds_left())
         remark = f", {remark}" if remark else ""
-        return f"loss {loss:.3f}{remark}, {pace.examples_per_s:.3g} examples/s, left {epoch} here, {run} in all"
+        return f"loss {loss:.3f}{remark}, {pace.examples_per_s:.3g} examples/s, ETA {epoch} this epoch, {run} this run"
 
     def _write_line(self, loss: float, remark: str) -> None:
         is_due = self._done % max(1, self._total // _PLAIN_LINES_PER_EPOCH) == 0 and self._done < self._total
@@ -224,5 +255,7 @@ class EpochProgress:
 
 
 def _duration(seconds: float) -> str:
-    """Hours, minutes and seconds, `0:01:40`."""
-    return str(timedelta(seconds=round(seconds)))
+    """Minutes and seconds, `1:40`, and hours if there are any, `2:01:40`."""
+    minutes, whole = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{whole:02d}" if hours else f"{minutes}:{whole:02d}"

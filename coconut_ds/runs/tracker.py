@@ -15,6 +15,7 @@ from coconut_ds import strict_json
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.errors import InputError, in_one_line
 from coconut_ds.runs.dashboards import Dashboard, dashboards_of, forget_earlier_run
+from coconut_ds.runs.folder import RunFolder
 from coconut_ds.runs.terminal import say
 
 _LONGEST_REASON = 200
@@ -28,7 +29,8 @@ class Tracker:
     """
 
     def __init__(self, config: RunConfig, is_main: bool):
-        self.path = config.run_folder / "metrics.jsonl"
+        self._folder = RunFolder(config.run_folder)
+        self.path = self._folder.metrics
         self._config = config
         self._file = None
         self._dashboards: list[Dashboard] = []
@@ -90,7 +92,7 @@ class Tracker:
         for event in earlier:
             self._summary.see(event)
         if is_new:
-            _guarded("dashboards of an earlier run", partial(forget_earlier_run, self._config.run_folder))
+            _guarded("dashboards of an earlier run", partial(forget_earlier_run, self._folder))
         for kind in dashboards_of(self._config):
             _guarded(_key(kind), partial(self._start, kind, earlier))
 
@@ -175,8 +177,14 @@ def write_record(path: Path, text: str) -> None:
         raise _unwritable(path, error) from None
 
 
+def write_predictions(folder: RunFolder, name: str, predictions: list[dict[str, Any]]) -> None:
+    """One prediction per line in `predictions/NAME.jsonl` of the run folder."""
+    lines = "".join(strict_json.dumps(row) + "\n" for row in predictions)
+    write_record(folder.predictions_file(name), lines)
+
+
 def _unwritable(path: Path, error: OSError) -> InputError:
     return InputError(
-        f"{path} cannot be written: {error.strerror}; put that right and start the run again, it goes on from its "
-        "newest checkpoint"
+        f"{path} cannot be written: {error.strerror}; fix this and rerun the same command; it resumes from the newest "
+        "checkpoint"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from datasets import Dataset
 from coconut_ds import strict_json
 from coconut_ds.checkpoints.store import Checkpoints, read_stored
 from coconut_ds.checkpoints.weights import latent_settings, load_initial
-from coconut_ds.config.deepspeed_config import Precision
-from coconut_ds.config.run_config import BatchSizes, RunConfig, batch_sizes, load_run_config
+from coconut_ds.config.resolved_run import DraftRun, ResolvedRun, with_micro_batch
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.config.run_file import load_run_config
 from coconut_ds.data.batches import Tokens
 from coconut_ds.data.doubts import doubts, shared_questions
 from coconut_ds.data.records import longest_prompt, read_records
@@ -27,148 +28,131 @@ from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import stored_settings
 from coconut_ds.runs import changes as run_changes
-from coconut_ds.runs.answer_lengths import cut_warning
 from coconut_ds.runs.changes import DATA_KEYS, DataFile
 from coconut_ds.runs.dashboards import demand_libraries_of
 from coconut_ds.runs.environment import describe_environment
-from coconut_ds.runs.events import read_metrics
+from coconut_ds.runs.events import Metrics, read_metrics
+from coconut_ds.runs.folder import RunFolder
+from coconut_ds.runs.predictions import cut_warning
 from coconut_ds.runs.terminal import say, terminal
-from coconut_ds.runs.tracker import Tracker, write_record
+from coconut_ds.runs.tracker import Tracker, write_predictions, write_record
 from coconut_ds.runtime import distributed, watchdog
-from coconut_ds.training.setup import (
-    DEBUG_EXAMPLES,
-    Materials,
-    build_coconut,
-    load_materials,
-    records_if_any,
-    tokenized,
-)
+from coconut_ds.training.setup import DEBUG_EXAMPLES, Setup, build_coconut, load_setup, records_if_any, tokenized
 from coconut_ds.training.summary import changed_text, closing, evaluation_text, finished, opening, skip_lines
-from coconut_ds.training.trainer import Parts, Trainer, write_predictions
+from coconut_ds.training.trainer import Trainer
 
 _MOST_TO_COMPARE = 32 * 2**20
 """Bytes of a training file that is read for an evaluation alone."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def train(config: RunConfig, resolve: Callable[[RunConfig, BatchSizes], dict[str, Any]]) -> None:
-    """Train a run to its end and print accuracy by stage; `resolve` makes the DeepSpeed configuration."""
-    checkpoints = Checkpoints(config.run_folder, config.keep_checkpoints)
+def train(draft: DraftRun) -> None:
+    """Train a run to its end, from its newest checkpoint if there is one, and print accuracy by stage."""
+    config, folder = draft.config, RunFolder(draft.config.run_folder)
+    checkpoints = Checkpoints(folder.path, config.keep_checkpoints)
     if config.debug and checkpoints.found():
-        raise InputError(f"debug: {config.run_folder} holds a run, whose records would be lost; set another name")
+        raise InputError(f"debug: {folder} holds a run, whose records would be lost; set another name")
     demand_libraries_of(config)
     torch.manual_seed(config.seed)
     with process_group(config.hang_limit_s):
-        _train(config, resolve, checkpoints)
+        newest = checkpoints.newest_intact()
+        metrics = _earlier_metrics(folder)
+        is_done = distributed.from_main(newest is not None and _is_done(config, newest, metrics))
+        if newest is not None and not is_done:
+            say(f"resuming from {newest}")
+            if config.load_model_path:
+                say(f"load_model_path {config.load_model_path} is not used: the run resumes from its own weights")
+        setup = load_setup(config, config.load_model_path if newest is None else str(newest), draft.checkpointing)
+        if newest is None or not is_done:
+            _train(_measured(draft, setup), folder, setup, checkpoints, newest)
+        elif distributed.is_main():
+            _report_done(config, folder, setup, newest, metrics)
 
 
-def _train(
-    config: RunConfig, resolve: Callable[[RunConfig, BatchSizes], dict[str, Any]], checkpoints: Checkpoints
-) -> None:
-    newest = checkpoints.newest_intact()
-    is_finished = distributed.from_main(distributed.is_main() and _is_finished(config, newest))
-    materials = load_materials(_going_on_from(newest, config, is_finished))
-    if is_finished:
-        if distributed.is_main() and newest is not None:
-            _say_finished(config, newest, materials)
-        return
-    curriculum, backbone, model, tokens = materials.curriculum, materials.backbone, materials.model, materials.tokens
-    world = distributed.world_size()
-    if config.batch_size_training == "auto":
-        provisional = resolve(config, batch_sizes(config, world))
-        micro = choose_micro_batch(config, provisional, model, materials.train_set, curriculum, tokens)
-        config = config.model_copy(update={"batch_size_training": micro})
-    sizes = batch_sizes(config, world)
-    ds_config = resolve(config, sizes)
-    planned = None
+def _train(run: ResolvedRun, folder: RunFolder, setup: Setup, checkpoints: Checkpoints, newest: Path | None) -> None:
+    config, model, planned = run.config, setup.model, None
     if distributed.is_main():
-        _describe(config, ds_config, materials, newest)
-        # Before the engine takes the weights apart; the other ranks wait in it.
-        planned = _planned(config, ds_config, materials, sizes.micro)
+        _record_start(run, folder, setup, newest)
+        # Before the engine partitions the weights; the other ranks wait in it.
+        planned = _planned(run, setup)
     # Ranks draw their own dropout from here on; weights and order were drawn from the seed they share.
     torch.manual_seed(config.seed + 1_000_003 * distributed.rank())
-    engine = build_engine(model, config, ds_config)
-    evaluator = _evaluator(config, model, materials.valid_set, curriculum, tokens, backbone)
+    engine = build_engine(model, config, run.ds_config)
+    evaluator = _evaluator(run, model, setup.valid_set, setup.curriculum, setup.tokens, setup.backbone)
     if distributed.is_main():
-        say(opening(config, sizes, ds_config, materials, planned))
-        _warn(materials.doubts)
-    train_set = materials.train_set
+        say(opening(run, setup, planned))
+        _warn(setup.doubts)
     tracker = Tracker(config, distributed.is_main())
-    parts = Parts(
-        config, sizes, curriculum, tokens, backbone, engine, train_set, evaluator, tracker, checkpoints, newest
-    )
     try:
-        trainer = Trainer(parts)
+        trainer = Trainer(run, setup, engine, evaluator, tracker, checkpoints, newest)
         is_complete = trainer.fit()
     finally:
         tracker.close()
     progress = trainer.progress
-    if not is_complete:
+    if is_complete and distributed.is_main():
+        say(closing(config, folder, read_metrics(folder.metrics).evaluations, progress.skipped, progress.step))
+    elif not is_complete:
         place = "the start (debug saves nothing)" if config.debug else checkpoints.found()[-1]
-        say(f"stopped as asked; the same command goes on from {place}")
-        if lines := skip_lines(progress.skipped, progress.step):
-            say("\n".join(lines))
-        return
-    if distributed.is_main():
-        say(closing(config, read_metrics(tracker.path).evaluations, progress.skipped, progress.step))
+        stopped = f"stopped as requested; the same command resumes from {place}"
+        say("\n".join([stopped, *skip_lines(progress.skipped, progress.step)]))
 
 
-def _planned(config: RunConfig, ds_config: dict[str, Any], materials: Materials, micro: int) -> tuple[int, int] | None:
-    """What `planned_peak` says, for a line to read: a run does not fail for want of it."""
+def _measured(draft: DraftRun, setup: Setup) -> ResolvedRun:
+    """The run with the micro-batch that `auto` stands for, now that there is a model to measure."""
+    if draft.is_measured:
+        return with_micro_batch(draft, draft.sizes.micro)
+    return with_micro_batch(
+        draft, choose_micro_batch(draft, setup.model, setup.train_set, setup.curriculum, setup.tokens)
+    )
+
+
+def _planned(run: ResolvedRun, setup: Setup) -> tuple[int, int] | None:
+    """What `planned_peak` says, for the block at the start; a run does not fail for lack of it."""
     try:
-        sequences = deciding_sequences(config, materials.train_set, materials.curriculum, materials.tokens)
-        return planned_peak(materials.model, ds_config, sequences, micro)
+        sequences = deciding_sequences(run.config, setup.train_set, setup.curriculum, setup.tokens)
+        return planned_peak(setup.model, run.ds_config, sequences, run.sizes.micro)
     except Exception:
         traceback.print_exc()
         return None
 
 
-def _going_on_from(newest: Path | None, config: RunConfig, is_finished: bool) -> RunConfig:
-    """The configuration to load the model with: an interrupted run has its own weights."""
-    if newest is None:
-        return config
-    if not is_finished:
-        say(f"going on from {newest}")
-        if config.load_model_path:
-            say(f"load_model_path {config.load_model_path} is not used: the run goes on from its own weights")
-    return config.model_copy(update={"load_model_path": str(newest)})
+def evaluate(draft: DraftRun) -> None:
+    """Evaluate `load_model_path` on the test set, or on the validation set if no test set is named."""
+    with process_group(draft.config.hang_limit_s):
+        _evaluate(draft)
 
 
-def evaluate(config: RunConfig, precision: Precision) -> None:
-    """Evaluate `load_model_path` on the test set, or on the validation set where no test set is named."""
-    with process_group(config.hang_limit_s):
-        _evaluate(config, precision)
-
-
-def _evaluate(config: RunConfig, precision: Precision) -> None:
+def _evaluate(draft: DraftRun) -> None:
+    config, folder = draft.config, RunFolder(draft.config.run_folder)
     path = str(config.test_path or config.val_path)
     records = read_records(path, DEBUG_EXAMPLES if config.debug else None)
-    backbone = load_initial(config)
+    backbone = load_initial(config.model_id, config.load_model_path, config.traits.thoughts != "none")
     curriculum = Curriculum.of(config)
     stage = _stage_to_evaluate(config, curriculum)
     examples = tokenized(path, records, backbone, curriculum, config.max_new_tokens)
-    model, tokens = build_coconut(config, backbone)
+    model, tokens = build_coconut(config, backbone, config.load_model_path)
     if distributed.is_main():
         _warn(_doubts(config, path, records, examples, backbone))
-    model.to(distributed.device(), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-    evaluator = _evaluator(config, model, examples, curriculum, tokens, backbone)
+    model.to(distributed.device(), _DTYPES[draft.precision])
+    evaluator = _evaluator(draft, model, examples, curriculum, tokens, backbone)
     with watchdog.watching(config.hang_limit_s, terminal()):
         outcome = evaluator.run(stage)
     if outcome is None:
         return
     evaluation, predictions = outcome
     name = f"eval_{Path(path).stem}"
-    write_predictions(config, name, predictions)
+    write_predictions(folder, name, predictions)
     say(evaluation_text(config, path, stage, evaluation))
     if evaluation.n_cut:
         say(f"warning: {cut_warning(evaluation.n_cut, evaluation.n_total, config.max_new_tokens)}")
-    say(f"predictions: {config.run_folder / 'predictions' / name}.jsonl")
+    say(f"predictions: {folder.predictions_file(name)}")
     say(strict_json.dumps({"path": str(path), "stage": stage, **evaluation.as_dict()}))
 
 
 def _doubts(
     config: RunConfig, path: str, records: list[dict[str, Any]], examples: Dataset, backbone: Backbone
 ) -> list[str]:
-    """What is doubtful in the set to evaluate, also beside the training set where that is here and small."""
+    """Warnings about the set to evaluate, also against the training set if that is here and small."""
     found = doubts(path, records, examples, backbone.tokenizer, is_evaluated=True)
     train_path = str(config.train_path)
     # A larger one takes seconds to read; its run has compared its own sets.
@@ -183,19 +167,25 @@ def _warn(lines: Iterable[str]) -> None:
 
 
 def _evaluator(
-    config: RunConfig, model: Coconut, examples: Dataset, curriculum: Curriculum, tokens: Tokens, backbone: Backbone
+    run: DraftRun | ResolvedRun,
+    model: Coconut,
+    examples: Dataset,
+    curriculum: Curriculum,
+    tokens: Tokens,
+    backbone: Backbone,
 ) -> Evaluator:
-    rows = config.eval_batch_size
-    if rows == "auto":
-        rows = choose_eval_batch(model, longest_prompt(examples, curriculum), config.max_new_tokens, len(examples))
+    """The evaluator of a set; its batch is measured here, when everything else has its place on the device."""
+    rows, new_tokens = run.eval_rows, run.config.max_new_tokens
+    if rows is None:
+        rows = choose_eval_batch(model, longest_prompt(examples, curriculum), new_tokens, len(examples))
         say(f"eval_batch_size: auto is {rows}")
-    return Evaluator(model, examples, curriculum, tokens, backbone.tokenizer, rows, config.max_new_tokens)
+    return Evaluator(model, examples, curriculum, tokens, backbone.tokenizer, rows, new_tokens)
 
 
 def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:
     """The stage named by `resume`, else the one stored with the weights, else 0.
 
-    Raises InputError when the run and the weights disagree about the thoughts.
+    Raises InputError if the run and the weights disagree about the thoughts.
     """
     stored = stored_settings(str(config.load_model_path))
     if stored is None:
@@ -206,74 +196,75 @@ def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:
     if differing:
         lines = "\n".join(f"  - {key}: trained with {stored[key]!r}, the run says {asked[key]!r}" for key in differing)
         raise InputError(
-            f"{config.load_model_path} was trained otherwise than it would be evaluated; ./launch.sh eval CHECKPOINT "
-            f"takes the run file it was trained by, or change these:\n{lines}"
+            f"{config.load_model_path} was trained with different settings than this evaluation uses; ./launch.sh eval "
+            f"CHECKPOINT takes the run file of the training, or change these:\n{lines}"
         )
     return stored["stage"] if "stage" in stored and not config.resume else curriculum.stage(config.resume)
 
 
-def _is_finished(config: RunConfig, newest: Path | None) -> bool:
+def _earlier_metrics(folder: RunFolder) -> Metrics:
+    """The events of earlier starts; on rank 0 only."""
+    return read_metrics(folder.metrics) if distributed.is_main() and folder.metrics.is_file() else Metrics()
+
+
+def _is_done(config: RunConfig, newest: Path, metrics: Metrics) -> bool:
     """Whether nothing is left of the run to train.
 
-    A run whose last checkpoint is lost is not finished: it resumes from the checkpoint before it.
+    A finished run that has lost its last checkpoint is not done: it resumes from the checkpoint before it.
     """
-    if newest is None:
-        return False
     progress = read_stored(newest).progress
     if progress.epochs > config.num_epochs:
-        return True  # asked for less than there is, whether that was its end or not
-    if not run_changes.is_finished(config):
+        return True  # fewer were asked for, whether the run had ended there or not
+    if not metrics.is_finished(config.num_epochs):
         return False
     # With save_only_improve the last checkpoint may be older than the end.
-    saved_last = [Path(each.path).name for each in read_metrics(config.run_folder / "metrics.jsonl").checkpoints[-1:]]
+    saved_last = [Path(each.path).name for each in metrics.checkpoints[-1:]]
     return progress.epochs >= config.num_epochs or saved_last == [newest.name]
 
 
-def _say_finished(config: RunConfig, newest: Path, materials: Materials) -> None:
-    """Say that nothing was trained, what differs from what was, and the results; nothing is written."""
-    metrics = read_metrics(config.run_folder / "metrics.jsonl")
+def _report_done(config: RunConfig, folder: RunFolder, setup: Setup, newest: Path, metrics: Metrics) -> None:
+    """Say that nothing was trained, what differs from the earlier training, and its results; write nothing."""
     progress = read_stored(newest).progress
-    changed = run_changes.changes(config, _data_files(config, materials), distributed.world_size())
+    changed = run_changes.changes(config, _data_files(config, setup), distributed.world_size())
     # With save_only_improve the last checkpoint may be older than the end.
-    say(finished(config, max([progress.epochs, *(end.epochs for end in metrics.ends)]), changed))
-    say(closing(_as_trained(config), metrics.evaluations, progress.skipped, progress.step))
+    say(finished(folder, max([progress.epochs, *(end.epochs for end in metrics.ends)]), changed))
+    say(closing(_as_trained(config, folder), folder, metrics.evaluations, progress.skipped, progress.step))
 
 
-def _data_files(config: RunConfig, materials: Materials) -> dict[str, DataFile]:
-    n_examples = (len(materials.train_set), len(materials.valid_set))
+def _data_files(config: RunConfig, setup: Setup) -> dict[str, DataFile]:
+    n_examples = (len(setup.train_set), len(setup.valid_set))
     return run_changes.data_files(config, dict(zip(DATA_KEYS, n_examples)))
 
 
-def _as_trained(config: RunConfig) -> RunConfig:
-    """The configuration in the run folder, wherever the folder lies now; `config` if that cannot be read."""
+def _as_trained(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The configuration in the run folder; `config` if that cannot be read."""
     try:
-        stored = load_run_config(config.run_folder / "run_config.yaml")
+        return load_run_config(folder.run_config)
     except InputError:
         return config
-    return stored.model_copy(update={"save_path": config.save_path, "name": config.name})
 
 
-def _describe(config: RunConfig, ds_config: dict[str, Any], materials: Materials, newest: Path | None) -> None:
-    """Write what this start trains with, and say in what it differs from the start it goes on from.
+def _record_start(run: ResolvedRun, folder: RunFolder, setup: Setup, newest: Path | None) -> None:
+    """Write the settings of this start, and say in what they differ from those of the start it resumes.
 
-    Where nothing is left to train, the files keep what the run was trained with.
+    If nothing is left to train, the files keep the settings of the training.
     """
-    data, ranks = _data_files(config, materials), distributed.world_size()
+    config, data = run.config, _data_files(run.config, setup)
     environment = {
         **describe_environment(),
-        "ranks": ranks,
+        "ranks": run.sizes.world,
         "data": {key: file.model_dump() for key, file in data.items()},
     }
     if newest is not None:
-        progress, changed = read_stored(newest).progress, run_changes.changes(config, data, ranks, ds_config)
+        progress = read_stored(newest).progress
+        changed = run_changes.changes(config, data, run.sizes.world, run.ds_config)
         if progress.epochs >= config.num_epochs:
-            say(finished(config, progress.epochs, changed))
+            say(finished(folder, progress.epochs, changed))
             return
         if changed:
             say(changed_text(changed))
-        earlier = run_changes.earlier_changes(config.run_folder)
+        earlier = run_changes.earlier_changes(folder.path)
         environment["changes"] = [*earlier, *({"after_step": progress.step, "change": line} for line in changed)]
-    folder = config.run_folder
-    write_record(folder / "run_config.yaml", config.to_yaml())
-    write_record(folder / "ds_config.json", strict_json.dumps(ds_config, indent=2) + "\n")
-    write_record(folder / "environment.json", strict_json.dumps(environment, indent=2) + "\n")
+    write_record(folder.run_config, config.to_yaml())
+    write_record(folder.ds_config, strict_json.dumps(run.ds_config, indent=2) + "\n")
+    write_record(folder.environment, strict_json.dumps(environment, indent=2) + "\n")

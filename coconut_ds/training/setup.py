@@ -1,4 +1,4 @@
-"""What a run trains and what on: data and model, read and checked."""
+"""Loads and validates the data and the model of a run."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import Any
 
 from datasets import Dataset
 
-from coconut_ds.checkpoints.weights import load_initial
-from coconut_ds.config.run_config import ActivationCheckpointingConfig, RunConfig
+from coconut_ds.checkpoints.weights import latent_context, load_initial
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.config.sections import ActivationCheckpointingConfig, ScratchModelConfig
 from coconut_ds.data.batches import Tokens
 from coconut_ds.data.doubts import doubts, shared_questions
 from coconut_ds.data.plain_text import demand_plain_text
 from coconut_ds.data.records import DataError, check_lengths, read_records, tokenize
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.errors import InputError
-from coconut_ds.inference.trained_model import tokens_of
 from coconut_ds.model import fast
 from coconut_ds.model.backbone import Backbone, scratch_backbone, word_tokenizer
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import load_window
-from coconut_ds.model.latents import LatentContext
 from coconut_ds.runtime import distributed
 
 DEBUG_EXAMPLES = 32
@@ -30,8 +29,8 @@ _DEBUG_TRAIN = 5000
 
 
 @dataclass(frozen=True)
-class Materials:
-    """The parts of a run that are there before its engine."""
+class Setup:
+    """Data and model of a run, before its engine is built."""
 
     curriculum: Curriculum
     backbone: Backbone
@@ -40,24 +39,35 @@ class Materials:
     train_set: Dataset
     valid_set: Dataset
     n_parameters: int
-    """Counted before an engine divides them."""
+    """Counted before an engine partitions them."""
     doubts: tuple[str, ...]
-    """What is doubtful in the data, a line each; on rank 0 alone."""
+    """Warnings about the data, a line each; on rank 0 only."""
 
 
-def load_materials(config: RunConfig, with_weights: bool = True) -> Materials:
-    """Read data and model; raises InputError for whatever is wrong with them.
+def load_setup(
+    config: RunConfig,
+    weights: str | None,
+    checkpointing: ActivationCheckpointingConfig,
+    with_weights: bool = True,
+) -> Setup:
+    """Read data and model; `weights` as in `load_initial`. Raises InputError for whatever is wrong with them.
 
     `with_weights=False`: of a folder or hub id the weights need not be there, the model's are random.
     """
     train_path, val_path = str(config.train_path), str(config.val_path)
     train_records = read_records(train_path, _DEBUG_TRAIN if config.debug else None)
     valid_records = read_records(val_path, DEBUG_EXAMPLES if config.debug else None)
-    backbone = load_initial(config, lambda: _scratch(config, train_records), with_weights)
+    backbone = load_initial(
+        config.model_id,
+        weights,
+        config.traits.thoughts != "none",
+        lambda: _scratch(config.model, train_records),
+        with_weights,
+    )
     curriculum = Curriculum.of(config)
     train_set = tokenized(train_path, train_records, backbone, curriculum, config.max_new_tokens)
     valid_set = tokenized(val_path, valid_records, backbone, curriculum, config.max_new_tokens)
-    model, tokens = build_coconut(config, backbone, with_weights)
+    model, tokens = build_coconut(config, backbone, weights if with_weights else None, checkpointing)
     _demand_facts(config, tokens, train_set)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     found = []
@@ -69,19 +79,19 @@ def load_materials(config: RunConfig, with_weights: bool = True) -> Materials:
         if config.test_path is not None:
             test_path = str(config.test_path)
             found += shared_questions(test_path, records_if_any(test_path), train_path, train_records)
-    return Materials(curriculum, backbone, model, tokens, train_set, valid_set, n_parameters, tuple(found))
+    return Setup(curriculum, backbone, model, tokens, train_set, valid_set, n_parameters, tuple(found))
 
 
 def records_if_any(path: str) -> list[dict[str, Any]]:
-    """The records of a file that a run does not need; none where it cannot be read."""
+    """The records of a file that a run does not need; none if it cannot be read."""
     with contextlib.suppress(DataError):
         return read_records(path)
     return []
 
 
-def _scratch(config: RunConfig, records: list[dict[str, Any]]) -> Backbone:
-    assert config.model is not None, "load_run_config demands a model section for model_id: scratch"
-    shape = config.model.model_dump()
+def _scratch(model: ScratchModelConfig | None, records: list[dict[str, Any]]) -> Backbone:
+    assert model is not None, "load_run_config demands a model section for model_id: scratch"
+    shape = model.model_dump()
     texts = (text for record in records for text in (record["question"], *record["steps"], record["answer"]))
     tokenizer = word_tokenizer(texts, shape["n_positions"])
     return scratch_backbone(shape.pop("architecture"), tokenizer, **shape)
@@ -90,13 +100,20 @@ def _scratch(config: RunConfig, records: list[dict[str, Any]]) -> Backbone:
 def tokenized(
     path: str, records: list[dict[str, Any]], backbone: Backbone, curriculum: Curriculum, new_tokens: int
 ) -> Dataset:
+    """The examples of a data file; raises InputError for reserved text and for too long ones."""
     examples = tokenize(records, backbone.tokenizer)
     demand_plain_text(path, examples, backbone.tokenizer)
     check_lengths(path, examples, curriculum, backbone.n_positions, new_tokens)
     return examples
 
 
-def build_coconut(config: RunConfig, backbone: Backbone, with_weights: bool = True) -> tuple[Coconut, Tokens]:
+def build_coconut(
+    config: RunConfig,
+    backbone: Backbone,
+    weights: str | None = None,
+    checkpointing: ActivationCheckpointingConfig | None = None,
+) -> tuple[Coconut, Tokens]:
+    """Coconut around `backbone`, with the learned window stored in `weights`, if any, and the run's token ids."""
     tokens = _tokens(config, backbone)
     model = Coconut(
         backbone.model,
@@ -104,28 +121,20 @@ def build_coconut(config: RunConfig, backbone: Backbone, with_weights: bool = Tr
         start_latent_id=tokens.start_latent,
         end_latent_id=tokens.end_latent,
         eos_token_id=backbone.tokenizer.eos_token_id,
-        latent_context=_latent_context(config),
+        latent_context=latent_context(config),
     )
     if config.fast == "auto":
         fast.install(model)
-    if config.load_model_path is not None and with_weights:
-        load_window(model.latent_window.logits, config.load_model_path)
-    checkpointing = config.activation_checkpointing
-    if checkpointing is not None and checkpointing.enabled and not config.only_eval:
+    if weights is not None:
+        load_window(model.latent_window.logits, weights)
+    if checkpointing is not None and checkpointing.enabled:
         _checkpoint_activations(model, checkpointing)
     return model, tokens
 
 
-def _latent_context(config: RunConfig) -> LatentContext:
-    context = config.latent_context
-    if context is None:
-        return LatentContext(norm=config.latent_norm)
-    return LatentContext(context.newest_first, context.scope, context.learned, config.latent_norm)
-
-
 def _tokens(config: RunConfig, backbone: Backbone) -> Tokens:
     fact_end = None if config.shuffle_facts is None else _single_token(backbone, config.shuffle_facts)
-    return tokens_of(config.method, backbone.tokenizer, fact_end)
+    return Tokens.of(config.method, backbone.tokenizer, fact_end)
 
 
 def _demand_facts(config: RunConfig, tokens: Tokens, train_set: Dataset) -> None:

@@ -6,45 +6,40 @@ import shlex
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from coconut_ds.checkpoints.weights import source
-from coconut_ds.config.run_config import BatchSizes, RunConfig, override
-from coconut_ds.data.loaders import windows_per_epoch
+from coconut_ds.config.resolved_run import ResolvedRun
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.config.run_file import override
+from coconut_ds.data.loaders import steps_per_epoch
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.inference.evaluator import Evaluation
 from coconut_ds.memory.meter import GIB
 from coconut_ds.memory.model_states import bucket_note
-from coconut_ds.runs.answer_lengths import cut_warning, lengths_text
-from coconut_ds.runs.events import EpochEvaluation
-from coconut_ds.runs.skipped_steps import skipped_text, skipped_warning, skips_most
+from coconut_ds.runs.events import EpochEvaluation, skipped_text, skipped_warning, skips_most
+from coconut_ds.runs.folder import RunFolder
+from coconut_ds.runs.predictions import cut_warning
 from coconut_ds.runtime import distributed
-from coconut_ds.training.setup import Materials
+from coconut_ds.training.setup import Setup
 
 
-def opening(
-    config: RunConfig,
-    sizes: BatchSizes,
-    ds_config: dict[str, Any],
-    materials: Materials,
-    planned: tuple[int, int] | None,
-) -> str:
+def opening(run: ResolvedRun, setup: Setup, planned: tuple[int, int] | None) -> str:
     """The block at the start. `planned`: bytes of a rank kept between steps, and added by a forward and backward."""
-    size = f"{materials.n_parameters / 1e6:.2f} M parameters"
-    precision = next((name for name in ("bf16", "fp16") if ds_config[name]["enabled"]), "fp32")
-    backbone = materials.backbone.model
+    config, sizes = run.config, run.sizes
+    size = f"{setup.n_parameters / 1e6:.2f} M parameters"
+    backbone = setup.backbone.model
     lines = {
         "method": f"{config.method}{_window_text(config)}",
-        "model": f"{source(config)} ({backbone.config.model_type}), {size}, {precision}",
+        "model": f"{source(config)} ({backbone.config.model_type}), {size}, {run.precision}",
         "devices": f"{sizes.world} x {distributed.device().type}, {config.deepspeed}",
-        "data": f"{len(materials.train_set)} training examples, {len(materials.valid_set)} for validation",
+        "data": f"{len(setup.train_set)} training examples, {len(setup.valid_set)} for validation",
         "batch": (
             f"{sizes.total} examples a step = {sizes.micro} a micro-batch x {sizes.accumulation} accumulated x "
             f"{sizes.world} rank{'s' * (sizes.world > 1)}"
         ),
-        "stages": _stages_text(config, materials.curriculum, windows_per_epoch(len(materials.train_set), sizes)),
+        "stages": _stages_text(config, setup.curriculum, steps_per_epoch(len(setup.train_set), sizes)),
         "memory": _memory_text(planned),
-        **({"buckets": note} if (note := bucket_note(ds_config, config.deepspeed)) else {}),
+        **({"buckets": note} if (note := bucket_note(run.ds_config, config.deepspeed)) else {}),
         "folder": f"{config.run_folder} (run.log has what libraries say)",
     }
     return "\n".join([config.name, *(f"  {title:<8}  {text}" for title, text in lines.items())])
@@ -88,9 +83,9 @@ def skip_lines(n_skipped: int, n_steps: int) -> list[str]:
     return [f"  skipped   {skipped_text(n_skipped, n_steps)} (fp16, gradients overflowed)", *warning]
 
 
-def finished(config: RunConfig, n_epochs: int, changed: Sequence[str]) -> str:
+def finished(folder: RunFolder, n_epochs: int, changed: Sequence[str]) -> str:
     """What is said of a run that has nothing left to train; `changed` are lines of `run_changes.changes`."""
-    said = f"{config.run_folder} is finished, {n_epochs} epochs were trained before: nothing was trained now"
+    said = f"{folder} is finished, {n_epochs} epochs were trained before: nothing was trained now"
     if not changed:
         return f"{said}; a higher num_epochs trains on"
     return (
@@ -108,9 +103,15 @@ def _listed(lines: Sequence[str]) -> str:
     return "\n".join(f"  - {line}" for line in lines)
 
 
-def closing(config: RunConfig, evaluations: Sequence[EpochEvaluation], n_skipped: int = 0, n_steps: int = 0) -> str:
-    """The table of stages, what was best, steps that fp16 skipped, and the commands to go on with."""
-    report = f"  report    {shlex.join(['python', '-m', 'coconut_ds.report', str(config.run_folder)])}"
+def closing(
+    config: RunConfig,
+    folder: RunFolder,
+    evaluations: Sequence[EpochEvaluation],
+    n_skipped: int = 0,
+    n_steps: int = 0,
+) -> str:
+    """The table of stages, the best evaluations, steps that fp16 skipped, and commands for what comes next."""
+    report = f"  report    {shlex.join(['python', '-m', 'coconut_ds.report', str(folder)])}"
     skips = skip_lines(n_skipped, n_steps)
     if not evaluations:
         return "\n".join([*skips, report])
@@ -118,7 +119,7 @@ def closing(config: RunConfig, evaluations: Sequence[EpochEvaluation], n_skipped
     def layout(row: EpochEvaluation) -> int:
         return _layout(config, row.stage)
 
-    # Of equal ones that which sees fewer steps.
+    # On ties prefer the later stage, which sees fewer steps.
     best = max(evaluations, key=lambda row: (row.accuracy, layout(row)))
     last_stage = [row for row in evaluations if layout(row) == layout(evaluations[-1])]
     best_of_last = max(last_stage, key=lambda row: row.accuracy)
@@ -126,22 +127,22 @@ def closing(config: RunConfig, evaluations: Sequence[EpochEvaluation], n_skipped
     if layout(best) != layout(best_of_last):
         lines.append(f"  at last   {_best_text(best_of_last)}, the best of the last stage")
     # Not every run keeps them all.
-    kept = [row for row in (best_of_last, best, *reversed(evaluations)) if _checkpoint(config, row).is_dir()]
-    if kept:
-        lines.append(f"  evaluate  {_evaluate_command(config, _checkpoint(config, kept[0]))}")
+    checkpoints = [folder.checkpoint(row.epoch) for row in (best_of_last, best, *reversed(evaluations))]
+    if kept := [path for path in checkpoints if path.is_dir()]:
+        lines.append(f"  evaluate  {_evaluate_command(config, folder, kept[0])}")
     last = evaluations[-1]
     if last.n_cut:
         lines.append(f"  warning   {cut_warning(last.n_cut, last.n_total, config.max_new_tokens)}")
     return "\n".join([*lines, *skips, report])
 
 
-def _evaluate_command(config: RunConfig, checkpoint: Path) -> str:
+def _evaluate_command(config: RunConfig, folder: RunFolder, checkpoint: Path) -> str:
     """As one would type it, quoted for a shell."""
     test_set = [override("test_path", config.test_path)] if config.test_path else []
     if Path("launch.sh").is_file():
         return shlex.join(["./launch.sh", "eval", str(checkpoint), *test_set])
     # Installed without the checkout.
-    run = ["python", "-m", "coconut_ds.train", "--run", str(config.run_folder / "run_config.yaml")]
+    run = ["python", "-m", "coconut_ds.train", "--run", str(folder.run_config)]
     weights = ["only_eval=true", override("load_model_path", str(checkpoint)), "resume=0"]
     return shlex.join([*run, *weights, *test_set])
 
@@ -149,10 +150,6 @@ def _evaluate_command(config: RunConfig, checkpoint: Path) -> str:
 def _layout(config: RunConfig, stage: int) -> int:
     """Later stages all have the layout of the first one in which no step is left; icot goes by tokens."""
     return stage if config.traits.steps == "dropped by token" else min(stage, config.max_latent_stage + 1)
-
-
-def _checkpoint(config: RunConfig, row: EpochEvaluation) -> Path:
-    return config.run_folder / "checkpoints" / f"epoch_{row.epoch:04d}"
 
 
 def _best_text(row: EpochEvaluation) -> str:
@@ -177,6 +174,15 @@ def summary_table(evaluations: Sequence[EpochEvaluation]) -> str:
 def _known(value: float | None, form: str) -> str:
     """The value; a dash where the records are those of an earlier version, which did not write it."""
     return "-" if value is None else format(value, form)
+
+
+def lengths_text(mean_new_tokens: float, mean_thoughts: float, n_cut: int, max_new_tokens: int) -> str:
+    """The lengths of the answers of an evaluation, for its line; the means are per question."""
+    parts = ""
+    if mean_thoughts:
+        parts = f" ({mean_thoughts:.1f} thoughts + {mean_new_tokens - mean_thoughts:.1f} generated)"
+    cut = f", {n_cut} cut by max_new_tokens {max_new_tokens}" if n_cut else ""
+    return f"{mean_new_tokens:.1f} tokens an answer{parts}{cut}"
 
 
 def evaluation_text(config: RunConfig, path: str, stage: int, evaluation: Evaluation) -> str:

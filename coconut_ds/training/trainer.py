@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 
-from coconut_ds import strict_json
 from coconut_ds.checkpoints.store import Checkpoints, Progress, Stored, read_stored, restore
 from coconut_ds.checkpoints.weights import latent_settings, origin
-from coconut_ds.config.run_config import BatchSizes, RunConfig
-from coconut_ds.data.batches import Batch, Tokens
-from coconut_ds.data.loaders import TrainingWindows, training_loader, windows_per_epoch
-from coconut_ds.data.stages import Curriculum
+from coconut_ds.config.resolved_run import ResolvedRun
+from coconut_ds.data.batches import Batch
+from coconut_ds.data.loaders import TrainingSteps, steps_per_epoch, training_loader
 from coconut_ds.engine.internals import loss_scale
 from coconut_ds.engine.reset import epochs_until_reset, new_schedule, reset_optimizer_state, resets_before
 from coconut_ds.engine.states import updates_done
@@ -24,50 +21,41 @@ from coconut_ds.engine.whole_weights import whole_weights
 from coconut_ds.errors import InputError
 from coconut_ds.inference.evaluator import Evaluation, Evaluator
 from coconut_ds.memory.meter import peak_memory_gib
-from coconut_ds.model.backbone import Backbone
-from coconut_ds.runs.answer_lengths import cut_warning, lengths_text
-from coconut_ds.runs.pace import Pace
-from coconut_ds.runs.skipped_steps import skipped_text, skipped_warning, skips_most
-from coconut_ds.runs.terminal import EpochProgress, log_line, say, terminal
-from coconut_ds.runs.tracker import Tracker, write_record
+from coconut_ds.runs.events import skipped_text, skipped_warning, skips_most
+from coconut_ds.runs.folder import RunFolder, epoch_name
+from coconut_ds.runs.predictions import cut_warning
+from coconut_ds.runs.terminal import EpochProgress, Pace, log_line, say, terminal
+from coconut_ds.runs.tracker import Tracker, write_predictions
 from coconut_ds.runtime import distributed, watchdog
 from coconut_ds.runtime.interruption import Interruption
+from coconut_ds.training.setup import Setup
 from coconut_ds.training.step import NonFiniteLossError, accumulate_gradients, fetch, update
+from coconut_ds.training.summary import lengths_text
 
 if TYPE_CHECKING:
     import deepspeed
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a trainer is made of; built by `session.py`."""
-
-    config: RunConfig
-    sizes: BatchSizes
-    curriculum: Curriculum
-    tokens: Tokens
-    backbone: Backbone
-    engine: deepspeed.DeepSpeedEngine
-    train_set: Dataset
-    evaluator: Evaluator
-    tracker: Tracker
-    checkpoints: Checkpoints
-    newest: Path | None
-    """The checkpoint whose weights the engine was built on, to go on from."""
-
-
 class Trainer:
-    """Runs the epochs of a run, or what is left of them."""
+    """Runs the remaining epochs of a run. `newest` is the checkpoint with the weights of the engine, if it resumes."""
 
-    def __init__(self, parts: Parts):
-        self.parts = parts
-        self.config = parts.config
-        self.engine = parts.engine
-        self.curriculum = parts.curriculum
-        self.tracker = parts.tracker
-        self.progress = Progress(epochs=parts.config.resume)
-        self.steps_per_epoch = windows_per_epoch(len(parts.train_set), parts.sizes)
-        self.most_steps = max(map(len, parts.train_set["steps"]))
+    def __init__(
+        self,
+        run: ResolvedRun,
+        setup: Setup,
+        engine: deepspeed.DeepSpeedEngine,
+        evaluator: Evaluator,
+        tracker: Tracker,
+        checkpoints: Checkpoints,
+        newest: Path | None,
+    ):
+        self.run, self.config, self.folder = run, run.config, RunFolder(run.config.run_folder)
+        self.setup, self.curriculum = setup, setup.curriculum
+        self.engine, self.evaluator = engine, evaluator
+        self.tracker, self.checkpoints, self.newest = tracker, checkpoints, newest
+        self.progress = Progress(epochs=run.config.resume)
+        self.steps_per_epoch = steps_per_epoch(len(setup.train_set), run.sizes)
+        self.most_steps = max(map(len, setup.train_set["steps"]))
         self.evaluation: Evaluation | None = None
         """Of the weights as they are now; only rank 0 has it."""
         self._has_warned_of_cut = self._has_warned_of_skips = False
@@ -75,13 +63,13 @@ class Trainer:
     def fit(self) -> bool:
         """Train what is left of the run; False when it was asked to stop before the end, and has saved."""
         stored = None
-        if self.parts.newest is not None:
-            stored = read_stored(self.parts.newest)
+        if self.newest is not None:
+            stored = read_stored(self.newest)
             self.progress = self._checked(stored)
         first = self._first_epoch_of_schedule()
         self._start_schedule(first, self._scheduled(stored, first))
-        if self.parts.newest is not None:
-            restore(self.parts.newest, self.engine)
+        if self.newest is not None:
+            restore(self.newest, self.engine)
         self.tracker.rewind(stored.metrics_bytes if stored else 0)
         n_epochs = self.config.num_epochs - self.progress.epochs
         self.pace = Pace(n_epochs * self.steps_per_epoch - self.progress.windows, n_epochs)
@@ -110,10 +98,10 @@ class Trainer:
 
     def _checked(self, stored: Stored) -> Progress:
         """The progress to go on from; raises InputError where its place within an epoch means something else now."""
-        total = self.parts.sizes.total
+        total = self.run.sizes.total
         if stored.progress.windows and stored.train_batch_size != total:
             raise InputError(
-                f"{self.parts.newest}: made within an epoch, after {stored.progress.windows} steps of "
+                f"{self.newest}: made within an epoch, after {stored.progress.windows} steps of "
                 f"{stored.train_batch_size} examples; this run takes {total} a step, so that place does not exist; set "
                 f"train_batch_size: {stored.train_batch_size} without gradient_accumulation_steps"
             )
@@ -128,10 +116,10 @@ class Trainer:
 
     def _scheduled(self, stored: Stored | None, first: int) -> int:
         """Steps that the schedule which began in epoch `first` has taken."""
-        if stored is None or stored.train_batch_size == self.parts.sizes.total:
+        if stored is None or stored.train_batch_size == self.run.sizes.total:
             return stored.scheduled if stored else 0
         say(
-            f"a step takes {self.parts.sizes.total} examples from here on and took {stored.train_batch_size} before: "
+            f"a step takes {self.run.sizes.total} examples from here on and took {stored.train_batch_size} before: "
             "the losses will not be those of the run so far"
         )
         return (self.progress.epochs - first) * self.steps_per_epoch
@@ -148,12 +136,11 @@ class Trainer:
         if resets:
             reset_optimizer_state(self.engine)
             self._start_schedule(epoch)
-        parts = self.parts
-        self.windows = TrainingWindows(
-            parts.train_set,
+        self.steps = TrainingSteps(
+            self.setup.train_set,
             self.curriculum,
-            parts.tokens,
-            parts.sizes,
+            self.setup.tokens,
+            self.run.sizes,
             distributed.rank(),
             epoch,
             self.config.group_by_length,
@@ -175,9 +162,9 @@ class Trainer:
         self.engine.train()
         self.evaluation = None
         first, every = self.progress.windows, self.config.save_every_steps
-        with EpochProgress(self._place(epoch), len(self.windows) - first, self.pace) as bar:
-            for window in training_loader(self.windows, first):
-                loss = self._step(epoch, window)
+        with EpochProgress(self._place(epoch), len(self.steps) - first, self.pace) as bar:
+            for batches in training_loader(self.steps, first):
+                loss = self._step(epoch, batches)
                 bar.step(loss, skipped_text(self.progress.skipped, self.progress.step))
                 saves = every is not None and self.progress.step % every == 0
                 if saves:
@@ -189,13 +176,13 @@ class Trainer:
     def _place(self, epoch: int) -> str:
         return f"epoch {epoch + 1}/{self.config.num_epochs}, stage {self.curriculum.stage(epoch)}"
 
-    def _step(self, epoch: int, window: list[Batch]) -> float:
+    def _step(self, epoch: int, batches: list[Batch]) -> float:
         """One optimizer step; its loss."""
         watchdog.alive()
         started = time.monotonic()
         learning_rate = self.schedule.get_last_lr()[0]
         number = self.progress.step + 1
-        pending = accumulate_gradients(self.engine, window, self.config.loss_normalization)
+        pending = accumulate_gradients(self.engine, batches, self.config.loss_normalization)
         # Before the update: a loss that is no number must not reach the weights.
         figures = fetch(pending, number)
         update(self.engine)
@@ -215,7 +202,7 @@ class Trainer:
                 f"loss scale is {loss_scale(self.engine)['cur_scale']:g} now"
             )
         seconds = time.monotonic() - started
-        self.pace.stepped(self.parts.sizes.total, seconds)
+        self.pace.stepped(self.run.sizes.total, seconds)
         if number % self.config.log_every_steps == 0:
             self.tracker.log(
                 "train_step",
@@ -262,7 +249,7 @@ class Trainer:
         """Evaluate, and save where the run asks for it; whether it did."""
         started = time.monotonic()
         with whole_weights(self.engine):
-            outcome = self.parts.evaluator.run(self.curriculum.stage(epoch))
+            outcome = self.evaluator.run(self.curriculum.stage(epoch))
             window = self._learned_window()
         self.pace.evaluated(time.monotonic() - started)
         self.progress = replace(self.progress, epochs=epoch + 1, windows=0)
@@ -273,7 +260,7 @@ class Trainer:
         accuracy = distributed.from_main(self.evaluation.accuracy if self.evaluation else None)
         improved = accuracy > self.progress.best_accuracy
         if improved:
-            name = self.parts.checkpoints.path_for(self.progress).name
+            name = self.checkpoints.path_for(self.progress).name
             self.progress = replace(self.progress, best_accuracy=accuracy, best_checkpoint=name)
         saves = improved or not self.config.save_only_improve
         if saves:
@@ -281,7 +268,7 @@ class Trainer:
         return saves
 
     def _learned_window(self) -> dict[str, list[float]]:
-        window = self.parts.evaluator.model.latent_window
+        window = self.setup.model.latent_window
         return {} if window.logits is None else {"latent_weights": window.current()}
 
     def _record(
@@ -291,7 +278,7 @@ class Trainer:
         figures = evaluation.as_dict() | window
         self.tracker.log("eval", epoch=epoch + 1, stage=stage, step=self.progress.step, **figures)
         self.tracker.log_predictions(epoch + 1, stage, predictions)
-        write_predictions(self.config, f"epoch_{epoch + 1:04d}", predictions)
+        write_predictions(self.folder, epoch_name(epoch + 1), predictions)
         limit, n_cut = self.config.max_new_tokens, evaluation.n_cut
         lengths = lengths_text(evaluation.mean_new_tokens, evaluation.mean_thoughts, n_cut, limit)
         best = ", best so far" if evaluation.accuracy > max(0, self.progress.best_accuracy) else ""
@@ -319,18 +306,12 @@ class Trainer:
         }
         stored = Stored(
             self.progress,
-            self.parts.sizes.total,
+            self.run.sizes.total,
             self.tracker.position(),
             updates_done(self.engine),
             self.schedule.last_epoch,
             loss_scale(self.engine),
         )
-        path = self.parts.checkpoints.save(self.engine, self.parts.backbone, settings, stored)
+        path = self.checkpoints.save(self.engine, self.setup.backbone, settings, stored)
         seconds = time.monotonic() - started
         self.tracker.log("checkpoint", epoch=epoch + 1, step=self.progress.step, path=str(path), seconds=seconds)
-
-
-def write_predictions(config: RunConfig, name: str, predictions: list[dict[str, Any]]) -> None:
-    """One prediction a line in `predictions/NAME.jsonl` of the run folder."""
-    lines = "".join(strict_json.dumps(row) + "\n" for row in predictions)
-    write_record(config.run_folder / "predictions" / f"{name}.jsonl", lines)

@@ -23,7 +23,8 @@ from coconut_ds.analysis.inspection.next_steps import among_nodes, masses, next_
 from coconut_ds.analysis.inspection.prosqa_graph import ProsqaGraph, graph_of
 from coconut_ds.analysis.inspection.readings import answer, questions_of, read, thoughts_of
 from coconut_ds.analysis.inspection.tables import question_tables
-from coconut_ds.inference.trained_model import TrainedModel, curriculum_of, tokens_of
+from coconut_ds.data.batches import Tokens
+from coconut_ds.inference.trained_model import TrainedModel, curriculum_of
 from coconut_ds.model.backbone import Backbone, add_markers, word_tokenizer
 
 SYMBOLIC = {
@@ -61,7 +62,7 @@ def trained_on(tokenizer: PreTrainedTokenizerFast, context: LatentContext | None
     torch.manual_seed(0)
     backbone = Backbone(tiny.backbone(settings.pop("family", "gpt2")), tokenizer)
     add_markers(backbone)
-    tokens = tokens_of("coconut", tokenizer)
+    tokens = Tokens.of("coconut", tokenizer)
     model = Coconut(
         backbone.model,
         latent_token_id=tokens.latent,

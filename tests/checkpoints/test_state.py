@@ -143,15 +143,15 @@ def _not_the_first_run(tmp_path_factory) -> None:
 
 PLACES = (
     "engine.build.describe_device",
-    "training.session.load_materials",
-    "training.session.batch_sizes",
+    "training.session.load_setup",
+    "config.resolved_run.batch_sizes",
     "training.session.describe_environment",
     "training.session.build_engine",
     "training.session.choose_eval_batch",
     "training.session.opening",
     "training.trainer.new_schedule",
     "training.trainer.terminal",
-    "training.trainer.TrainingWindows",
+    "training.trainer.TrainingSteps",
     "training.trainer.accumulate_gradients",
     "training.trainer.update",
     "inference.evaluator.decode",

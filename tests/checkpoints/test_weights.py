@@ -28,6 +28,11 @@ from coconut_ds.training.setup import build_coconut
 SHAPE = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 64, "dropout": 0.0}
 
 
+def initial(config: RunConfig) -> Backbone:
+    """What a run of this configuration starts from."""
+    return load_initial(config.model_id, config.load_model_path, config.traits.thoughts != "none")
+
+
 def make(architecture: str, markers: bool, seed: int = 0) -> Backbone:
     torch.manual_seed(seed)
     records = prosqa.generate(10, "w")
@@ -71,7 +76,7 @@ def test_a_published_coconut_state_dict(tmp_path, architecture, prefix):
     state[prefix.removesuffix("base_causallm.") + "embedding.weight"] = trained.model.get_input_embeddings().weight.data
     torch.save(state, tmp_path / "checkpoint_3")
     folder = save_plain(make(architecture, markers=False), tmp_path / "base")
-    loaded = load_initial(run(model_id=folder, load_model_path=str(tmp_path / "checkpoint_3")))
+    loaded = initial(run(model_id=folder, load_model_path=str(tmp_path / "checkpoint_3")))
     assert equal(loaded, trained)
     assert loaded.marker_ids() == trained.marker_ids()
 
@@ -80,7 +85,7 @@ def test_a_chain_of_thought_state_dict_without_markers_starts_coconut(tmp_path):
     trained = make("gpt2", markers=False, seed=1)
     torch.save(trained.model.state_dict(), tmp_path / "cot.pt")
     folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
-    loaded = load_initial(run(model_id=folder, load_model_path=str(tmp_path / "cot.pt")))
+    loaded = initial(run(model_id=folder, load_model_path=str(tmp_path / "cot.pt")))
     n_before = len(trained.tokenizer)
     new = loaded.model.get_input_embeddings().weight
     assert torch.equal(new[:n_before], trained.model.get_input_embeddings().weight)
@@ -88,24 +93,24 @@ def test_a_chain_of_thought_state_dict_without_markers_starts_coconut(tmp_path):
         torch.testing.assert_close(new[loaded.marker_ids()[marker]], new[:n_before].mean(dim=0))
     plain = run(model_id=folder, load_model_path=str(tmp_path / "cot.pt"))
     plain = plain.model_copy(update={"method": "cot"})
-    assert equal(load_initial(plain), trained)
+    assert equal(initial(plain), trained)
 
 
 def test_state_dicts_that_do_not_fit_are_refused(tmp_path):
     folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
     torch.save(make("llama", markers=False).model.state_dict(), tmp_path / "other.pt")
     with pytest.raises(InputError, match="does not fit gpt2: missing"):
-        load_initial(run(model_id=folder, load_model_path=str(tmp_path / "other.pt")))
+        initial(run(model_id=folder, load_model_path=str(tmp_path / "other.pt")))
     wider = scratch_backbone("gpt2", make("gpt2", markers=False).tokenizer, **(SHAPE | {"n_embd": 64}))
     torch.save(wider.model.state_dict(), tmp_path / "wider.pt")
     with pytest.raises(InputError, match=r"of another shape \['transformer.wte.weight'"):
-        load_initial(run(model_id=folder, load_model_path=str(tmp_path / "wider.pt")))
+        initial(run(model_id=folder, load_model_path=str(tmp_path / "wider.pt")))
     (tmp_path / "text.pt").write_text("no tensors here")
     torch.save([torch.ones(2)], tmp_path / "list.pt")
     torch.save({"epoch": 3}, tmp_path / "numbers.pt")
     for name in ("text", "list", "numbers"):
         with pytest.raises(InputError, match="is not a state dict of tensors"):
-            load_initial(run(model_id=folder, load_model_path=str(tmp_path / f"{name}.pt")))
+            initial(run(model_id=folder, load_model_path=str(tmp_path / f"{name}.pt")))
 
 
 def test_a_state_dict_of_a_model_whose_embedding_had_spare_rows(tmp_path):
@@ -115,7 +120,7 @@ def test_a_state_dict_of_a_model_whose_embedding_had_spare_rows(tmp_path):
     trained = make("llama", markers=True, seed=1)
     torch.save(trained.model.state_dict(), tmp_path / "cut.pt")
     folder = save_plain(base, tmp_path / "base")
-    assert equal(load_initial(run(model_id=folder, load_model_path=str(tmp_path / "cut.pt"))), trained)
+    assert equal(initial(run(model_id=folder, load_model_path=str(tmp_path / "cut.pt"))), trained)
 
 
 def test_code_that_comes_with_a_model_is_never_run(tmp_path):
@@ -125,7 +130,7 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path):
     (folder / "evil.py").write_text(code)
     (folder / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}')
     with pytest.raises(InputError, match="is not a model for transformers"):
-        load_initial(run(model_id=str(folder)))
+        initial(run(model_id=str(folder)))
     assert not (tmp_path / "was_here").exists()
 
 
@@ -137,13 +142,13 @@ def test_a_damaged_checkpoint_is_not_started_from(tmp_path):
     weights.write_bytes(content)
     for named in (path, path / "model"):
         with pytest.raises(InputError, match=r"model/model.safetensors is not what was written"):
-            load_initial(run(load_model_path=str(named)))
+            initial(run(load_model_path=str(named)))
     (path / "manifest.json").unlink()
     with pytest.raises(InputError, match=r"manifest.json is missing"):
-        load_initial(run(load_model_path=str(path)))
+        initial(run(load_model_path=str(path)))
     weights.write_bytes(content[:1000])
     with pytest.raises(InputError, match="is not a model for transformers"):
-        load_initial(run(load_model_path=str(path / "model")))
+        initial(run(load_model_path=str(path / "model")))
 
 
 def test_code_in_a_pickle_is_never_run(tmp_path):
@@ -154,7 +159,7 @@ def test_code_in_a_pickle_is_never_run(tmp_path):
     torch.save({"x": Evil()}, tmp_path / "evil.pt")
     folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
     with pytest.raises(InputError, match="is not a state dict of tensors"):
-        load_initial(run(model_id=folder, load_model_path=str(tmp_path / "evil.pt")))
+        initial(run(model_id=folder, load_model_path=str(tmp_path / "evil.pt")))
     assert not (tmp_path / "was_here").exists()
 
 
@@ -163,7 +168,7 @@ def test_an_exported_folder_and_the_checkpoint_around_it(tmp_path):
     settings = {"method": "coconut", "stage": 3, "latent_norm": "rms"}
     sealed(tmp_path / "epoch_0001", trained, settings)
     for path in (tmp_path / "epoch_0001", tmp_path / "epoch_0001" / "model"):
-        assert equal(load_initial(run(load_model_path=str(path))), trained)
+        assert equal(initial(run(load_model_path=str(path))), trained)
         assert stored_settings(str(path)) == settings
     assert stored_settings(save_plain(trained, tmp_path / "plain")) is None
 
@@ -181,7 +186,7 @@ def test_settings_of_an_early_checkpoint_are_filled_in(tmp_path):
 def test_scratch_and_a_state_dict_without_a_folder(tmp_path):
     torch.save(make("gpt2", markers=False).model.state_dict(), tmp_path / "some.pt")
     with pytest.raises(InputError, match="a state dict has no shape"):
-        load_initial(run(model_id="scratch", load_model_path=str(tmp_path / "some.pt")))
+        initial(run(model_id="scratch", load_model_path=str(tmp_path / "some.pt")))
 
 
 def test_the_word_level_vocabulary_is_the_same_every_time():
@@ -209,7 +214,7 @@ def test_export_of_our_checkpoint_looks_at_its_manifest_first(tmp_path, capsys):
     settings = {"method": "coconut", "stage": 2, "latent_norm": "none"}
     path = sealed(tmp_path / "epoch_0001", trained, settings)
     assert export.main([str(path), str(tmp_path / "out")]) == 0
-    assert equal(load_initial(run(load_model_path=str(tmp_path / "out"))), trained)
+    assert equal(initial(run(load_model_path=str(tmp_path / "out"))), trained)
     assert stored_settings(str(tmp_path / "out")) == settings
     (path / "model" / "config.json").write_text("{}")
     assert export.main([str(path), str(tmp_path / "other")]) == 2
@@ -377,12 +382,12 @@ DAMAGES = {
 DOORS = {
     "load_model_path": lambda folder, out: build_coconut(
         run(
-            load_model_path=folder,
             max_latent_stage=1,
             pad_latent_to_max=True,
             latent_context={"weights": [0.5, 0.3, 0.2], "learned": True},
         ),
-        load_initial(run(load_model_path=folder)),
+        initial(run(load_model_path=folder)),
+        folder,
     ),
     "from_pretrained": lambda folder, out: Coconut.from_pretrained(folder),
     "ask and inspect": lambda folder, out: TrainedModel.load(folder),
@@ -448,9 +453,9 @@ def test_commands_end_with_status_2_where_weights_are_missing(tmp_path, capsys):
 )
 def test_forms_of_a_folder_that_are_whole(tmp_path, harmless):
     folder = trained_folder(tmp_path)
-    trained = load_initial(run(load_model_path=folder))
+    trained = initial(run(load_model_path=folder))
     harmless(folder)
-    assert equal(load_initial(run(load_model_path=folder)), trained)
+    assert equal(initial(run(load_model_path=folder)), trained)
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
@@ -459,11 +464,11 @@ def test_a_head_may_be_absent_where_it_is_tied(tmp_path, is_tied):
     change_config(folder, tie_word_embeddings=is_tied)
     change_weights(folder, without("lm_head.weight"))
     if is_tied:
-        model = load_initial(run(load_model_path=folder)).model
+        model = initial(run(load_model_path=folder)).model
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     else:
         with pytest.raises(InputError, match=r"missing \['lm_head.weight'\]"):
-            load_initial(run(load_model_path=folder))
+            initial(run(load_model_path=folder))
 
 
 @pytest.mark.parametrize("absent", ["lm_head.weight", "transformer.wte.weight"])
@@ -471,7 +476,7 @@ def test_one_name_of_a_tied_weight_is_enough_in_a_state_dict(tmp_path, absent):
     trained = make("gpt2", markers=True, seed=1)
     torch.save(without(absent)(trained.model.state_dict()), tmp_path / "tied.pt")
     folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
-    assert equal(load_initial(run(model_id=folder, load_model_path=str(tmp_path / "tied.pt"))), trained)
+    assert equal(initial(run(model_id=folder, load_model_path=str(tmp_path / "tied.pt"))), trained)
 
 
 STATE_DICTS = {
@@ -522,7 +527,7 @@ def test_state_dicts_that_are_not_what_they_seem(tmp_path, kind):
     torch.save(change(make("gpt2", markers=False, seed=1).model.state_dict()), tmp_path / "some.pt")
     folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
     with pytest.raises(InputError, match=message):
-        load_initial(run(model_id=folder, load_model_path=str(tmp_path / "some.pt")))
+        initial(run(model_id=folder, load_model_path=str(tmp_path / "some.pt")))
 
 
 @pytest.mark.parametrize("form", [lambda state: {"model": state}, lambda state: state | {"epoch": 3}])
@@ -532,11 +537,11 @@ def test_the_printed_way_out_of_a_nested_state_dict_works(tmp_path, form):
     folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
     config = run(model_id=folder, load_model_path=str(tmp_path / "it's nested.pt"))
     with pytest.raises(InputError) as caught:
-        load_initial(config)
+        initial(config)
     command = str(caught.value).split("`")[1]
     subprocess.run(shlex.split(command), cwd=tmp_path, check=True)
     config = config.model_copy(update={"load_model_path": str(tmp_path / "weights.pt"), "method": "cot"})
-    assert equal(load_initial(config), trained)
+    assert equal(initial(config), trained)
 
 
 def test_a_single_safetensors_file_is_a_state_dict(tmp_path):
@@ -545,7 +550,7 @@ def test_a_single_safetensors_file_is_a_state_dict(tmp_path):
         {f"base_causallm.{key}": value for key, value in trained.model.state_dict().items()}, tmp_path / "a.safetensors"
     )
     folder = save_plain(make("llama", markers=False), tmp_path / "base")
-    assert equal(load_initial(run(model_id=folder, load_model_path=str(tmp_path / "a.safetensors"))), trained)
+    assert equal(initial(run(model_id=folder, load_model_path=str(tmp_path / "a.safetensors"))), trained)
 
 
 def test_checkpoints_of_deepspeed_are_refused_with_the_way_out(tmp_path):
@@ -555,18 +560,18 @@ def test_checkpoints_of_deepspeed_are_refused_with_the_way_out(tmp_path):
     torch.save({"module": make("gpt2", markers=False).model.state_dict()}, file)
     for named in (shards, shards.parent):
         with pytest.raises(InputError, match="is a DeepSpeed checkpoint, whose weights lie in pieces") as caught:
-            load_initial(run(load_model_path=str(named)))
+            initial(run(load_model_path=str(named)))
         assert f"`python '{shards.parent}/zero_to_fp32.py' '{shards.parent}' OUT`" in str(caught.value)
     folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
     with pytest.raises(InputError, match=r"a piece of a DeepSpeed checkpoint: .* zero_to_fp32.py"):
-        load_initial(run(model_id=folder, load_model_path=str(file)))
+        initial(run(model_id=folder, load_model_path=str(file)))
 
 
 def test_an_adapter_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "gpt2"}')
     save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(InputError, match="holds a LoRA adapter and not a model; merge it"):
-        load_initial(run(load_model_path=str(tmp_path)))
+        initial(run(load_model_path=str(tmp_path)))
 
 
 def test_a_head_of_its_own_stays_where_markers_are_added(tmp_path):
@@ -574,10 +579,10 @@ def test_a_head_of_its_own_stays_where_markers_are_added(tmp_path):
     folder = save_plain(make("llama", markers=False, seed=1), tmp_path / "base")
     change_config(folder, tie_word_embeddings=True)
     head = load_file(Path(folder) / "model.safetensors")["lm_head.weight"]
-    loaded = load_initial(run(load_model_path=folder))
+    loaded = initial(run(load_model_path=folder))
     assert torch.equal(loaded.model.get_output_embeddings().weight[: len(head)], head)
     export.export(folder, tmp_path / "out", "unused")
-    again = load_initial(run(load_model_path=str(tmp_path / "out")))
+    again = initial(run(load_model_path=str(tmp_path / "out")))
     assert torch.equal(again.model.get_output_embeddings().weight[: len(head)], head)
 
 

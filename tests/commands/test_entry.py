@@ -19,8 +19,8 @@ from test_examples import BAD_FILES
 from test_summary import typed
 
 from coconut_ds import train
-from coconut_ds.config.deepspeed_config import read_ds_json
-from coconut_ds.config.run_config import load_run_config
+from coconut_ds.config.deepspeed_file import read_ds_json
+from coconut_ds.config.run_file import load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("in_process")

@@ -15,11 +15,15 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import GPT2Config
 
 from coconut_ds.commands import plan
-from coconut_ds.config.deepspeed_config import DEFAULT_BUCKETS, resolve_ds_config
-from coconut_ds.config.run_config import ConfigError, RunConfig, batch_sizes, contradictions, load_run_config
+from coconut_ds.config.batch_sizes import batch_sizes
+from coconut_ds.config.deepspeed_config import DEFAULT_BUCKETS
+from coconut_ds.config.resolved_run import resolve, with_micro_batch
+from coconut_ds.config.rules import ConfigError, contradictions
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.config.run_file import load_run_config
 from coconut_ds.memory.model_states import bucket_note, model_states
 from coconut_ds.model.backbone import ModelError, load_backbone, scratch_backbone, word_tokenizer
-from coconut_ds.training.setup import load_materials
+from coconut_ds.training.setup import load_setup
 from coconut_ds.training.summary import opening
 
 FP32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
@@ -211,10 +215,11 @@ def test_buckets_that_cost_are_named_with_what_to_write(tmp_path, run_file, caps
     file = tmp_path / "z.json"
     file.write_text(json.dumps({"zero_optimization": zero}))
     config = load_run_config(run_file)
-    resolved = resolve_ds_config({"zero_optimization": zero}, config, batch_sizes(config, 1), plan._CARD)
+    run = with_micro_batch(resolve(config, {"zero_optimization": zero}, plan._CARD, 1), 4)
+    resolved = run.ds_config
     note = bucket_note(resolved, "z.json")
     assert (said is None and note is None) or said in note
-    at_start = opening(config, batch_sizes(config, 1), resolved, load_materials(config), (1, 1))
+    at_start = opening(run, load_setup(config, None, run.checkpointing), (1, 1))
     shown = [line for line in at_start.splitlines() if line.startswith("  buckets   ")]
     assert shown == ([f"  buckets   {bucket_note(resolved, config.deepspeed)}"] if said else [])
     if "overlap_comm" in zero:

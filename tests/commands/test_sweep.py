@@ -13,7 +13,7 @@ import tiny
 import yaml
 
 from coconut_ds.commands import sweep
-from coconut_ds.config.run_config import load_run_config
+from coconut_ds.config.run_file import load_run_config
 from coconut_ds.errors import InputError
 
 
@@ -141,7 +141,7 @@ def test_a_signal_ends_the_run_under_way_and_starts_no_other(run_file, tmp_path,
     send(process.pid, signal.SIGTERM)
     done = launching.finish(process)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "stopped as asked" in done.stdout
+    assert "stopped as requested" in done.stdout
     assert not (tmp_path / "runs" / "b").exists()
     assert launching.events(tmp_path / "runs" / "a", "end") == []
     assert list((tmp_path / "runs" / "a" / "checkpoints").glob("epoch_*"))

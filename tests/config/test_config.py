@@ -7,17 +7,12 @@ import re
 import pytest
 import yaml
 
-from coconut_ds.config.deepspeed_config import _OWNED_KEYS, MEMORY_KEYS
+from coconut_ds.config.batch_sizes import BatchSizes, batch_sizes
+from coconut_ds.config.deepspeed_file import MEMORY_KEYS, OWNED_KEYS
 from coconut_ds.config.foreign_keys import _TEXTS
-from coconut_ds.config.run_config import (
-    _SECTIONS,
-    BatchSizes,
-    ConfigError,
-    RunConfig,
-    _describe,
-    batch_sizes,
-    load_run_config,
-)
+from coconut_ds.config.rules import ConfigError
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.config.run_file import _SECTIONS, _describe, load_run_config
 from coconut_ds.errors import InputError, plain_spelling
 
 # Keys and spellings of the published `args/*.yaml`: numbers tagged as floats, null written None.
@@ -316,7 +311,7 @@ def test_keys_of_other_trainers_get_what_to_set_here(tmp_path, key, said):
 
 def test_what_a_key_of_another_trainer_is_sent_to_is_there(tmp_path):
     ours = {f"{section}.{key}" if section else key for section, key in KEYS}
-    ours |= {f"ds.{key}" for key in (*MEMORY_KEYS, *_OWNED_KEYS)}
+    ours |= {f"ds.{key}" for key in (*MEMORY_KEYS, *OWNED_KEYS)}
     assert not set(map(plain_spelling, ours)) & set(_TEXTS)
     for text in _TEXTS.values():
         if named := re.match(r"here it is ([\w.]+)", text):
@@ -348,6 +343,7 @@ def test_what_yaml_reads_as_on_is_on(tmp_path, on):
 
 def test_parts_of_a_run_are_switched_off_by_false(tmp_path):
     off = "latent_context icot shuffle_facts save_every_steps keep_checkpoints latent_norm".split()
+    off += "load_model_path precision max_grad_norm".split()
     config = load(tmp_path, GOOD, *(f"{key}=off" for key in off))
     assert config == load(tmp_path, GOOD)
     assert load(tmp_path, GOOD, "activation_checkpointing=true").activation_checkpointing.enabled
@@ -378,5 +374,6 @@ def test_several_letters_of_a_long_key_may_be_mistyped(tmp_path, typo, key):
 
 def test_other_words_for_off(tmp_path):
     assert load(tmp_path, GOOD, "latent_norm=None").latent_norm == "none"
+    assert load(tmp_path, GOOD, "max_grad_norm=null").max_grad_norm == 0
     for word in ("null", "none", "None", "false"):
         assert load(tmp_path, GOOD, f"reset_optimizer={word}").reset_optimizer is False

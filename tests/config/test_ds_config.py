@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from coconut_ds.config.batch_sizes import BatchSizes
 from coconut_ds.config.deepspeed_config import (
-    DeepSpeedConfigError,
     Device,
     offloads_optimizer,
-    read_ds_json,
     resolve_checkpointing,
     resolve_ds_config,
     resolve_precision,
 )
-from coconut_ds.config.run_config import BatchSizes, RunConfig
+from coconut_ds.config.deepspeed_file import DeepSpeedConfigError, read_ds_json
+from coconut_ds.config.run_config import RunConfig
 from coconut_ds.memory.model_states import bucket_note, model_states
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +127,7 @@ def test_equal_values_are_no_clash():
             CPU,
             "cpu_checkpointing: True here, but False follows from",
         ),
+        ({"fp16": {"initial_scale_power": 1000}}, {}, CPU, "initial_scale_power: 1000: Input should be less than or"),
         ({"zero_optimization": {"stage": 0}}, {"precision": "fp16"}, TURING, "0 with fp16 trains on unscaled losses"),
         (
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},

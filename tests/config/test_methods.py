@@ -16,8 +16,10 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from coconut_ds.config.batch_sizes import BatchSizes
 from coconut_ds.config.methods import METHODS, Method
-from coconut_ds.config.run_config import BatchSizes, IcotConfig, RunConfig
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.config.sections import IcotConfig
 from coconut_ds.data.batches import (
     Tokens,
     collate_prompts,
@@ -26,7 +28,7 @@ from coconut_ds.data.batches import (
     shuffle_facts,
     training_sequence,
 )
-from coconut_ds.data.loaders import TrainingWindows
+from coconut_ds.data.loaders import TrainingSteps
 from coconut_ds.data.records import check_lengths, longest_prompt, tokenize
 from coconut_ds.data.stages import Curriculum, Layout
 from coconut_ds.model.backbone import add_markers, scratch_backbone, word_tokenizer
@@ -156,7 +158,7 @@ def test_icot_smoothing_is_geometric_and_depends_on_seed_epoch_and_index_alone()
 
 def test_icot_follows_the_steps_of_an_epoch():
     rows = Dataset.from_list([tiny.row(3, [4, 4], 2, index) for index in range(40)])
-    windows = TrainingWindows(rows, icot(tokens_per_stage=8, smoothing=None), Tokens(0), BatchSizes(4, 1, 1), 0, 0)
+    windows = TrainingSteps(rows, icot(tokens_per_stage=8, smoothing=None), Tokens(0), BatchSizes(4, 1, 1), 0, 0)
     lengths = [{len(ids[mask.bool()]) for ids, mask in zip(*_rows(windows[index][0]))} for index in range(10)]
     # 3 of the question, 8 of the steps less those removed, 3 of the answer with its end.
     assert lengths == [{14 - (8 * index) // 10} for index in range(10)]
@@ -211,7 +213,7 @@ def test_facts_stand_in_another_order_every_epoch():
 
     def epoch(number: int) -> list[list[int]]:
         plan = Curriculum("cot", 0, 1, 0, True, 0.0, 0)
-        (batch,) = TrainingWindows(rows, plan, tokens, BatchSizes(8, 1, 1), 0, number)[0]
+        (batch,) = TrainingSteps(rows, plan, tokens, BatchSizes(8, 1, 1), 0, number)[0]
         order = sorted(range(8), key=lambda place: batch.indices[place])
         return batch.inputs["input_ids"][order].tolist()
 
@@ -231,7 +233,7 @@ def run_of(method: Method, folder: Path) -> dict:
 def trained(runs: list[dict], folder: Path) -> None:
     """Let two ranks do one run after the other, in one process each."""
     files = [str(launching.write_run(run, folder / str(number))) for number, run in enumerate(runs)]
-    code = "from coconut_ds import train\nfrom coconut_ds.config.run_config import load_run_config\n"
+    code = "from coconut_ds import train\nfrom coconut_ds.config.run_file import load_run_config\n"
     code += "for file in files:\n    train.run(load_run_config(file), train.parse_arguments(['--run', file]))\n"
     launching.on_ranks(2, code + "result = None", files=files)
 

@@ -11,9 +11,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from coconut_ds import LatentContext
-from coconut_ds.config.run_config import BatchSizes
+from coconut_ds.config.batch_sizes import BatchSizes
 from coconut_ds.data.batches import Size, Tokens, collate_prompts, collate_training, prompt_sequence, training_sequence
-from coconut_ds.data.loaders import TrainingWindows, loss_loader, prompt_loader, training_loader
+from coconut_ds.data.loaders import TrainingSteps, loss_loader, prompt_loader, training_loader
 from coconut_ds.data.records import read_records, tokenize
 from coconut_ds.data.stages import Layout
 
@@ -130,7 +130,7 @@ def windows_of(examples, curriculum, sizes: BatchSizes, epoch: int = 0) -> list[
 
 
 def _windows(examples, curriculum, sizes, rank, epoch):
-    windows = TrainingWindows(examples, curriculum, TOKENS, sizes, rank, epoch)
+    windows = TrainingSteps(examples, curriculum, TOKENS, sizes, rank, epoch)
     return [windows[index] for index in range(len(windows))]
 
 
@@ -169,9 +169,7 @@ def test_grouping_puts_like_lengths_together(curriculum, sizes):
     examples = Dataset.from_list([tiny.row(3 + index * 7 % 50, [2], 2, index) for index in range(300)])
 
     def windows(group: bool, epoch: int = 0):
-        sets = [
-            TrainingWindows(examples, curriculum(), TOKENS, sizes, rank, epoch, group) for rank in range(sizes.world)
-        ]
+        sets = [TrainingSteps(examples, curriculum(), TOKENS, sizes, rank, epoch, group) for rank in range(sizes.world)]
         return [[batch for each in sets for batch in each[number]] for number in range(len(sets[0]))]
 
     grouped, plain = windows(True), windows(False)
@@ -180,7 +178,7 @@ def test_grouping_puts_like_lengths_together(curriculum, sizes):
     assert lengths_of(examples, grouped) != lengths_of(examples, windows(True, epoch=1))
     assert padding(grouped) < 0.5 * padding(plain)
     # Longest first within a window, so that a micro-batch that is too long shows at once.
-    for rank_order in TrainingWindows(examples, curriculum(), TOKENS, sizes, 0, 0):
+    for rank_order in TrainingSteps(examples, curriculum(), TOKENS, sizes, 0, 0):
         lengths = lengths_of(examples, [rank_order])[0]
         assert lengths == sorted(lengths, reverse=True)
 
@@ -194,7 +192,7 @@ def test_grouping_leaves_large_windows_what_they_were(curriculum):
     examples = Dataset.from_list([tiny.row(3 + index % 9, [2], 2, index) for index in range(400)])
     sizes = BatchSizes(8, 16, 1)
     grouped, plain = (
-        TrainingWindows(examples, curriculum(), TOKENS, sizes, 0, 0, group_by_length=group) for group in (True, False)
+        TrainingSteps(examples, curriculum(), TOKENS, sizes, 0, 0, group_by_length=group) for group in (True, False)
     )
     for number in range(len(plain)):
         chosen = [{index for batch in windows[number] for index in batch.indices} for windows in (grouped, plain)]
@@ -202,7 +200,7 @@ def test_grouping_leaves_large_windows_what_they_were(curriculum):
 
 
 def test_tokens_are_counted_and_a_filler_has_none(examples, curriculum):
-    batch = TrainingWindows(examples, curriculum(), TOKENS, BatchSizes(8, 1, 1), 0, 0)[0][0]
+    batch = TrainingSteps(examples, curriculum(), TOKENS, BatchSizes(8, 1, 1), 0, 0)[0][0]
     assert batch.n_tokens == int(batch.inputs["attention_mask"].sum())
     assert collate_training([], [], tiny.PAD).n_tokens == 0
 
@@ -215,7 +213,7 @@ def test_padding_of_prosqa_in_micro_batches_of_eight(shared, curriculum):
 
     def share(group: bool, stage: int, sizes: BatchSizes) -> float:
         plan = curriculum(epochs_per_stage=1)
-        windows = TrainingWindows(examples, plan, TOKENS, sizes, 0, stage, group)
+        windows = TrainingSteps(examples, plan, TOKENS, sizes, 0, stage, group)
         return padding([windows[number] for number in range(len(windows))])
 
     for stage in (0, 6):
@@ -227,7 +225,7 @@ def test_padding_of_prosqa_in_micro_batches_of_eight(shared, curriculum):
 def test_a_loader_draws_no_number_of_the_run(examples, curriculum):
     """A run that goes on within an epoch starts a loader once more than one that was left alone."""
     before = torch.get_rng_state()
-    windows = TrainingWindows(examples, curriculum(), TOKENS, BatchSizes(4, 2, 1), 0, 0)
+    windows = TrainingSteps(examples, curriculum(), TOKENS, BatchSizes(4, 2, 1), 0, 0)
     assert list(training_loader(windows))
     assert list(prompt_loader(examples, curriculum(), TOKENS, 1, 7, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
@@ -240,7 +238,7 @@ def test_micro_batches_in_step_make_as_many_passes_on_every_rank(examples, curri
     model = tiny.coconut(context=LatentContext((0.6, 0.3, 0.1)))
     differ = 0
     alone, in_step = (
-        [TrainingWindows(examples, stages, TOKENS, sizes, rank, epoch, in_step=together) for rank in range(2)]
+        [TrainingSteps(examples, stages, TOKENS, sizes, rank, epoch, in_step=together) for rank in range(2)]
         for together in (False, True)
     )
     # The last window ends in a filler.
@@ -264,14 +262,14 @@ def test_micro_batches_in_step_make_as_many_passes_on_every_rank(examples, curri
 
 
 def test_a_loader_starts_where_it_is_told(examples, curriculum):
-    windows = TrainingWindows(examples, curriculum(), TOKENS, BatchSizes(4, 2, 1), 0, 0)
+    windows = TrainingSteps(examples, curriculum(), TOKENS, BatchSizes(4, 2, 1), 0, 0)
     whole = [[batch.indices for batch in window] for window in training_loader(windows)]
-    rest = [[batch.indices for batch in window] for window in training_loader(windows, first_window=4)]
+    rest = [[batch.indices for batch in window] for window in training_loader(windows, first=4)]
     assert rest == whole[4:]
 
 
 def test_a_worker_that_collates_ahead_changes_nothing(examples, curriculum, monkeypatch):
-    windows = TrainingWindows(examples, curriculum(), TOKENS, BatchSizes(4, 2, 1), 0, 0)
+    windows = TrainingSteps(examples, curriculum(), TOKENS, BatchSizes(4, 2, 1), 0, 0)
     here = [batch for window in training_loader(windows) for batch in window]
     # What a machine with a GPU does, memory that only a GPU can pin aside.
     ahead = {"num_workers": 1, "prefetch_factor": 2}
@@ -296,6 +294,6 @@ def test_evaluation_holds_every_example_once(examples, curriculum, make, world):
 def test_a_stage_is_a_view_of_the_same_set(examples, curriculum):
     stages = curriculum(epochs_per_stage=1)
     for epoch, n_thoughts in ((0, 0), (1, 1), (2, 2)):
-        batch = TrainingWindows(examples, stages, TOKENS, BatchSizes(8, 1, 1), 0, epoch)[0][0]
+        batch = TrainingSteps(examples, stages, TOKENS, BatchSizes(8, 1, 1), 0, epoch)[0][0]
         thoughts = (batch.inputs["input_ids"] == tiny.LATENT).sum(dim=1)
         assert torch.equal(thoughts, torch.full_like(thoughts, n_thoughts))

@@ -194,8 +194,8 @@ def test_a_family_without_positions_goes_through_the_doors_of_a_run(tmp_path):
     )
     base.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    config = RunConfig(method="coconut", load_model_path=str(tmp_path))
-    backbone = load_initial(config)
+    config = RunConfig(method="coconut")
+    backbone = load_initial(config.model_id, str(tmp_path), has_thoughts=True)
     assert backbone.n_positions == sys.maxsize
     model, _ = build_coconut(config, backbone)
     assert not model.decodes_on_static_cache
@@ -213,9 +213,9 @@ def test_a_folder_that_does_not_fit_is_refused_before_it_trains(tmp_path):
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    run = RunConfig(method="coconut", load_model_path=str(tmp_path))
+    run = RunConfig(method="coconut")
     with pytest.raises(ModelError, match="BertLMHeadModel does not fit"):
-        build_coconut(run, load_initial(run))
+        build_coconut(run, load_initial(run.model_id, str(tmp_path), has_thoughts=True))
 
 
 def test_values_of_another_size_than_keys():

@@ -19,7 +19,8 @@ ROOMS = (
 )
 """In this order: a room imports from itself and from those before it. The last are the entries on the top level."""
 DRIVE_DEEPSPEED = tuple(
-    f"coconut_ds.{room}." for room in ("config.deepspeed_config", "engine", "checkpoints", "training")
+    f"coconut_ds.{room}."
+    for room in ("config.deepspeed_config", "config.deepspeed_file", "engine", "checkpoints", "training")
 )
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

@@ -499,7 +499,7 @@ def quoted() -> set[str]:
 def demand_quoted(output: str) -> None:
     """Every line in which a run complains stands in the page, but for numbers."""
     complaints = [
-        line for line in output.splitlines() if re.match("error: |warning: |  - |.* is damaged|going on from", line)
+        line for line in output.splitlines() if re.match("error: |warning: |  - |.* is damaged|resuming from", line)
     ]
     assert complaints, output
     for line in complaints:

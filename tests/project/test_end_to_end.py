@@ -74,7 +74,7 @@ def test_killed_after_the_first_stage_and_started_again_it_is_the_same_run(folde
     complete = sorted(path.name for path in (run_folder / "checkpoints").glob("epoch_????"))
     assert complete == ["epoch_0001", "epoch_0002"]
     output = launching.train(run, folder / "broken", ranks=2)
-    assert f"going on from {run_folder / 'checkpoints' / 'epoch_0002'}" in output
+    assert f"resuming from {run_folder / 'checkpoints' / 'epoch_0002'}" in output
     assert losses(run_folder) == losses(folder / "runs" / "unbroken")
     for kind in ("stage", "eval"):
         mine, other = (launching.events(folder / "runs" / name, kind) for name in ("broken", "unbroken"))

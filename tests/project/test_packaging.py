@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from coconut_ds.config.deepspeed_config import DeepSpeedConfigError, ds_json_path, read_ds_json, shipped_ds_jsons
+from coconut_ds.config.deepspeed_file import DeepSpeedConfigError, ds_json_path, read_ds_json, shipped_ds_jsons
 from coconut_ds.config.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def test_a_wheel_has_every_module_and_every_file_beside_them(source, tmp_path):
         assert set(wheel.namelist()) >= NEEDED
         wheel.extractall(tmp_path / "installed")
     # Elsewhere, where nothing but the installed package is.
-    code = "import coconut_ds, sys; from coconut_ds.config.deepspeed_config import read_ds_json, shipped_ds_jsons\n"
+    code = "import coconut_ds, sys; from coconut_ds.config.deepspeed_file import read_ds_json, shipped_ds_jsons\n"
     code += "from coconut_ds.config.run_config import RunConfig; print(coconut_ds.__file__, len(shipped_ds_jsons()))\n"
     code += "print(read_ds_json(RunConfig().deepspeed)['zero_optimization']['stage'])"
     elsewhere = tmp_path / "elsewhere"

@@ -65,7 +65,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(folder, number):
     assert done.returncode == 0, done.stdout
     (saved,) = checkpoints(folder, run["name"])
     assert (
-        f"stopped as asked; the same command goes on from {folder}/runs/{run['name']}/checkpoints/{saved}"
+        f"stopped as requested; the same command resumes from {folder}/runs/{run['name']}/checkpoints/{saved}"
         in done.stdout
     )
     assert "step" in saved
@@ -85,7 +85,7 @@ def test_launch_sh_passes_a_signal_on_to_the_ranks(folder):
     finally:
         done = launching.finish(process)
     assert done.returncode == 0, done.stdout
-    assert "stopped as asked" in done.stdout
+    assert "stopped as requested" in done.stdout
 
 
 def test_an_exception_on_one_rank_ends_the_job_and_is_shown_once(folder):
@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(folder, dam
     output = launching.train(faults.run_of(folder, name), folder / name, ranks=2)
     assert "epoch_0004 is damaged and not used" in output
     assert said in output
-    assert "going on from" in output
+    assert "resuming from" in output
     assert "epoch_0003_step_00000024" in output
     assert (folder / "runs" / name / "checkpoints" / "epoch_0004.damaged").is_dir()
     faults.assert_same(folder, name, "alone")

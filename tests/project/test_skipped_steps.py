@@ -19,8 +19,8 @@ from test_summary import config as closing_config
 
 from coconut_ds.analysis import report_tables
 from coconut_ds.runs import terminal as console
-from coconut_ds.runs.pace import Pace
 from coconut_ds.runs.records import read_run
+from coconut_ds.runs.terminal import Pace
 from coconut_ds.training.summary import closing
 
 # DeepSpeed refuses fp16 on a CPU without the instructions for it; torch computes in it all the same.

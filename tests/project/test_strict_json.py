@@ -32,6 +32,7 @@ from coconut_ds.analysis.report_tables import head
 from coconut_ds.checkpoints.store import Progress, Stored, _write_progress
 from coconut_ds.commands import ask, compare, inspect_latents
 from coconut_ds.commands.export import export
+from coconut_ds.config.batch_sizes import BatchSizes
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.inference.evaluator import Evaluator
 from coconut_ds.model import thoughts
@@ -39,11 +40,11 @@ from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import stored_settings
 from coconut_ds.model.thoughts import vocabulary_reading
 from coconut_ds.runs.events import read_metrics
+from coconut_ds.runs.folder import RunFolder
 from coconut_ds.runs.predictions import read_predictions
 from coconut_ds.runs.records import read_run
-from coconut_ds.runs.tracker import Tracker
-from coconut_ds.training.session import _describe
-from coconut_ds.training.trainer import write_predictions
+from coconut_ds.runs.tracker import Tracker, write_predictions
+from coconut_ds.training.session import _record_start
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_FINITE = [math.nan, math.inf, -math.inf]
@@ -114,8 +115,9 @@ def test_metrics(tmp_path, value):
 
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_predictions(tmp_path, value):
-    config = RunConfig(save_path=str(tmp_path), name="run")
-    write_predictions(config, "epoch_0001", [recorded.prediction(0, True, thoughts=[[["a", value], ["b", 0.5]]])])
+    write_predictions(
+        RunFolder(tmp_path / "run"), "epoch_0001", [recorded.prediction(0, True, thoughts=[[["a", value], ["b", 0.5]]])]
+    )
     path = tmp_path / "run" / "predictions" / "epoch_0001.jsonl"
     assert strictly(path.read_text())["thoughts"] == [[["a", None], ["b", 0.5]]]
     ((first, second),) = read_predictions(path)[0].thoughts
@@ -127,7 +129,8 @@ def test_the_descriptions_of_a_run_and_of_a_checkpoint(tmp_path, value):
     data = tmp_path / "data.json"
     data.write_text("[]")
     config = RunConfig(save_path=str(tmp_path), name="run", train_path=str(data), val_path=str(data))
-    _describe(config, {"gradient_clipping": value}, SimpleNamespace(train_set=[], valid_set=[]), None)
+    run = SimpleNamespace(config=config, ds_config={"gradient_clipping": value}, sizes=BatchSizes(1, 1, 1))
+    _record_start(run, RunFolder(config.run_folder), SimpleNamespace(train_set=[], valid_set=[]), None)
     assert strictly((tmp_path / "run" / "ds_config.json").read_text()) == {"gradient_clipping": None}
     assert strictly((tmp_path / "run" / "environment.json").read_text())["packages"]
     _write_progress(tmp_path, Stored(Progress(best_accuracy=value), 8, 0, 0, 0, {"cur_scale": value}))

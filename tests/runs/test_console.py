@@ -110,7 +110,7 @@ _BAR = """
 import time
 
 from coconut_ds.runs.terminal import EpochProgress, progress, say
-from coconut_ds.runs.pace import Pace
+from coconut_ds.runs.terminal import Pace
 
 pace = Pace(steps=8, evaluations=2)
 with EpochProgress("epoch 1/2, stage 0", 4, pace) as bar:
@@ -125,7 +125,7 @@ say("epoch 1/2, stage 0: accuracy 50.0%")
 
 def test_a_bar_on_a_terminal_says_loss_speed_and_time_left_and_goes():
     shown = launching.on_terminal([sys.executable, "-c", _BAR])
-    assert "| 2/4, loss 1.250, 128 examples/s, left 0:00:01 here, 0:00:03 in all" in shown
+    assert "| 2/4, loss 1.250, 128 examples/s, ETA 0:01 this epoch, 0:03 this run" in shown
     assert "evaluating" in shown
     last = shown.rstrip("\r\n").split("\r")[-1]
     assert last == "epoch 1/2, stage 0: accuracy 50.0%"
@@ -138,7 +138,7 @@ def test_elsewhere_there_is_no_bar():
 
 def test_long_epochs_say_where_they_stand(monkeypatch, capsys):
     from coconut_ds.runs import terminal as console
-    from coconut_ds.runs.pace import Pace
+    from coconut_ds.runs.terminal import Pace
 
     monkeypatch.setattr(console, "_PLAIN_LINES_APART_S", 0)
     pace = Pace(steps=8, evaluations=1)
@@ -147,5 +147,5 @@ def test_long_epochs_say_where_they_stand(monkeypatch, capsys):
             pace.stepped(64, 60.0)
             bar.step(0.5)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "epoch 1/1, stage 0: 2/8, loss 0.500, 1.07 examples/s, left 0:06:00 here, 0:06:00 in all"
+    assert lines[0] == "epoch 1/1, stage 0: 2/8, loss 0.500, 1.07 examples/s, ETA 6:00 this epoch, 6:00 this run"
     assert [line.split()[4] for line in lines] == ["2/8,", "4/8,", "6/8,"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coconut_ds.runs.pace import Pace
+from coconut_ds.runs.terminal import Pace
 
 
 def test_before_the_first_step_nothing_is_promised():

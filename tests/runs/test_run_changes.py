@@ -14,7 +14,7 @@ import yaml
 
 from coconut_ds import train
 from coconut_ds.commands import sweep
-from coconut_ds.config.run_config import load_run_config
+from coconut_ds.config.run_file import load_run_config
 from coconut_ds.runs.changes import changed_keys
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -176,7 +176,7 @@ def test_what_it_was_trained_with_is_kept(trained):
 @pytest.mark.ranks
 def test_more_epochs_train_on_with_what_changed_said_and_kept(folder, capsys):
     said = start_apart(folder, "num_epochs=4", "lr=0.002", f"train_path={other_data(folder)}")
-    assert f"going on from {folder}/runs/run/checkpoints/epoch_0003\nchanged since the run was last started" in said
+    assert f"resuming from {folder}/runs/run/checkpoints/epoch_0003\nchanged since the run was last started" in said
     found = listed(said)
     assert [line.partition(":")[0] for line in found] == ["train_path", "num_epochs", "lr", "content of train_path"]
     run_folder = folder / "runs" / "run"
@@ -229,7 +229,7 @@ def test_an_interrupted_run_asked_for_less_than_it_has_is_not_called_trained_to_
     before = records(folder)
     said = start_apart(folder, "num_epochs=2")
     assert listed(said) == ["num_epochs: 600 -> 2"]
-    assert "going on from" not in said
+    assert "resuming from" not in said
     assert records(folder) == before
 
 

@@ -26,8 +26,9 @@ import tiny
 from coconut_ds.commands import export, sweep
 from coconut_ds.errors import InputError
 from coconut_ds.runs import lock as run_lock
-from coconut_ds.runs.lock import RUN_LOCK, HeldError, run_folder_held
+from coconut_ds.runs.lock import HeldError, run_folder_held
 
+RUN_LOCK = "run.lock"
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -346,7 +347,7 @@ def test_a_run_killed_with_its_launcher_is_started_again_at_once(tmp_path):
     epoch = 1 + max(event["epoch"] for event in launching.events(folder, "train_step"))
     done = launching.on_warm_ranks(2, ["coconut_ds/train.py", "--run", str(run_file), f"num_epochs={epoch}"])
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "going on from " in done.stdout
+    assert "resuming from " in done.stdout
     assert not (folder / RUN_LOCK).exists()
 
 

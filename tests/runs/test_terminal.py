@@ -40,8 +40,8 @@ CLOSING = [
 # Of a model that is trained this little answers may well not end.
 CUT = r"(warning:|  warning  ) \d+ of 16 answers reached max_new_tokens \(\d+\) before their end and are compared as .*"
 BAR = re.compile(
-    r" *|epoch \d/4, stage \d +\d+%\|.*\| \d/2(, loss \d+\.\d{3}, [\d.e+]+ examples/s, left \d:\d\d:\d\d here, "
-    r"\d:\d\d:\d\d in all)?|evaluating, (loss|answers): .*"
+    r" *|epoch \d/4, stage \d +\d+%\|.*\| \d/2(, loss \d+\.\d{3}, [\d.e+]+ examples/s, ETA \d+:\d\d this epoch, "
+    r"\d+:\d\d this run)?|evaluating, (loss|answers): .*"
 )
 
 

@@ -63,7 +63,7 @@ def test_a_full_disk_is_reported_and_closing_adds_nothing(tmp_path):
 
 def test_a_record_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "predictions").touch()
-    with pytest.raises(InputError, match=r"predictions/epoch_0001.jsonl cannot be written: .*put that right"):
+    with pytest.raises(InputError, match=r"predictions/epoch_0001.jsonl cannot be written: .*fix this and rerun"):
         write_record(tmp_path / "predictions" / "epoch_0001.jsonl", "{}\n")
 
 

@@ -7,9 +7,11 @@ import subprocess
 
 import pytest
 
-from coconut_ds.config.run_config import RunConfig, load_run_config, override
+from coconut_ds.config.run_config import RunConfig
+from coconut_ds.config.run_file import load_run_config, override
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.runs.events import EpochEvaluation
+from coconut_ds.runs.folder import RunFolder
 from coconut_ds.training.summary import _stages_text, closing
 
 
@@ -35,7 +37,8 @@ def config(tmp_path, **values) -> RunConfig:
 
 def closed(tmp_path, accuracies: list[tuple[int, int]], **values) -> list[str]:
     rows = [evaluation(epoch, *row) for epoch, row in enumerate(accuracies, start=1)]
-    return closing(config(tmp_path, **values), rows).splitlines()
+    run = config(tmp_path, **values)
+    return closing(run, RunFolder(run.run_folder), rows).splitlines()
 
 
 def test_an_earlier_stage_that_was_better_is_told_from_the_last_one(tmp_path):
@@ -122,7 +125,7 @@ def test_the_commands_at_the_end_can_be_pasted(tmp_path, monkeypatch, name, chec
     run = RunConfig(save_path=f"runs of {name}", name=name, method="coconut", test_path=f"{name}.json")
     checkpoint = run.run_folder / "checkpoints" / "epoch_0001"
     checkpoint.mkdir(parents=True)
-    lines = closing(run, [evaluation(1, 0, 90)]).splitlines()
+    lines = closing(run, RunFolder(run.run_folder), [evaluation(1, 0, 90)]).splitlines()
     (evaluate,) = (line.removeprefix("  evaluate  ") for line in lines if line.startswith("  evaluate"))
     (report,) = (line.removeprefix("  report    ") for line in lines if line.startswith("  report"))
     assert typed(report) == ["python", "-m", "coconut_ds.report", str(run.run_folder)]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from coconut_ds.analysis.text_tables import Rows, aligned
-from coconut_ds.runs.answer_lengths import cut_warning
+from coconut_ds.runs.predictions import cut_warning
 
 _MASSES = {
     "reachable": "reachable",

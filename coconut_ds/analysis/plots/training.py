@@ -24,6 +24,7 @@ from coconut_ds.analysis.plots.curves import (
     steps_panel,
 )
 from coconut_ds.runs.events import TrainStep
+from coconut_ds.runs.folder import epoch_name
 
 _LOG_FROM = 20  # largest loss over smallest, from which a linear scale would hide the end of a run
 _LABELLED_BARS = 10
@@ -152,7 +153,7 @@ def _questions_by_steps(runs: Runs) -> Counter[str]:
     """How many questions of each length the last evaluations had; empty where not known or not the same."""
     counts = []
     for run in runs.values():
-        rows = run.predictions.get(f"epoch_{run.epochs_done:04d}", ())
+        rows = run.predictions.get(epoch_name(run.epochs_done), ())
         counts.append(Counter(str(row.n_steps) for row in rows))
     return counts[0] if all(each == counts[0] for each in counts) else Counter()
 

@@ -1,0 +1,176 @@
+"""Reads a file of `ds_configs/`, and refuses in it what DeepSpeed would ignore or cannot use.
+
+Unknown keys are refused because DeepSpeed drops them in silence; values are checked by DeepSpeed's own schema where a
+section has one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.runtime.config import DeepSpeedConfigError as DeepSpeedError
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import BaseModel, Field, ValidationError
+
+from coconut_ds.config.foreign_keys import known_elsewhere
+from coconut_ds.errors import InputError, did_you_mean
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+MEMORY_KEYS = frozenset(
+    """zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer bf16 bfloat16 fp16 data_types
+    communication_data_type prescale_gradients gradient_predivide_factor disable_allgather steps_per_print
+    wall_clock_breakdown memory_breakdown dump_state comms_logger flops_profiler""".split()
+)
+"""Top-level keys of DeepSpeed that may stand in a ds JSON beside those owned by the run YAML."""
+
+_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+OWNED_KEYS = frozenset(
+    (
+        *_BATCH_KEYS,
+        "gradient_clipping",
+        "optimizer",
+        "scheduler",
+        "managed_gradient_accumulation",
+        "activation_checkpointing",
+    )
+)
+
+
+class _FP16(DeepSpeedFP16Config):
+    initial_scale_power: int = Field(16, ge=0, le=127)
+    """The loss scale, 2 to this power, is an fp32 number: of a larger one DeepSpeed makes an OverflowError."""
+
+
+_SCHEMAS: dict[str, type[BaseModel]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "fp16": _FP16,
+    "bf16": DeepSpeedBF16Config,
+    "bfloat16": DeepSpeedBF16Config,
+    "comms_logger": CommsLoggerConfig,
+}
+_KEYS_WITHOUT_SCHEMA = {
+    "data_types": ("grad_accum_dtype",),
+    "flops_profiler": (
+        "enabled",
+        "recompute_fwd_factor",
+        "profile_step",
+        "module_depth",
+        "top_modules",
+        "detailed",
+        "output_file",
+    ),
+}
+
+_REFUSED_KEYS = {
+    "aio": "it is for NVMe, which is not supported",
+    "checkpoint": "checkpoints are written by this trainer (docs/RELIABILITY.md)",
+    "elasticity": "DeepSpeed 0.19 removed it",
+    "torch_autocast": "it is global to the process and outlives the engine; set precision in the run YAML",
+    "amp": "DeepSpeed 0.19 removed it; set precision in the run YAML",
+    "tensorboard": "records belong to metrics.jsonl and wandb",
+    "wandb": "set wandb in the run YAML",
+    "csv_monitor": "records belong to metrics.jsonl",
+}
+
+
+class DeepSpeedConfigError(InputError):
+    """Everything wrong with a ds JSON, or with it and the run YAML together, found in one pass."""
+
+
+def ds_json_path(name: str | Path) -> Path:
+    """The file that `deepspeed: NAME` means: NAME as it is given, else the one that the package brings along.
+
+    `ds_configs/` is a folder of the checkout and, by a link, of the package, so an installed trainer has it too.
+    """
+    path, shipped = Path(name), _PACKAGE / name
+    return shipped if path.parts[:1] == ("ds_configs",) and shipped.is_file() and not path.exists() else path
+
+
+def shipped_ds_jsons() -> list[str]:
+    """The names under which the files of `ds_configs/`, here and in the package, can be given."""
+    return sorted({f"ds_configs/{file.name}" for root in (Path(), _PACKAGE) for file in root.glob("ds_configs/*.json")})
+
+
+def read_ds_json(path: str | Path) -> dict[str, Any]:
+    """Read a ds JSON file, found as `ds_json_path` says; raises DeepSpeedConfigError for what is not a JSON object."""
+    try:
+        raw = json.loads(ds_json_path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        known = ", ".join(shipped_ds_jsons())
+        raise DeepSpeedConfigError(
+            f"deepspeed file {path} cannot be read: {error.strerror}; name one of {known}"
+        ) from None
+    except ValueError as error:
+        raise DeepSpeedConfigError(f"deepspeed file {path} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise DeepSpeedConfigError(f"deepspeed file {path} must hold a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def without_auto(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_auto(inner) for key, inner in value.items() if inner != "auto"}
+    return value
+
+
+def schema_problems(raw: dict[str, Any]) -> Iterator[str]:
+    """Unknown keys and unusable values inside the sections."""
+    for section, value in raw.items():
+        if section in (*_SCHEMAS, *_KEYS_WITHOUT_SCHEMA) and not isinstance(value, dict):
+            if value != "auto" and section != "zero_optimization":
+                yield f"{section}: {value!r} must be an object"
+        elif section in (*_SCHEMAS, *_KEYS_WITHOUT_SCHEMA) and "strict" in value:
+            yield f"{section}.strict: unknown key"
+        elif section in _SCHEMAS:
+            yield from _against_schema(section, _SCHEMAS[section], without_auto(value))
+        elif section in _KEYS_WITHOUT_SCHEMA:
+            known = _KEYS_WITHOUT_SCHEMA[section]
+            for key in value:
+                if key not in known:
+                    yield f"{section}.{key}: unknown key, which DeepSpeed would ignore{did_you_mean(key, known)}"
+
+
+def _against_schema(section: str, schema: type[BaseModel], values: dict[str, Any]) -> Iterator[str]:
+    try:
+        schema(**values)
+    except ValidationError as error:
+        for item in error.errors():
+            key = ".".join((section, *map(str, item["loc"])))
+            if item["type"] == "extra_forbidden":
+                yield f"{key}: unknown key{did_you_mean(str(item['loc'][-1]), _known_names(schema))}"
+            else:
+                yield f"{key}: {item['input']!r}: {item['msg']}"
+    except DeepSpeedError as error:
+        yield f"{section}: {error}"
+
+
+def _known_names(schema: type[BaseModel]) -> list[str]:
+    """Of fields with two names the one that stands in most files."""
+    return [field.alias or name for name, field in schema.model_fields.items()]
+
+
+def _is_off(section: Any) -> bool:
+    """Whether it is there for completeness only, as in JSONs for the HF Trainer: switched off, or left to the run."""
+    return isinstance(section, dict) and section.get("enabled") in (False, "auto")
+
+
+def unknown_keys(raw: dict[str, Any]) -> Iterator[str]:
+    for key in raw:
+        if key in _REFUSED_KEYS and not _is_off(raw[key]):
+            yield f"{key}: refused: {_REFUSED_KEYS[key]}"
+        elif key not in MEMORY_KEYS | OWNED_KEYS | _REFUSED_KEYS.keys():
+            yield f"{key}: unknown key, which DeepSpeed would ignore{_hint(key)}"
+
+
+def _hint(key: str) -> str:
+    """For an unknown key at the top level."""
+    if key in DeepSpeedZeroConfig.model_fields:
+        return "; it belongs in zero_optimization"
+    return known_elsewhere(key, "ds") or did_you_mean(key, MEMORY_KEYS | OWNED_KEYS)

@@ -1,0 +1,123 @@
+"""The sections of a run file, and the spellings that all of its keys may have."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator, model_validator
+
+Scope = Literal["sequence", "last_pass"]
+
+
+def _positive_or_auto(value: Any) -> Any:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError("must be a whole number of at least 1, or auto")
+    return value
+
+
+def _off_is_null(value: Any) -> Any:
+    return None if value is False else value
+
+
+# What YAML reads as false, off and no are the natural words for a part that is not wanted.
+OrOff = BeforeValidator(_off_is_null)
+
+OffIsZero = BeforeValidator(lambda value: 0 if value is None else value)
+
+AutoBatchSize = Annotated[int | Literal["auto"], PlainValidator(_positive_or_auto)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _published_spellings(cls, value: Any) -> Any:
+        # The published YAMLs write None, which YAML reads as a string.
+        return None if value == "None" else value
+
+
+class LatentContextConfig(Section):
+    """The latent window: a thought is the weighted average of the last `len(weights)` hidden states."""
+
+    weights: tuple[float, ...] | Literal["uniform", "exponential"] = (0.6, 0.3, 0.1)
+    """Newest state first; each at least 0, the first above 0; normalised to sum to 1. `exponential`: `decay ** j`."""
+    window: int | None = Field(None, ge=1)
+    """m, the states in the window; needed where `weights` does not list them."""
+    decay: float | None = Field(None, gt=0, le=1)
+    """What one state weighs beside the next newer one under `exponential`; null is 0.5."""
+    learned: bool = False
+    """The weights are trained: a softmax of m logits that starts from `weights`."""
+    scope: Scope = "sequence"
+    """`sequence` reaches across passes; `last_pass` is what the code of coconut-contextual computes."""
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _known(cls, weights: Any) -> Any:
+        if not isinstance(weights, list | tuple) and weights not in ("uniform", "exponential"):
+            raise ValueError("must be a list of numbers, uniform or exponential")
+        return weights
+
+    @field_validator("weights")
+    @classmethod
+    def _usable(cls, weights: tuple[float, ...] | str) -> tuple[float, ...] | str:
+        if not isinstance(weights, str) and (not weights or weights[0] <= 0 or min(weights) < 0):
+            raise ValueError("needs at least one weight, the first above 0 and none negative")
+        return weights
+
+    @model_validator(mode="after")
+    def _agreeing(self) -> LatentContextConfig:
+        if isinstance(self.weights, str):
+            if self.window is None:
+                raise ValueError(f"weights: {self.weights} needs window, the number of states")
+        elif self.window not in (None, len(self.weights)):
+            listed = f"{list(self.weights)} has {len(self.weights)} weights"
+            raise ValueError(f"window: {self.window}, but {listed}; list as many, or take uniform or exponential")
+        if self.decay is not None and self.weights != "exponential":
+            raise ValueError("decay: belongs to weights: exponential; leave it out")
+        if self.learned and (len(self.newest_first) == 1 or min(self.newest_first) == 0):
+            raise ValueError("learned: needs two weights or more, all above 0, since a softmax never gives 0")
+        return self
+
+    @property
+    def newest_first(self) -> tuple[float, ...]:
+        """The weights, or those that learning starts from."""
+        if not isinstance(self.weights, str):
+            return self.weights
+        ratio = 1.0 if self.weights == "uniform" else self.decay or 0.5
+        return tuple(ratio**back for back in range(self.window or 1))
+
+
+class IcotConfig(Section):
+    """How iCoT removes the chain of thought (arXiv 2405.14838, section 3)."""
+
+    tokens_per_stage: float = Field(8, gt=0)
+    """Tokens removed over one stage, evenly over its steps; with `epochs_per_stage: 1` the paper's tokens per epoch."""
+    all_beyond: int | None = Field(39, ge=0)
+    """Once the schedule removes this many tokens the whole chain goes; null never. The published value for GSM8K."""
+    smoothing: float | None = Field(4.0, gt=0)
+    """Lambda: an example loses o tokens more with a probability proportional to exp(-lambda o); null is off."""
+
+
+class ScratchModelConfig(Section):
+    """A small model with random weights, used when `model_id` is `scratch`."""
+
+    architecture: Literal["gpt2", "llama"] = "gpt2"
+    n_layer: int = Field(2, ge=1)
+    n_embd: int = Field(128, ge=1)
+    n_head: int = Field(4, ge=1)
+    n_positions: int = Field(128, ge=1)
+    """Longest sequence in tokens, thoughts and markers included."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class ActivationCheckpointingConfig(Section):
+    """Which activations are kept for the backward and which are computed again (`model/fast/checkpointing.py`)."""
+
+    enabled: bool = True
+    every_n_layers: int = Field(1, ge=1)
+    """Every n-th decoder layer is recomputed, the others keep their activations."""
+    offload: bool = False
+    """Layer inputs of the prefix wait in pinned host memory; no effect on a CPU."""
