@@ -27,14 +27,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", required=True, help="run YAML, see run_configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and DeepSpeed configurations")
-    parser.add_argument("--verbose", action="store_true", help="show what libraries print, in place of run.log")
+    parser.add_argument("--verbose", action="store_true", help="show what libraries print, instead of writing run.log")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # inserted by the launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the YAML")
     return parser.parse_intermixed_args(arguments)  # options may stand between overrides
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Status 0: complete, or asked to stop; 2: the user has to put something right; 130: a second SIGINT; else 1."""
+    """Status 0: complete, or stopped on request; 2: the user has to fix something; 130: a second SIGINT; else 1."""
     from coconut_ds.runtime import distributed
 
     options = parse_arguments(arguments)

@@ -27,7 +27,7 @@ def stated_micro_batch(config: RunConfig) -> int:
 
 
 def batch_sizes(config: RunConfig, world: int) -> BatchSizes:
-    """Split the effective batch over `world` ranks; raises ConfigError where it does not divide.
+    """Split the effective batch over `world` ranks; raises ConfigError if it does not divide.
 
     `batch_size_training: auto` counts as 1 here, until a size has been chosen.
     """
@@ -39,7 +39,7 @@ def batch_sizes(config: RunConfig, world: int) -> BatchSizes:
     if accumulation is None or micro * accumulation * world != config.train_batch_size:
         accumulated = f" x {accumulation} accumulated" if accumulation else ""
         message = (
-            f"train_batch_size: {config.train_batch_size} cannot be made from {micro} a micro-batch{accumulated} "
+            f"train_batch_size: {config.train_batch_size} cannot be made from {micro} per micro-batch{accumulated} "
             f"x {world} ranks; "
             "change batch_size_training, or leave gradient_accumulation_steps out so that it is worked out"
         )

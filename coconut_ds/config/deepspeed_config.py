@@ -31,7 +31,7 @@ _CHECKPOINTING_REFUSED = {
     "contiguous_memory_optimization": "it wants activations of one shape, and the passes differ in theirs",
     "number_checkpoints": "it only sizes the buffer of contiguous_memory_optimization; for fewer checkpoints set "
     "activation_checkpointing.every_n_layers in the run YAML",
-    "synchronize_checkpoint_boundary": "it makes the host wait at every layer of every pass",
+    "synchronize_checkpoint_boundary": "it synchronises with the device at every layer of every pass",
     "profile": "it times DeepSpeed's own checkpoint function, which is not used; see benchmarks/train_step.py",
 }
 
@@ -63,7 +63,7 @@ DEFAULT_BUCKETS = {
     "allgather_bucket_size": 500_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
 }
-"""Elements that DeepSpeed 0.19.8 takes where a file names none."""
+"""Elements that DeepSpeed 0.19.8 takes if a file names none."""
 
 SMALL_BUCKETS = {
     "reduce_bucket_size": 50_000_000,
@@ -78,7 +78,7 @@ _AUTO_VALUES = SMALL_BUCKETS | {"stage3_param_persistence_threshold": 100_000}
 
 @dataclass(frozen=True)
 class Device:
-    """What the configuration has to know about the device."""
+    """Properties of the device that the configuration depends on."""
 
     kind: Literal["cpu", "cuda"]
     has_bf16: bool
@@ -86,7 +86,7 @@ class Device:
 
 
 def resolve_precision(config: RunConfig, device: Device) -> Precision:
-    """The precision to train in; raises DeepSpeedConfigError where the device has no such arithmetic."""
+    """The precision to train in; raises DeepSpeedConfigError if the device does not support it."""
     wanted = config.precision or ("bf16" if config.bf16 else "fp32")
     if wanted == "auto":
         if device.has_bf16 and device.kind == "cuda":
@@ -122,7 +122,7 @@ def resolve_ds_config(
     resolved.pop("bfloat16", None)
     resolved |= {
         **batch_keys(sizes),
-        # Windows end where an epoch ends, so the loop and not DeepSpeed's counter says when to step.
+        # Accumulation ends with the epoch, so the loop and not DeepSpeed's counter says when to step.
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.max_grad_norm,
         "zero_optimization": zero,
@@ -145,7 +145,7 @@ def batch_keys(sizes: BatchSizes) -> dict[str, int]:
 def resolve_checkpointing(raw: dict[str, Any], config: RunConfig) -> ActivationCheckpointingConfig:
     """The checkpointing to train with: the run YAML's, else what the ds JSON's `activation_checkpointing` block means.
 
-    DeepSpeed itself does nothing on such a block: it configures its own checkpoint function, which a model has to call.
+    DeepSpeed itself ignores such a block: it configures its own checkpoint function, which a model has to call.
     A block that `resolve_ds_config` let through stands for checkpointing of every layer, with `cpu_checkpointing` for
     offload.
     """
@@ -283,7 +283,10 @@ def _broken_combinations(zero: Any, raw: dict[str, Any], precision: Precision) -
         if old in zero:
             yield f"zero_optimization.{old}: is deprecated in DeepSpeed; {new}"
     if stage == 1 and zero.get("overlap_comm"):
-        yield "zero_optimization.overlap_comm: true is not possible at stage 1 with windows of our own; set it to false"
+        yield (
+            "zero_optimization.overlap_comm: true is not possible at stage 1, since accumulation ends with the epoch "
+            "here; set it to false"
+        )
     if zero.get("round_robin_gradients"):
         yield (
             "zero_optimization.round_robin_gradients: on several ranks DeepSpeed 0.19.8 then hands out the fp32 "

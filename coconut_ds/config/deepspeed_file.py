@@ -1,6 +1,6 @@
 """Reads a file of `ds_configs/`, and refuses in it what DeepSpeed would ignore or cannot use.
 
-Unknown keys are refused because DeepSpeed drops them in silence; values are checked by DeepSpeed's own schema where a
+Unknown keys are refused because DeepSpeed drops them in silence; values are checked by DeepSpeed's own schema if a
 section has one.
 """
 
@@ -99,7 +99,7 @@ def shipped_ds_jsons() -> list[str]:
 
 
 def read_ds_json(path: str | Path) -> dict[str, Any]:
-    """Read a ds JSON file, found as `ds_json_path` says; raises DeepSpeedConfigError for what is not a JSON object."""
+    """Read a ds JSON file, found as `ds_json_path` says; raises DeepSpeedConfigError for anything but a JSON object."""
     try:
         raw = json.loads(ds_json_path(path).read_text(encoding="utf-8"))
     except OSError as error:

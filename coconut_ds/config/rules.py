@@ -1,4 +1,4 @@
-"""Values of a run file that are fine one by one and cannot stand together."""
+"""Contradictions: values of a run file that are valid one by one and invalid together."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ConfigError(InputError):
 
 
 def contradictions(config: RunConfig) -> list[Problem]:
-    """Values that are fine one by one and cannot stand together."""
+    """Values that are valid one by one and invalid together."""
     rules = (_method_rules, _model_rules, _data_rules, _batch_rules)
     return [Problem(keys, message) for rule in rules for keys, message in rule(config)]
 

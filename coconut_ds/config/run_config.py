@@ -1,4 +1,4 @@
-"""RunConfig: the one owner of every training value, as a run file gives them; what is left to `auto` is still open.
+"""RunConfig: the one owner of every training value, as a run file gives them; `auto` is not resolved in it.
 
 The keys of the published configurations (facebookresearch/coconut `args/*.yaml`) keep their names and meanings.
 """
@@ -68,7 +68,7 @@ class RunConfig(Section):
     """Hub id, folder, or `scratch`."""
     model: ScratchModelConfig | None = None
     load_model_path: Annotated[str | None, OrOff] = None
-    """Weights to start from: a checkpoint of ours, an HF folder or hub id, or a published `.pt` state dict."""
+    """Weights to start from: a checkpoint, an HF folder or hub id, or a published `.pt` state dict."""
 
     # Data
     train_path: str | None = None
@@ -85,7 +85,7 @@ class RunConfig(Section):
     batch_size_training: AutoBatchSize = 32
     """Micro-batch: examples per rank in one forward; `auto` is the largest that fits and divides `train_batch_size`."""
     gradient_accumulation_steps: int | None = Field(None, ge=1)
-    """Micro-batches per optimizer step and rank; worked out from `train_batch_size` where that is given, else 1."""
+    """Micro-batches per optimizer step and rank; worked out from `train_batch_size` if that is given, else 1."""
     train_batch_size: int | None = Field(None, ge=1)
     """Examples per optimizer step over all ranks."""
     lr: float = Field(1e-4, ge=0)
@@ -100,12 +100,12 @@ class RunConfig(Section):
     """`true` means `stage`, what the paper describes; `epoch` is what the published code does."""
     loss_normalization: Literal["token", "micro_batch"] = "token"
     group_by_length: bool = True
-    """Micro-batches of examples of like prefix length, so that little is padded."""
+    """Micro-batches of examples of similar prefix length, to save padding."""
 
     # Memory strategy and precision
     deepspeed: str = "ds_configs/zero2_offload.json"
     precision: Annotated[Literal["fp32", "bf16", "fp16", "auto"] | None, OrOff] = None
-    """Null follows `bf16`; `auto` is bf16 where the device has it, else fp16 on CUDA, else fp32."""
+    """Null follows `bf16`; `auto` is bf16 if the device has it, else fp16 on CUDA, else fp32."""
     bf16: bool = False
     fast: Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)] = "auto"
     """`off` trains without the speed layer of `model/fast`: same numbers up to rounding, more time and memory."""
@@ -127,7 +127,7 @@ class RunConfig(Section):
     """Seconds that an optimizer step, a batch of an evaluation or a part of a checkpoint may take."""
     log_every_steps: int = Field(1, ge=1)
     wandb: Literal["online", "offline", "disabled"] = "disabled"
-    """Neither wandb nor TensorBoard ever stops a run. A run that goes on continues its wandb run."""
+    """Neither wandb nor TensorBoard ever stops a run. A resumed run continues its wandb run."""
     tensorboard: bool = False
     """Event files in `tensorboard/` of the run folder; needs the extra `tensorboard`."""
 
@@ -200,4 +200,4 @@ def _switch(value: Any) -> bool | None:
 
 
 def _is_on(value: Any) -> bool:
-    return _switch(value) is True  # what is no switch is reported where the key is checked
+    return _switch(value) is True  # a value that is not a switch is reported where the key is checked

@@ -19,7 +19,7 @@ def _off_is_null(value: Any) -> Any:
     return None if value is False else value
 
 
-# What YAML reads as false, off and no are the natural words for a part that is not wanted.
+# YAML reads false, off and no as False, the natural words for a part that is not wanted.
 OrOff = BeforeValidator(_off_is_null)
 
 OffIsZero = BeforeValidator(lambda value: 0 if value is None else value)
@@ -47,7 +47,7 @@ class LatentContextConfig(Section):
     window: int | None = Field(None, ge=1)
     """m, the states in the window; needed where `weights` does not list them."""
     decay: float | None = Field(None, gt=0, le=1)
-    """What one state weighs beside the next newer one under `exponential`; null is 0.5."""
+    """Weight of a state relative to the next newer one under `exponential`; null is 0.5."""
     learned: bool = False
     """The weights are trained: a softmax of m logits that starts from `weights`."""
     scope: Scope = "sequence"
@@ -74,7 +74,7 @@ class LatentContextConfig(Section):
                 raise ValueError(f"weights: {self.weights} needs window, the number of states")
         elif self.window not in (None, len(self.weights)):
             listed = f"{list(self.weights)} has {len(self.weights)} weights"
-            raise ValueError(f"window: {self.window}, but {listed}; list as many, or take uniform or exponential")
+            raise ValueError(f"window: {self.window}, but {listed}; list that number, or take uniform or exponential")
         if self.decay is not None and self.weights != "exponential":
             raise ValueError("decay: belongs to weights: exponential; leave it out")
         if self.learned and (len(self.newest_first) == 1 or min(self.newest_first) == 0):

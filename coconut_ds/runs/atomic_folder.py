@@ -1,6 +1,6 @@
-"""Folders that are whole or not there: written under another name, sealed with a manifest, renamed, checked when read.
+"""Atomic folder writes: temporary name, manifest of sizes and SHA-256, fsync, rename; checked when read.
 
-The manifest holds size and SHA-256 of every file. Everything is on the disk (fsync) before the name appears.
+Everything is on the disk before the name appears, so a folder is complete or absent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BLOCK = 1 << 20
 
 
 def begin(path: Path) -> Path:
-    """An empty folder to write what is to become `path`; what an interrupted attempt left is removed."""
+    """A new empty folder that `publish` renames to `path`; leftovers of interrupted attempts are removed."""
     sweep(path.parent)
     unfinished = path.with_name(path.name + UNFINISHED)
     unfinished.mkdir(parents=True)
@@ -27,7 +27,7 @@ def begin(path: Path) -> Path:
 
 
 def publish(unfinished: Path) -> Path:
-    """Seal a folder made by `begin` and give it its name; a folder that has the name already makes room."""
+    """Write the manifest of a folder made by `begin` and rename it; an existing folder of that name is replaced."""
     files = sorted(path for path in unfinished.rglob("*") if path.is_file())
     entries = {path.relative_to(unfinished).as_posix(): fingerprint(path) for path in files}
     (unfinished / MANIFEST).write_text(strict_json.dumps({"files": entries}, indent=2) + "\n", encoding="utf-8")
@@ -41,7 +41,7 @@ def publish(unfinished: Path) -> Path:
 
 
 def faults(path: Path) -> list[str]:
-    """What is wrong with a published folder; nothing when every file is as it was written. Raises OSError."""
+    """Problems of a published folder; empty if every file is as it was written. Raises OSError."""
     if not (path / MANIFEST).is_file():
         return [f"{MANIFEST} is missing"]
     try:
@@ -70,14 +70,14 @@ def remove(path: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Give a published folder a name under which nobody looks for one."""
+    """Rename a damaged folder, so that it is no longer found as a checkpoint."""
     aside = path.with_name(path.name + DAMAGED)
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(path, aside)
 
 
 def sweep(parent: Path) -> None:
-    """Remove what interrupted attempts left in `parent`."""
+    """Remove leftovers of interrupted attempts in `parent`."""
     for ending in (UNFINISHED, REMOVED):
         for left in parent.glob(f"*{ending}"):
             shutil.rmtree(left)

@@ -1,4 +1,4 @@
-"""What a run folder says its run was trained with, against what a command asks for. Needs no torch."""
+"""Settings and data recorded in a run folder, compared with those of a command. Needs no torch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def data_files(config: RunConfig, n_examples: Mapping[str, int]) -> dict[str, Da
 
 
 def stored_environment(folder: Path) -> dict[str, Any]:
-    """`environment.json`, empty where it is missing or damaged."""
+    """`environment.json`; empty if it is missing or damaged."""
     return _json_object(RunFolder(folder).environment)
 
 
@@ -70,7 +70,7 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 
 def earlier_changes(folder: Path) -> list[Any]:
-    """What `environment.json` says of changes between starts before; none where it is damaged."""
+    """Changes between earlier starts, as `environment.json` lists them; none if it is damaged."""
     found = stored_environment(folder).get("changes")
     return found if isinstance(found, list) else []
 
@@ -83,7 +83,7 @@ def stored_data_files(folder: Path) -> dict[str, DataFile]:
 
 
 def changed_contents(folder: Path, config: RunConfig) -> list[str]:
-    """Keys of data files whose content is not what the run folder's run was trained with."""
+    """Keys of data files whose content differs from that of the training."""
     stored = stored_data_files(folder)
     return [key for key, file in stored.items() if (path := getattr(config, key)) and _sha256(path) != file.sha256]
 
@@ -91,7 +91,7 @@ def changed_contents(folder: Path, config: RunConfig) -> list[str]:
 def changes(
     asked: RunConfig, data: Mapping[str, DataFile], ranks: int, ds_config: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """A line, `there -> here`, for all in which the run folder differs from what is asked for; none in a new folder.
+    """One line, `there -> here`, per difference between the run folder and this command; none in a new folder.
 
     `ds_config` is the resolved DeepSpeed configuration, if known: the file can have new content under the same path,
     and `auto` can resolve to another value on another machine.
@@ -120,7 +120,7 @@ def changes(
 
 
 def _changes_of_deepspeed(folder: Path, ds_config: Mapping[str, Any]) -> list[str]:
-    """Of the memory strategy and the precision; batch sizes and the rest are the run's and the ranks'."""
+    """Changes of memory strategy and precision; batch sizes follow from the run and the ranks."""
     stored = _json_object(RunFolder(folder).ds_config)
     if not stored:
         return []

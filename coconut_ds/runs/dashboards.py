@@ -1,6 +1,6 @@
 """A run on wandb and in TensorBoard: curves over optimizer steps, stages, predictions, configuration, summary.
 
-The only importer of both. Whatever goes wrong here is raised; `tracker.py` sees to it that the run goes on.
+The only importer of both. Whatever goes wrong here is raised; `tracker.py` makes sure that the run continues.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Events = Sequence[Mapping[str, Any]]
 
 
 class Dashboard(Protocol):
-    """Started by its construction; `earlier` are the events of a run that goes on, oldest first."""
+    """Started by its construction; `earlier` are the events before a resumption, oldest first."""
 
     def __init__(self, config: RunConfig, earlier: Events): ...
 
@@ -41,7 +41,7 @@ class Dashboard(Protocol):
 
 
 def dashboards_of(config: RunConfig) -> list[type[Dashboard]]:
-    """What a run asks for; nothing in debug mode."""
+    """The dashboards a run asks for; none in debug mode."""
     if config.debug:
         return []
     asked: dict[type[Dashboard], bool] = {Wandb: config.wandb != "disabled", Tensorboard: config.tensorboard}
@@ -49,7 +49,7 @@ def dashboards_of(config: RunConfig) -> list[type[Dashboard]]:
 
 
 def demand_libraries_of(config: RunConfig) -> None:
-    """Raises InputError where the run asks for TensorBoard and it is not installed; wandb always is."""
+    """Raises InputError if the run asks for TensorBoard and it is not installed; wandb always is."""
     if Tensorboard in dashboards_of(config):
         try:
             demand_libraries(["tensorboard"], extra="tensorboard")
@@ -65,7 +65,7 @@ def forget_earlier_run(folder: RunFolder) -> None:
 
 
 class Wandb:
-    """A wandb run, whose id stays in the run folder so that a run that goes on continues it, offline too.
+    """A wandb run, whose id stays in the run folder so that a resumed run continues it, offline too.
 
     wandb counts its own steps and cannot go back, so every curve has the curve `step` as its x axis: steps that are
     done again after a crash are drawn over the ones that they repeat.
@@ -87,7 +87,7 @@ class Wandb:
             dir=str(config.run_folder),
             mode=config.wandb,
             config=config.model_dump(mode="json"),
-            # With its `console` on wandb takes hold of the streams that `console.py` has diverted.
+            # With its `console` on wandb takes hold of the streams that `terminal.py` has diverted.
             settings=wandb.Settings(
                 silent=True,
                 console="off",
@@ -120,7 +120,7 @@ class Wandb:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(summary))
-        # A run that was stopped or failed does not look finished, until it has gone on to its end.
+        # A run that was stopped or failed does not look finished until it has been resumed to its end.
         self._run.finish(exit_code=0 if summary["complete"] else 1)
 
     def _accuracy_by_stage(self) -> Any:
@@ -176,7 +176,7 @@ class Tensorboard:
         figures = {f"summary/{name}": value for name, value in summary.items()}
         # They go to a file of their own, and a reader who has opened that one does not look at the first again.
         self._writer.flush()
-        # `run_name` is a folder within; without one there would be a run of its own that holds no curve.
+        # `run_name` is a folder within; without one there would be another run, without curves.
         self._writer.add_hparams(settings, figures, run_name=".", global_step=self._step)
         self._writer.close()
 
@@ -209,7 +209,7 @@ def _numbers(name: str, value: Any) -> dict[str, float]:
 
 
 def _table(rows: Events) -> Iterator[list[Any]]:
-    """Cells of at most `_MOST_ROWS` predictions: wrong answers first, right ones where there is room, in file order.
+    """Cells of at most `_MOST_ROWS` predictions: wrong answers first, right ones if there is room, in file order.
 
     Wrong ones beyond that are in the run's `predictions/`, which has every row.
     """

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit and hardware."""
+"""Versions, commit and hardware of a run."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from coconut_ds.errors import InputError
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-"""A float that the run may have found not to be finite: null, which `strict_json.py` writes then, is read as NaN."""
+"""A float that may not be finite: `strict_json.py` writes null for it, which is read as NaN."""
 
 
 class _Record(BaseModel):
@@ -32,7 +32,7 @@ class StageStart(_Record):
 
 
 class TrainStep(_Record):
-    """One optimizer step over all ranks; what earlier versions did not write is None."""
+    """One optimizer step over all ranks; None for values that earlier versions did not write."""
 
     event: Literal["train_step"]
     epoch: int
@@ -95,7 +95,7 @@ class Metrics:
     checkpoints: tuple[CheckpointWritten, ...] = ()
     ends: tuple[End, ...] = ()
     n_damaged: int = 0
-    """Lines that are no whole event, but for the last one of a run that is still writing it."""
+    """Lines that are not complete events, except the last one of a run that is still writing."""
 
     def is_finished(self, n_epochs: int) -> bool:
         """Whether at least `n_epochs` epochs were trained to their end."""
@@ -103,7 +103,7 @@ class Metrics:
 
 
 def skipped_text(n_skipped: int, n_steps: int) -> str:
-    """For a line of figures; empty where no step was skipped. Both counts are of the whole run so far."""
+    """For a progress line; empty if no step was skipped. Both counts are of the whole run so far."""
     return f"{n_skipped} of {n_steps} steps skipped" if n_skipped else ""
 
 
@@ -112,7 +112,7 @@ def skips_most(n_skipped: int, n_steps: int) -> bool:
 
 
 def skipped_warning(n_skipped: int, n_steps: int) -> str:
-    """What it means that most steps were skipped, and the way out."""
+    """Explains why most steps were skipped, and the way out."""
     return (
         f"fp16: {n_skipped} of {n_steps} optimizer steps were skipped because their gradients overflowed, the weights "
         f"were updated {n_steps - n_skipped} times; lower initial_scale_power (or loss_scale) in the deepspeed file, "
@@ -123,7 +123,7 @@ def skipped_warning(n_skipped: int, n_steps: int) -> str:
 def read_metrics(path: Path) -> Metrics:
     """The events of a `metrics.jsonl`; events of kinds not known here do not count as damaged.
 
-    Raises InputError where the file is missing or cannot be read.
+    Raises InputError if the file is missing or cannot be read.
     """
     try:
         lines = path.read_bytes().split(b"\n")

@@ -42,7 +42,7 @@ class CutAnswers:
 
 
 def cut_answers(answers: Iterable[Prediction]) -> CutAnswers | None:
-    """None where one of them is from an earlier version, which did not write it down."""
+    """None if one of them is from an earlier version, which did not record it."""
     answers = list(answers)
     if any(answer.cut is None for answer in answers):
         return None
@@ -51,7 +51,7 @@ def cut_answers(answers: Iterable[Prediction]) -> CutAnswers | None:
 
 
 def cut_warning(n_cut: int, n_total: int, max_new_tokens: int, key: str = "max_new_tokens") -> str:
-    """What it means that answers were cut, and the way out; `key` is how the limit is spelled where it was set."""
+    """Explains cut answers, and the way out; `key` is the spelling of the limit where it was set."""
     return (
         f"{n_cut} of {n_total} answers reached {key} ({max_new_tokens}) before their end and are compared as cut off "
         f"there; raise {key}, unless the model is not trained enough yet to end its answers"
@@ -77,7 +77,7 @@ def chosen_file(folder: RunFolder, name: str | None) -> Path:
 
 
 def read_predictions(path: Path) -> tuple[Prediction, ...]:
-    """The predictions of a file in order of their index; raises InputError for what is no such file."""
+    """The predictions of a file in order of their index; raises InputError for a file with anything else."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -1,6 +1,6 @@
-"""What a run folder holds, read back: configuration, environment, events, predictions. Needs no torch.
+"""Reads a run folder: configuration, environment, events, predictions. Needs no torch.
 
-A run may still be going on or have been cut off: what is not there yet is empty.
+A run may still be training or have been cut off: what it has not written yet is empty.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RunRecords:
     n_parameters: int | None
     """Of its checkpoints; None before the first one."""
     problems: tuple[str, ...]
-    """What is there and could not be read, a sentence each."""
+    """Files that could not be read, a sentence each."""
 
     @property
     def last(self) -> EpochEvaluation | None:
@@ -69,9 +69,9 @@ class RunRecords:
 
 
 def read_run(folder: Path) -> RunRecords:
-    """Everything in a run folder; what is damaged is left out and named in `problems`.
+    """Everything in a run folder; damaged parts are left out and named in `problems`.
 
-    Raises InputError where `folder` is no run folder or its configuration cannot be read.
+    Raises InputError if `folder` is not a run folder or its configuration cannot be read.
     """
     config = read_config(folder)
     files = RunFolder(folder)
@@ -95,10 +95,10 @@ def read_run(folder: Path) -> RunRecords:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The resolved configuration of a run folder; raises InputError for a folder that is none."""
+    """The resolved configuration of a run folder; raises InputError for any other folder."""
     run_file = RunFolder(folder).run_config
     if not run_file.is_file():
-        raise InputError(f"{folder} is no run folder, it has no {run_file.name}; name a folder save_path/name")
+        raise InputError(f"{folder} is not a run folder, it has no {run_file.name}; name a folder save_path/name")
     return load_run_config(run_file)
 
 
@@ -131,9 +131,9 @@ def _read_environment(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _count_parameters(folder: RunFolder) -> int | None:
-    """Numbers in the `model/` folder of one checkpoint, a learned window's included; all have as many.
+    """Numbers in the `model/` folder of one checkpoint, a learned window's included; the same for all checkpoints.
 
-    They are read from the files' headers. None where no checkpoint is whole.
+    They are read from the files' headers. None if no checkpoint is complete.
     """
     for checkpoint in folder.found_checkpoints():
         try:

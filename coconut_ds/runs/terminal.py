@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: lines and bars, from rank 0 only. What libraries print goes to a log."""
+"""Lines and progress bars on the terminal, from rank 0 only; output of libraries goes to a log."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _diverted: _Streams | None = None
 
 
 def quiet_libraries() -> None:
-    """No bars but our own (two ranks loading weights would draw over each other), no advice meant for DeepSpeed."""
-    # Not imported before what they say is diverted.
+    """No bars of libraries (two ranks loading weights would draw over each other), no advice meant for DeepSpeed."""
+    # Imported only once their output is diverted.
     import datasets
     import transformers
 
@@ -49,10 +49,10 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def libraries_to(log: Path | None) -> Iterator[None]:
-    """Inside it everything this process prints goes to the end of `log`, but for `say` and the bars; None shows it.
+    """Append everything this process prints to `log`, except `say` and the bars; None shows it.
 
     File descriptors are diverted and not only Python's streams, because gloo, NCCL and compilers write by themselves.
-    Raises InputError where the log cannot be written.
+    Raises InputError if the log cannot be written.
     """
     if log is None:
         with _no_bars_of_libraries():
@@ -142,7 +142,7 @@ def _streams() -> _Streams:
 
 
 def terminal() -> IO[str]:
-    """The stream for what must be seen when something goes wrong."""
+    """The stream for messages about failures."""
     return _streams().bars
 
 
@@ -161,14 +161,14 @@ def log_line(text: str) -> None:
 
 
 def stop_printing() -> int:
-    """The exit status of a command whose reader has left, as `head` does; to be called on BrokenPipeError."""
-    # What is still buffered would fail once more when the interpreter ends.
+    """The exit status of a command whose reader has closed the pipe, as `head` does; call it on BrokenPipeError."""
+    # Buffered output would fail once more when the interpreter ends.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 
 def progress(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
-    """Pass `items` on, with a bar on a terminal that goes when they end."""
+    """Yield `items`, with a bar on a terminal that disappears at their end."""
     bars = _streams().bars
     hidden = not (distributed.is_main() and bars.isatty())
     yield from tqdm(items, total=total, desc=label, leave=False, dynamic_ncols=True, file=bars, disable=hidden)
@@ -232,7 +232,7 @@ class EpochProgress:
         self._bar.close()
 
     def step(self, loss: float, remark: str = "") -> None:
-        """One step more, of which `pace` already knows; `remark` stands beside the loss."""
+        """Count one more step, after `pace.stepped`; `remark` is shown beside the loss."""
         self._done += 1
         if self._is_plain:
             self._write_line(loss, remark)

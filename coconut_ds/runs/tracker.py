@@ -1,4 +1,4 @@
-"""Records of a run: JSON lines always, wandb and TensorBoard when asked for."""
+"""Writes the records of a run: JSON lines always, wandb and TensorBoard if asked for."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _LONGEST_REASON = 200
 
 
 class Tracker:
-    """Writes `metrics.jsonl`, one object a line with its `event`; keeps quiet on every rank but the first.
+    """Writes `metrics.jsonl`, one object a line with its `event`; writes on rank 0 only.
 
-    `rewind` starts wandb and TensorBoard where the run asks for them. Neither ever stops a run: it goes on without the
+    `rewind` starts wandb and TensorBoard if the run asks for them. Neither ever stops a run: it continues without the
     one that fails, with a line that says so.
     """
 
@@ -67,10 +67,10 @@ class Tracker:
         return self.path.stat().st_size
 
     def rewind(self, position: int) -> None:
-        """Begin with a run: drop what an interrupted run wrote after `position`, which is done again.
+        """Begin a run: drop the events that an interrupted run wrote after `position`; those steps are done again.
 
-        The record of the checkpoint made there, the first line after it, stays. At 0 the run starts anew, and what
-        dashboards show of an earlier one in the same folder is not continued.
+        The record of the checkpoint made there, the first line after it, stays. At 0 the run starts anew, and
+        dashboards do not continue an earlier run of the same folder.
         """
         if self._file is None:
             return
@@ -83,7 +83,7 @@ class Tracker:
             kept += after[0]
         # A disk that lost the end of the file can leave half a line.
         kept = kept[: kept.rfind(b"\n") + 1]
-        # Cut and not written anew: a process killed in between would leave nothing of it.
+        # Truncated, not rewritten: a process killed in between would lose the file.
         os.truncate(self.path, len(kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self._start_dashboards(_whole_events(kept), is_new=position == 0)
@@ -115,7 +115,7 @@ class Tracker:
 
 
 class _Summary:
-    """What a run came to, learnt from its events, those before an interruption included."""
+    """Results of a run, from its events, those before an interruption included."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -153,7 +153,7 @@ def _whole_events(written: bytes) -> list[dict[str, Any]]:
 
 
 def _key(kind: type[Dashboard]) -> str:
-    """The key of the run file that asks for it, which is also the library's name."""
+    """The key of the run file that asks for it, and the name of the library."""
     return kind.__name__.lower()
 
 
@@ -161,9 +161,9 @@ def _guarded(name: str, call: Callable[[], object]) -> bool:
     """Whether `call` succeeded."""
     try:
         call()
-    except Exception as error:  # these libraries raise many kinds, and none of them is worth a run
+    except Exception as error:  # these libraries raise many kinds, and none of them should end a run
         reason = in_one_line(error, _LONGEST_REASON)
-        say(f"{name}: {reason}; the run goes on without it, metrics.jsonl has everything")
+        say(f"{name}: {reason}; the run continues without it; metrics.jsonl has everything")
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""What a run says of itself on the terminal: a block at its start, a table and what was best at its end."""
+"""The summary of a run on the terminal: a block at its start; accuracy by stage and the best evaluation at its end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def opening(run: ResolvedRun, setup: Setup, planned: tuple[int, int] | None) -> 
         "devices": f"{sizes.world} x {distributed.device().type}, {config.deepspeed}",
         "data": f"{len(setup.train_set)} training examples, {len(setup.valid_set)} for validation",
         "batch": (
-            f"{sizes.total} examples a step = {sizes.micro} a micro-batch x {sizes.accumulation} accumulated x "
+            f"{sizes.total} examples per step = {sizes.micro} per micro-batch x {sizes.accumulation} accumulated x "
             f"{sizes.world} rank{'s' * (sizes.world > 1)}"
         ),
         "stages": _stages_text(config, setup.curriculum, steps_per_epoch(len(setup.train_set), sizes)),
@@ -47,9 +47,9 @@ def opening(run: ResolvedRun, setup: Setup, planned: tuple[int, int] | None) -> 
 
 def _memory_text(planned: tuple[int, int] | None) -> str:
     if planned is None:
-        return "could not be planned, see run.log"
+        return "the plan failed, see run.log"
     kept, activations = (n_bytes / GIB for n_bytes in planned)
-    where = "a card" if distributed.device().type == "cuda" else "of host memory a rank"
+    where = "per card" if distributed.device().type == "cuda" else "of host memory per rank"
     return f"{kept:.2f} GiB of model states + {activations:.2f} GiB of activations {where}, planned"
 
 
@@ -76,7 +76,7 @@ def _span(first: int, last: int) -> str:
 
 
 def skip_lines(n_skipped: int, n_steps: int) -> list[str]:
-    """How many of a run's optimizer steps fp16 skipped, with a warning where they are most; none for none."""
+    """How many of a run's optimizer steps fp16 skipped, with a warning if most were; no lines if none was."""
     if not n_skipped:
         return []
     warning = [f"  warning   {skipped_warning(n_skipped, n_steps)}"] if skips_most(n_skipped, n_steps) else []
@@ -84,18 +84,19 @@ def skip_lines(n_skipped: int, n_steps: int) -> list[str]:
 
 
 def finished(folder: RunFolder, n_epochs: int, changed: Sequence[str]) -> str:
-    """What is said of a run that has nothing left to train; `changed` are lines of `run_changes.changes`."""
+    """The message of a run with nothing left to train; `changed` are lines of `run_changes.changes`."""
     said = f"{folder} is finished, {n_epochs} epochs were trained before: nothing was trained now"
     if not changed:
-        return f"{said}; a higher num_epochs trains on"
+        return f"{said}; raise num_epochs to train further"
     return (
         f"{said}, and the results below are not those of this command. The run was trained with (there -> here):\n"
-        f"{_listed(changed)}\nTo train with what this command says, set another name=; a higher num_epochs trains on"
+        f"{_listed(changed)}\n"
+        "To train with the settings of this command, set another name=; raise num_epochs to train further"
     )
 
 
 def changed_text(changed: Sequence[str]) -> str:
-    """What is said of a run that goes on with other settings or data."""
+    """The message of a run that resumes with other settings or data."""
     return f"changed since the run was last started (before -> now):\n{_listed(changed)}"
 
 
@@ -125,7 +126,7 @@ def closing(
     best_of_last = max(last_stage, key=lambda row: row.accuracy)
     lines = [summary_table(evaluations), "", f"  best      {_best_text(best)}"]
     if layout(best) != layout(best_of_last):
-        lines.append(f"  at last   {_best_text(best_of_last)}, the best of the last stage")
+        lines.append(f"  last      {_best_text(best_of_last)}, the best of the last stage")
     # Not every run keeps them all.
     checkpoints = [folder.checkpoint(row.epoch) for row in (best_of_last, best, *reversed(evaluations))]
     if kept := [path for path in checkpoints if path.is_dir()]:
@@ -137,7 +138,7 @@ def closing(
 
 
 def _evaluate_command(config: RunConfig, folder: RunFolder, checkpoint: Path) -> str:
-    """As one would type it, quoted for a shell."""
+    """Quoted for a shell."""
     test_set = [override("test_path", config.test_path)] if config.test_path else []
     if Path("launch.sh").is_file():
         return shlex.join(["./launch.sh", "eval", str(checkpoint), *test_set])
@@ -148,7 +149,7 @@ def _evaluate_command(config: RunConfig, folder: RunFolder, checkpoint: Path) ->
 
 
 def _layout(config: RunConfig, stage: int) -> int:
-    """Later stages all have the layout of the first one in which no step is left; icot goes by tokens."""
+    """Stages after the last latent one share its successor's layout, without steps; icot's removal goes by tokens."""
     return stage if config.traits.steps == "dropped by token" else min(stage, config.max_latent_stage + 1)
 
 
@@ -159,7 +160,7 @@ def _best_text(row: EpochEvaluation) -> str:
 
 def summary_table(evaluations: Sequence[EpochEvaluation]) -> str:
     """Accuracy per stage: the last and the best evaluation in each; lengths and cut answers are those of the last."""
-    rows = ["stage  epochs   last accuracy   best accuracy   tokens an answer   of them thoughts   cut"]
+    rows = ["stage  epochs   last accuracy   best accuracy   tokens per answer  of them thoughts   cut"]
     for stage in sorted({row.stage for row in evaluations}):
         mine = [row for row in evaluations if row.stage == stage]
         last, best = mine[-1], max(mine, key=lambda row: row.accuracy)
@@ -172,7 +173,7 @@ def summary_table(evaluations: Sequence[EpochEvaluation]) -> str:
 
 
 def _known(value: float | None, form: str) -> str:
-    """The value; a dash where the records are those of an earlier version, which did not write it."""
+    """The value; a dash for records of earlier versions, which do not have it."""
     return "-" if value is None else format(value, form)
 
 
@@ -182,11 +183,11 @@ def lengths_text(mean_new_tokens: float, mean_thoughts: float, n_cut: int, max_n
     if mean_thoughts:
         parts = f" ({mean_thoughts:.1f} thoughts + {mean_new_tokens - mean_thoughts:.1f} generated)"
     cut = f", {n_cut} cut by max_new_tokens {max_new_tokens}" if n_cut else ""
-    return f"{mean_new_tokens:.1f} tokens an answer{parts}{cut}"
+    return f"{mean_new_tokens:.1f} tokens per answer{parts}{cut}"
 
 
 def evaluation_text(config: RunConfig, path: str, stage: int, evaluation: Evaluation) -> str:
-    """One line for an evaluation of its own."""
+    """One line for an evaluation without training."""
     by_steps = ", ".join(f"{steps} steps {share:.1%}" for steps, share in evaluation.accuracy_by_steps.items())
     lengths = lengths_text(
         evaluation.mean_new_tokens, evaluation.mean_thoughts, evaluation.n_cut, config.max_new_tokens

@@ -61,7 +61,7 @@ class Trainer:
         self._has_warned_of_cut = self._has_warned_of_skips = False
 
     def fit(self) -> bool:
-        """Train what is left of the run; False when it was asked to stop before the end, and has saved."""
+        """Train the rest of the run; False if it stopped on request before the end, and has saved."""
         stored = None
         if self.newest is not None:
             stored = read_stored(self.newest)
@@ -97,30 +97,30 @@ class Trainer:
         return True
 
     def _checked(self, stored: Stored) -> Progress:
-        """The progress to go on from; raises InputError where its place within an epoch means something else now."""
+        """The progress to resume from; raises InputError if its place within an epoch means something else now."""
         total = self.run.sizes.total
         if stored.progress.windows and stored.train_batch_size != total:
             raise InputError(
                 f"{self.newest}: made within an epoch, after {stored.progress.windows} steps of "
-                f"{stored.train_batch_size} examples; this run takes {total} a step, so that place does not exist; set "
+                f"{stored.train_batch_size} examples; this run takes {total} per step and has no such place; set "
                 f"train_batch_size: {stored.train_batch_size} without gradient_accumulation_steps"
             )
         return stored.progress
 
     def _first_epoch_of_schedule(self) -> int:
-        """The epoch in which the schedule in force now, before a reset at the start of an epoch, began."""
+        """The epoch in which the current schedule began, before a reset at the start of an epoch."""
         start = max(self.progress.epochs - (self.progress.windows == 0), self.config.resume)
         while start > self.config.resume and not resets_before(start, self.config, self.curriculum):
             start -= 1
         return start
 
     def _scheduled(self, stored: Stored | None, first: int) -> int:
-        """Steps that the schedule which began in epoch `first` has taken."""
+        """Steps taken of the schedule that began in epoch `first`."""
         if stored is None or stored.train_batch_size == self.run.sizes.total:
             return stored.scheduled if stored else 0
         say(
-            f"a step takes {self.run.sizes.total} examples from here on and took {stored.train_batch_size} before: "
-            "the losses will not be those of the run so far"
+            f"{self.run.sizes.total} examples per step from here on, {stored.train_batch_size} before: losses will not "
+            "match those of an uninterrupted run"
         )
         return (self.progress.epochs - first) * self.steps_per_epoch
 
@@ -158,7 +158,7 @@ class Trainer:
             )
 
     def _train_epoch(self, epoch: int) -> bool:
-        """The rest of an epoch's steps; False when it was asked to stop."""
+        """The rest of an epoch's steps; False if it stopped on request."""
         self.engine.train()
         self.evaluation = None
         first, every = self.progress.windows, self.config.save_every_steps
@@ -183,7 +183,7 @@ class Trainer:
         learning_rate = self.schedule.get_last_lr()[0]
         number = self.progress.step + 1
         pending = accumulate_gradients(self.engine, batches, self.config.loss_normalization)
-        # Before the update: a loss that is no number must not reach the weights.
+        # Before the update: a loss that is not finite must not reach the weights.
         figures = fetch(pending, number)
         update(self.engine)
         skipped = not self.engine.was_step_applied()
@@ -210,7 +210,7 @@ class Trainer:
                 stage=self.curriculum.stage(epoch),
                 step=number,
                 lr=learning_rate,
-                # Of gradients that overflowed there is none.
+                # Gradients that overflowed have no norm.
                 grad_norm=None if skipped else self._gradient_norm(),
                 step_time_s=seconds,
                 peak_memory_gib=peak_memory_gib(),
@@ -227,14 +227,14 @@ class Trainer:
         return {**of_step, "n_skipped_in_run": self.progress.skipped}
 
     def _warn_of_skips(self) -> None:
-        """Once, where fp16 has skipped most of the steps so far."""
+        """Once, if fp16 has skipped most of the steps so far."""
         n_skipped, n_steps = self.progress.skipped, self.progress.step
         if skips_most(n_skipped, n_steps) and not self._has_warned_of_skips:
             self._has_warned_of_skips = True
             say(f"warning: {skipped_warning(n_skipped, n_steps)}")
 
     def _stops(self, epoch: int, saved: bool) -> bool:
-        """Whether a rank was asked to stop; then the run is saved, unless that has just been done."""
+        """Whether any rank was requested to stop; then the run is saved, unless it has just been saved."""
         if not self.interruption.agreed():
             return False
         if not saved:
@@ -246,7 +246,7 @@ class Trainer:
         return None if norm is None else float(norm)
 
     def _finish_epoch(self, epoch: int) -> bool:
-        """Evaluate, and save where the run asks for it; whether it did."""
+        """Evaluate, and save if the run asks for it; whether it did."""
         started = time.monotonic()
         with whole_weights(self.engine):
             outcome = self.evaluator.run(self.curriculum.stage(epoch))
@@ -292,7 +292,7 @@ class Trainer:
             say(f"warning: {cut_warning(n_cut, evaluation.n_total, limit)}")
 
     def _save(self, epoch: int) -> None:
-        """Save where the run stands, with weights that have seen (a part of) `epoch`; not in debug mode."""
+        """Save the state of the run, with weights that have seen (a part of) `epoch`; not in debug mode."""
         if self.config.debug:
             return
         watchdog.alive()

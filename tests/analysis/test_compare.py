@@ -272,7 +272,7 @@ def test_damaged_predictions(content, message, tmp_path, capsys):
 
 
 def test_what_is_not_there(tmp_path, runs, capsys):
-    assert "missing is no run folder, it has no run_config.yaml" in refusal([str(tmp_path / "missing")], capsys)
+    assert "missing is not a run folder, it has no run_config.yaml" in refusal([str(tmp_path / "missing")], capsys)
     assert "a label is written LABEL=RUN" in refusal([f"={runs[0]}"], capsys)
     error = refusal([runs[0], "--predictions", "epoch_0003"], capsys)
     assert "has no epoch_0003.jsonl (did you mean 'epoch_0002'?)" in error

@@ -79,7 +79,7 @@ def test_more_runs_than_there_are_colours_are_refused(tmp_path, capsys):
 
 
 def test_what_cannot_be_done_is_one_line(tmp_path, capsys, monkeypatch):
-    assert "missing is no run folder, it has no run_config.yaml" in refusal([str(tmp_path / "missing")], capsys)
+    assert "missing is not a run folder, it has no run_config.yaml" in refusal([str(tmp_path / "missing")], capsys)
     folder = recorded.write_run(tmp_path)
     (tmp_path / "file").write_text("")
     error = refusal([str(folder), "--out", str(tmp_path / "file")], capsys)

@@ -118,7 +118,7 @@ def test_a_run_that_has_not_taken_a_step_is_empty_and_says_so(tmp_path):
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"is no run folder, it has no run_config\.yaml; name a folder save_path/name"):
+    with pytest.raises(InputError, match=r"is not a run folder, it has no run_config\.yaml; name a folder"):
         read_run(tmp_path)
 
 

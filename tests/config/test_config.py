@@ -171,7 +171,7 @@ def test_windows(tmp_path, override, weights):
     ("override", "message"),
     [
         ("latent_context.weights=uniform", "weights: uniform needs window, the number of states"),
-        ("latent_context.window=2", "window: 2, but [0.6, 0.3, 0.1] has 3 weights; list as many"),
+        ("latent_context.window=2", "window: 2, but [0.6, 0.3, 0.1] has 3 weights; list that number"),
         ("latent_context.decay=0.3", "decay: belongs to weights: exponential"),
         ("latent_context.weights=[1] latent_context.learned=true", "learned: needs two weights or more"),
         ("latent_context.weights=[1,.nan]", "input should be a finite number"),
@@ -238,9 +238,9 @@ def test_batch_sizes_are_worked_out():
     assert sizes(2, batch_size_training=8, train_batch_size=128) == BatchSizes(8, 8, 2)
     assert sizes(2, batch_size_training=8, gradient_accumulation_steps=3) == BatchSizes(8, 3, 2)
     assert sizes(1, batch_size_training=8) == BatchSizes(8, 1, 1)
-    with pytest.raises(ConfigError, match="128 cannot be made from 8 a micro-batch x 3 ranks"):
+    with pytest.raises(ConfigError, match="128 cannot be made from 8 per micro-batch x 3 ranks"):
         sizes(3, batch_size_training=8, train_batch_size=128)
-    with pytest.raises(ConfigError, match="128 cannot be made from 8 a micro-batch x 2 accumulated x 2 ranks"):
+    with pytest.raises(ConfigError, match="128 cannot be made from 8 per micro-batch x 2 accumulated x 2 ranks"):
         sizes(2, batch_size_training=8, train_batch_size=128, gradient_accumulation_steps=2)
 
 

@@ -191,7 +191,7 @@ def test_an_evaluation_warns_and_its_line_and_json_have_the_count(checkpoint, da
     found = json.loads(found)
     assert (found["n_cut"], found["mean_thoughts"]) == (n_cut, 2)
     generated = found["mean_new_tokens"] - 2
-    lengths_said = f"{found['mean_new_tokens']:.1f} tokens an answer (2.0 thoughts + {generated:.1f} generated)"
+    lengths_said = f"{found['mean_new_tokens']:.1f} tokens per answer (2.0 thoughts + {generated:.1f} generated)"
     assert f"{lengths_said}, {n_cut} cut by max_new_tokens 2, " in line
     assert warning.startswith(f"warning: {n_cut} of 20 {WARNING.format(2)}")
     assert written.startswith("predictions: ")
@@ -215,20 +215,19 @@ def test_a_run_warns_once_and_at_its_end(tmp_path):
     assert [event["n_cut"] for event in evaluations] == [4, 4]
     assert [event["mean_thoughts"] for event in evaluations] == [0, 1]
     first, warning, second = (line for line in lines if line.startswith(("epoch ", "warning")))
-    assert first.endswith(("1.0 tokens an answer, 4 cut by max_new_tokens 1", "best so far"))
+    assert first.endswith(("1.0 tokens per answer, 4 cut by max_new_tokens 1", "best so far"))
     assert warning.startswith("warning: 4 of 4 " + WARNING.format(1))
-    assert "2.0 tokens an answer (1.0 thoughts + 1.0 generated), 4 cut by max_new_tokens 1" in second
+    assert "2.0 tokens per answer (1.0 thoughts + 1.0 generated), 4 cut by max_new_tokens 1" in second
     assert [line for line in lines if line.startswith("  warning   4 of 4 " + WARNING.format(1))]
     table = [line.split() for line in lines if line.endswith("   4")]
     assert [row[-3:] for row in table] == [["1.0", "0.0", "4"], ["2.0", "1.0", "4"]]
 
 
 def test_what_is_not_cut_is_said_as_before():
-    assert lengths_text(4.0, 0.0, 0, 128) == "4.0 tokens an answer"
-    assert lengths_text(9.0, 6.0, 0, 128) == "9.0 tokens an answer (6.0 thoughts + 3.0 generated)"
-    assert (
-        lengths_text(9.0, 6.0, 3, 3) == "9.0 tokens an answer (6.0 thoughts + 3.0 generated), 3 cut by max_new_tokens 3"
-    )
+    assert lengths_text(4.0, 0.0, 0, 128) == "4.0 tokens per answer"
+    assert lengths_text(9.0, 6.0, 0, 128) == "9.0 tokens per answer (6.0 thoughts + 3.0 generated)"
+    with_cut = lengths_text(9.0, 6.0, 3, 3)
+    assert with_cut == "9.0 tokens per answer (6.0 thoughts + 3.0 generated), 3 cut by max_new_tokens 3"
 
 
 def test_the_table_of_an_older_run_has_dashes(tmp_path):

@@ -210,7 +210,7 @@ def test_a_run_goes_on_under_another_file_and_number_of_ranks(folder):
     for path in (folder / "runs" / "moved" / "checkpoints").glob("epoch_0003_step*"):
         shutil.rmtree(path)
     output = launching.train(other, folder / "moved", ranks=1)
-    assert "a step takes 4 examples from here on and took 8 before" in output
+    assert "4 examples per step from here on, 8 before" in output
     rates = [event["lr"] for event in launching.events(folder / "runs" / "moved", "train_step")][18:]
     assert rates == pytest.approx([1e-3 * (22 - step) / 22 for step in range(11, 22)])
 

@@ -258,7 +258,7 @@ def test_a_run_goes_on_where_the_folders_cannot_be_made(tmp_path, capsys):
     tracker.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["wandb", "tensorboard"]
-    assert all("the run goes on without it" in line for line in lines)
+    assert all("the run continues without it" in line for line in lines)
     assert len(launching.events(tracker.path.parent, "train_step")) == 2
 
 
@@ -279,7 +279,7 @@ def test_a_run_goes_on_when_the_disk_fills_under_tensorboard(tmp_path, capsys, m
     for thread in set(threading.enumerate()) - before:
         thread.join(10)
     (line,) = capsys.readouterr().out.splitlines()
-    assert "No space left on device; the run goes on without it" in line
+    assert "No space left on device; the run continues without it" in line
     assert len(launching.events(tracker.path.parent, "train_step")) == 6
 
 

@@ -81,7 +81,7 @@ def test_a_finished_run_says_that_nothing_was_trained_and_stays_as_it_is(folder,
     before = records(folder)
     assert start(folder) == 0
     said = capsys.readouterr().out
-    assert f"{folder}/runs/run is finished, 3 epochs were trained before: nothing was trained now; a higher" in said
+    assert f"{folder}/runs/run is finished, 3 epochs were trained before: nothing was trained now; raise num_epochs" in said
     assert "stage  epochs" in said
     assert listed(said) == []
     assert records(folder) == before

@@ -15,12 +15,12 @@ BLOCK = [
     r"  model     scratch \(llama\), 0\.\d\d M parameters, fp32",
     r"  devices   2 x cpu, ds_configs/zero2_offload\.json",
     r"  data      128 training examples, 16 for validation",
-    r"  batch     64 examples a step = 32 a micro-batch x 1 accumulated x 2 ranks",
+    r"  batch     64 examples per step = 32 per micro-batch x 1 accumulated x 2 ranks",
     r"  stages    0 in 1, 1 in 2, 2 in 3, no step left in 4 of 4 epochs, 2 steps each",
-    r"  memory    \d\.\d\d GiB of model states \+ \d\.\d\d GiB of activations of host memory a rank, planned",
+    r"  memory    \d\.\d\d GiB of model states \+ \d\.\d\d GiB of activations of host memory per rank, planned",
     r"  folder    .*/transcript \(run\.log has what libraries say\)",
 ]
-LENGTHS = r"\d+\.\d tokens an answer( \(\d\.\d thoughts \+ \d+\.\d generated\))?(, \d+ cut by max_new_tokens \d+)?"
+LENGTHS = r"\d+\.\d tokens per answer( \(\d\.\d thoughts \+ \d+\.\d generated\))?(, \d+ cut by max_new_tokens \d+)?"
 EVALUATIONS = [
     rf"epoch {epoch}/4, stage {epoch - 1}: accuracy \d+\.\d% \(\d+/16\), loss \d+\.\d{{4}}, "
     rf"{LENGTHS}(, best so far)?"
@@ -28,11 +28,11 @@ EVALUATIONS = [
 ]
 BEST = r"accuracy \d+\.\d% \(\d+/16\) after epoch \d, stage \d"
 CLOSING = [
-    r"stage  epochs   last accuracy   best accuracy   tokens an answer   of them thoughts   cut",
+    r"stage  epochs   last accuracy   best accuracy   tokens per answer  of them thoughts   cut",
     *(rf" +{stage}  +{stage + 1}-{stage + 1} +\d+\.\d% +\d+\.\d% +\d+\.\d +\d\.\d +\d+" for stage in range(4)),
     r"",
     rf"  best      {BEST}",
-    rf"  at last   {BEST}, the best of the last stage",
+    rf"  last      {BEST}, the best of the last stage",
     r"  evaluate  \./launch\.sh eval .*/transcript/checkpoints/epoch_0004 test_path=data/demo/prosqa_test\.json",
     r"  report    python -m coconut_ds\.report .*/transcript",
     r"report: .*/transcript/report/report\.html",
@@ -59,7 +59,7 @@ def environment() -> dict[str, str]:
 
 def demand_nothing_else(lines: list[str]) -> None:
     expected = [*BLOCK, *EVALUATIONS, *CLOSING]
-    if not any(line.startswith("  at last") for line in lines):
+    if not any(line.startswith("  last ") for line in lines):
         expected.remove(CLOSING[-4])
     shown = "\n".join(lines)
     lines = [line for line in lines if not re.fullmatch(CUT, line)]

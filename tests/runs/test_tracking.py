@@ -123,6 +123,6 @@ def test_a_run_goes_on_with_one_line_where_wandb_cannot_be_used(tmp_path, key, r
     first, *others = result.stdout.splitlines()
     assert first.startswith("wandb: ")
     assert reason in first
-    assert first.endswith("; the run goes on without it, metrics.jsonl has everything")
+    assert first.endswith("; the run continues without it; metrics.jsonl has everything")
     assert others == ["the run went on"]
     assert [event["step"] for event in launching.events(tmp_path / "run", "train_step")] == [1, 2, 3]

@@ -44,13 +44,13 @@ def closed(tmp_path, accuracies: list[tuple[int, int]], **values) -> list[str]:
 def test_an_earlier_stage_that_was_better_is_told_from_the_last_one(tmp_path):
     lines = closed(tmp_path, [(0, 90), (1, 80), (2, 70)])
     assert "  best      accuracy 90.0% (90/100) after epoch 1, stage 0" in lines
-    assert "  at last   accuracy 70.0% (70/100) after epoch 3, stage 2, the best of the last stage" in lines
+    assert "  last      accuracy 70.0% (70/100) after epoch 3, stage 2, the best of the last stage" in lines
 
 
 def test_stages_without_a_step_left_count_as_one(tmp_path):
     lines = closed(tmp_path, [(2, 70), (3, 95), (4, 94), (5, 93)])
     assert "  best      accuracy 95.0% (95/100) after epoch 2, stage 3" in lines
-    assert not [line for line in lines if line.startswith("  at last")]
+    assert not [line for line in lines if line.startswith("  last ")]
 
 
 def test_of_equal_evaluations_the_one_that_sees_fewer_steps_is_named(tmp_path):
@@ -73,7 +73,7 @@ def test_where_the_last_stage_was_not_kept_the_best_checkpoint_is_named(tmp_path
 
 def test_stages_of_icot_stay_apart(tmp_path):
     lines = closed(tmp_path, [(0, 95), (1, 90), (2, 40)], method="icot", max_latent_stage=0)
-    assert "  at last   accuracy 40.0% (40/100) after epoch 3, stage 2, the best of the last stage" in lines
+    assert "  last      accuracy 40.0% (40/100) after epoch 3, stage 2, the best of the last stage" in lines
 
 
 def test_without_an_evaluation_there_is_still_a_report_to_name(tmp_path):
