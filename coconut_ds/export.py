@@ -1,8 +1,8 @@
-"""`python -m coconut_ds.export`, whose code is in commands/."""
+"""`python -m coconut_ds.export`, an older name of `python -m coconut_ds export`."""
 
 import sys
 
 from coconut_ds.commands.export import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="python -m coconut_ds.export"))

@@ -1,8 +1,8 @@
-"""`python -m coconut_ds.inspect_latents`, whose code is in commands/."""
+"""`python -m coconut_ds.inspect_latents`, an older name of `python -m coconut_ds inspect`."""
 
 import sys
 
 from coconut_ds.commands.inspect_latents import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="python -m coconut_ds.inspect_latents"))

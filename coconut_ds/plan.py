@@ -1,8 +1,8 @@
-"""`python -m coconut_ds.plan`, whose code is in commands/."""
+"""`python -m coconut_ds.plan`, an older name of `python -m coconut_ds plan`."""
 
 import sys
 
 from coconut_ds.commands.plan import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="python -m coconut_ds.plan"))

@@ -1,8 +1,9 @@
 """Runs shell commands whose trainer and tools start in a second: torch and DeepSpeed are imported once for all of them.
 
 `deepspeed` and `python` on the PATH of a `Shell` hand what belongs to the project (`coconut_ds/`, pytest, benchmarks)
-to a process forked from one that has the libraries; anything else goes to the real interpreter. The trainer runs as the
-only rank: the launcher's options are read by its own parser, and the launcher itself is started by other tests.
+to a process forked from one that has the libraries; anything else goes to the real interpreter. So do the commands that
+start a trainer, which find a module in place of DeepSpeed's launcher that does what `deepspeed` does here. The trainer
+runs as the only rank: the launcher's options are read by its own parser, and the launcher itself is started by others.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ TIME_LIMIT_S = 100
 _CLIENT = """
 import os, sys
 from multiprocessing.connection import Client
+arguments = ["deepspeed", *sys.argv[1:]] if sys.argv[0].endswith("runner.py") else sys.argv[1:]
 with Client(os.environ["WARM_SOCKET"]) as server:
-    server.send((sys.argv[1:], os.getcwd(), dict(os.environ)))
+    server.send((arguments, os.getcwd(), dict(os.environ)))
     status, output, errors = server.recv()
 sys.stdout.write(output)
 sys.stderr.write(errors)
@@ -36,7 +38,10 @@ _STAND_IN = """#!/usr/bin/env bash
 case "{name} $*" in
   *'print(sys.prefix)'*) echo "$WARM_PREFIX" ;;
   *'-m pip '*) echo "nothing is installed by a test" >&2; exit 1 ;;
-  deepspeed\\ * | 'python -m coconut_ds.'* | 'python -m pytest'* | 'python coconut_ds/'* | 'python benchmarks/'*)
+  'python -m coconut_ds train'* | 'python -m coconut_ds eval'* | \\
+  'python -m coconut_ds demo'* | 'python -m coconut_ds sweep'*)
+    PYTHONPATH=$(dirname "$0")/stand_in exec {python} "$@" ;;
+  deepspeed\\ * | 'python -m coconut_ds'* | 'python -m pytest'* | 'python coconut_ds/'* | 'python benchmarks/'*)
     exec {python} -I "$(dirname "$0")/client.py" {name} "$@" ;;
   *) exec {python} "$@" ;;
 esac
@@ -62,6 +67,11 @@ class Shell:
         self.tree = tree
         folder.mkdir()
         (folder / "client.py").write_text(_CLIENT, encoding="utf-8")
+        launcher = folder / "stand_in" / "deepspeed" / "launcher"
+        launcher.mkdir(parents=True)
+        for package in (launcher, launcher.parent):
+            (package / "__init__.py").touch()
+        (launcher / "runner.py").write_text(_CLIENT, encoding="utf-8")
         for name in ("python", "deepspeed"):
             stand_in = folder / name
             stand_in.write_text(_STAND_IN.format(name=name, python=sys.executable), encoding="utf-8")

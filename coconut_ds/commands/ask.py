@@ -1,6 +1,6 @@
 """Ask a trained model.
 
-    python -m coconut_ds.ask CHECKPOINT [QUESTION] [--file FILE] [--sample] [--thoughts N] [--show-thoughts] [--json]
+    python -m coconut_ds ask CHECKPOINT [QUESTION] [--file FILE] [--sample] [--thoughts N] [--show-thoughts] [--json]
 
 CHECKPOINT is a checkpoint of a run, an exported folder or a hub id. Without QUESTION and FILE questions are read from
 the terminal, or one a line from a pipe. FILE is a data file (`.json`: its questions are asked, and its answers stand
@@ -24,15 +24,15 @@ from pathlib import Path
 import torch
 
 from coconut_ds import strict_json
+from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.data.doubts import unread
 from coconut_ds.data.records import read_records
 from coconut_ds.errors import InputError
 from coconut_ds.inference.answers import Answer, Answerer, Question, sampled
 from coconut_ds.inference.trained_model import TrainedModel
-from coconut_ds.runs.terminal import quiet_libraries, stop_printing
+from coconut_ds.runs.terminal import quiet_libraries
 
 _PROMPT = "> "
-_INTERRUPTED = 130
 _LISTED = 10  # cut answers that are named by their number
 _JSON_STARTS = re.compile(r'\s*(\[\s*(\{|$)|\{\s*("|$))')
 
@@ -47,45 +47,26 @@ _RANGES = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0 when all was answered, 2 when the user has to put something right, 130 after Ctrl-C, 1 when nobody reads on."""
-    options = _parse(arguments)
-    quiet_libraries()
-    try:
-        _check(options)
-        _run(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except BrokenPipeError:
-        return stop_printing()
-    return 0
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m coconut_ds.ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments: list[str] | None = None, prog: str = f"{PROG} ask") -> int:
+    """0 when all questions were answered; other statuses as `run_command` says."""
+    parser = new_parser(prog, __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("question", nargs="?", metavar="QUESTION")
     parser.add_argument("--file", metavar="FILE", help="a data file, or text with one question a line; - is stdin")
     parser.add_argument("--thoughts", type=int, metavar="N", help="thoughts in the prompt (default: as evaluated)")
-    parser.add_argument("--sample", action="store_true", help="draw the answer in place of taking the best tokens")
+    parser.add_argument("--sample", action="store_true", help="draw the answer instead of taking the best tokens")
     parser.add_argument("--temperature", type=float, metavar="T", help="with --sample: above 0 (default: 1)")
     parser.add_argument(
         "--top-p", type=float, metavar="P", help="with --sample: draw from the best tokens that sum to P"
     )
     parser.add_argument("--seed", type=int, metavar="S", help="with --sample: the same answers again")
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="default: as evaluated, or what positions are left"
+        "--max-new-tokens", type=int, metavar="N", help="default: as evaluated, or what the remaining positions allow"
     )
     parser.add_argument("--show-thoughts", action="store_true", help="what the LM head reads in each thought")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line and nothing else on stdout")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line and nothing else on stdout")
     parser.add_argument("--no-stream", action="store_true", help="print an answer when it is complete")
-    # Else a question that follows an option would be refused: the checkpoint's turn ends the optional one's.
-    return parser.parse_intermixed_args(arguments)
+    return run_command(_ask, parser, arguments)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -105,7 +86,9 @@ def _spelled(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _run(options: argparse.Namespace) -> None:
+def _ask(options: argparse.Namespace) -> None:
+    quiet_libraries()
+    _check(options)
     is_loop = options.question is None and options.file is None and sys.stdin.isatty()
     # Opened before the model is loaded: what is wrong with a file is said at once.
     questions = [] if is_loop else _questions(options)

@@ -1,6 +1,6 @@
 """Compare runs by what they answered.
 
-    python -m coconut_ds.compare [LABEL=]RUN [[LABEL=]RUN ...] [--predictions NAME] [--json FILE] [--png FILE]
+    python -m coconut_ds compare [LABEL=]RUN [[LABEL=]RUN ...] [--predictions NAME] [--json FILE] [--png FILE]
 
 RUN is a run folder. Runs with one label are one group, the seeds of one method; without a label the group is the run's
 name less its seed: `demo_seed1`, `demo-seed1` and `demo_s1` with seed 1 belong to `demo`. All runs must have answered
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -38,6 +37,7 @@ import numpy as np
 from coconut_ds import strict_json
 from coconut_ds.analysis import intervals
 from coconut_ds.analysis.comparison_tables import report
+from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.errors import InputError, demand_libraries
 from coconut_ds.runs.folder import RunFolder, epoch_of
@@ -81,41 +81,33 @@ class Run:
 Groups = Mapping[str, Sequence[Run]]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0 with a comparison, 2 when the user has to put something right."""
-    options = _parse(arguments)
-    try:
-        demand_libraries(["scipy", "matplotlib"] if options.png else ["scipy"], extra="report")
-        comparison = compare(grouped([read_run(text, options.predictions) for text in options.runs]))
-        if options.json:
-            _write(options.json, lambda path: path.write_text(strict_json.dumps(comparison, indent=2) + "\n", "utf-8"))
-        if options.png:
-            from coconut_ds.analysis.plots.canvas import save
-            from coconut_ds.analysis.plots.comparison import draw
-
-            _write(options.png, lambda path: save(draw(comparison), path))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report(comparison, options.markdown))
-    return 0
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m coconut_ds.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments: list[str] | None = None, prog: str = f"{PROG} compare") -> int:
+    """0 with a comparison; other statuses as `run_command` says."""
+    parser = new_parser(prog, __doc__)
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="run folder, save_path/name")
     parser.add_argument(
         "--predictions",
         metavar="NAME",
-        help="file of predictions/ to compare, such as eval_prosqa_test (default: each run's last epoch); which "
-        "checkpoint an eval_ file is of stands nowhere in it",
+        help="file of predictions/ to compare, such as eval_prosqa_test (default: each run's last epoch); an eval_ "
+        "file does not say which checkpoint it is of",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, shares from 0 to 1")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw accuracies; needs matplotlib")
     parser.add_argument("--markdown", action="store_true", help="print the tables as GitHub markdown")
-    return parser.parse_args(arguments)
+    return run_command(_compare, parser, arguments)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    demand_libraries(["scipy", "matplotlib"] if options.png else ["scipy"], extra="report")
+    comparison = compare(grouped([read_run(text, options.predictions) for text in options.runs]))
+    if options.json:
+        _write(options.json, lambda path: path.write_text(strict_json.dumps(comparison, indent=2) + "\n", "utf-8"))
+    if options.png:
+        from coconut_ds.analysis.plots.canvas import save
+        from coconut_ds.analysis.plots.comparison import draw
+
+        _write(options.png, lambda path: save(draw(comparison), path))
+    print(report(comparison, options.markdown))
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:

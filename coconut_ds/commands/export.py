@@ -1,9 +1,9 @@
 """Turn a checkpoint into a folder that plain transformers loads.
 
-    python -m coconut_ds.export CHECKPOINT OUT [--model-id MODEL] [--no-markers] [--push-to-hub REPO_ID [--private]]
+    python -m coconut_ds export CHECKPOINT OUT [--model-id MODEL] [--no-markers] [--push-to-hub REPO_ID [--private]]
 
-CHECKPOINT is one of ours, an HF folder, or a published `.pt` state dict, whose shape comes from MODEL. OUT gets
-safetensors in fp32, configuration, tokenizer with the marker tokens, and, where the checkpoint has latent settings,
+CHECKPOINT is a checkpoint of a run, an HF folder, or a published `.pt` state dict, whose shape comes from MODEL. OUT
+gets safetensors in fp32, configuration, tokenizer with the marker tokens and, if the checkpoint has latent settings,
 `coconut.json` and a model card. It can be uploaded as it is, which `--push-to-hub` does.
 """
 
@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from coconut_ds.checkpoints.weights import load_initial
+from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.config.methods import METHODS
 from coconut_ds.errors import InputError, unwritable_output
 from coconut_ds.model.folder import push, stored_settings, stored_window, write_folder
@@ -25,28 +25,24 @@ from coconut_ds.runs.lock import output_held
 from coconut_ds.runs.terminal import quiet_libraries
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0 when OUT is written, 2 when the user has to put something right."""
-    parser = argparse.ArgumentParser(
-        prog="python -m coconut_ds.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments: list[str] | None = None, prog: str = f"{PROG} export") -> int:
+    """0 when OUT is written; other statuses as `run_command` says."""
+    parser = new_parser(prog, __doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("out", type=Path)
     parser.add_argument("--model-id", default="openai-community/gpt2", help="model a `.pt` was trained from")
     parser.add_argument("--no-markers", action="store_true", help="weights of a method without thoughts")
     parser.add_argument("--push-to-hub", metavar="REPO_ID", help="upload OUT to the Hugging Face hub")
     parser.add_argument("--private", action="store_true", default=None, help="make REPO_ID a private repository")
-    options = parser.parse_args(arguments)
+    return run_command(_export, parser, arguments)
+
+
+def _export(options: argparse.Namespace) -> None:
     quiet_libraries()
-    try:
-        export(options.checkpoint, options.out, options.model_id, not options.no_markers)
-        print(f"written: {options.out}")
-        if options.push_to_hub:
-            print(f"uploaded: {push(options.out, options.push_to_hub, options.private)}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    export(options.checkpoint, options.out, options.model_id, not options.no_markers)
+    print(f"written: {options.out}")
+    if options.push_to_hub:
+        print(f"uploaded: {push(options.out, options.push_to_hub, options.private)}")
 
 
 def export(checkpoint: str, out: Path, model_id: str, with_markers: bool = True) -> None:

@@ -1,7 +1,7 @@
 """Look at the thoughts of a trained model.
 
-    python -m coconut_ds.inspect_latents CHECKPOINT --data FILE --index I [--top-k 5] [--json OUT] [--png OUT]
-    python -m coconut_ds.inspect_latents CHECKPOINT --data FILE --all [--intervene] [--json OUT] [--png OUT]
+    python -m coconut_ds inspect CHECKPOINT --data FILE --index I [--top-k 5] [--json OUT] [--png OUT]
+    python -m coconut_ds inspect CHECKPOINT --data FILE --all [--intervene] [--json OUT] [--png OUT]
 
 CHECKPOINT is a checkpoint of a run, an exported folder or a hub id; FILE a data file. Prompts are those of the
 evaluation: as many thoughts as in the stage of the weights.
@@ -44,38 +44,17 @@ from coconut_ds.analysis.inspection.readings import (
     thoughts_of,
 )
 from coconut_ds.analysis.inspection.tables import file_tables, question_tables
+from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.data.doubts import unread
 from coconut_ds.data.records import read_records
 from coconut_ds.errors import InputError, demand_libraries
 from coconut_ds.inference.trained_model import TrainedModel
-from coconut_ds.runs.terminal import progress, quiet_libraries, stop_printing
+from coconut_ds.runs.terminal import progress, quiet_libraries
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0 when all is shown, 2 when the user has to put something right, 1 when nobody reads on."""
-    options = _parse(arguments)
-    quiet_libraries()
-    try:
-        _check(options)
-        found = inspect(options)
-        try:
-            print(file_tables(found) if options.all else question_tables(found, bool(options.png)), flush=True)
-        finally:  # A reader of the tables who has left takes no file along.
-            _write_files(options, found)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return stop_printing()
-    return 0
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m coconut_ds.inspect_latents",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(arguments: list[str] | None = None, prog: str = f"{PROG} inspect") -> int:
+    """0 when everything is shown and written; other statuses as `run_command` says."""
+    parser = new_parser(prog, __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--data", metavar="FILE", required=True, help="JSON list of records")
     which = parser.add_mutually_exclusive_group(required=True)
@@ -87,12 +66,22 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens of a thought (default: 5)")
     parser.add_argument("--thoughts", type=int, metavar="N", help="thoughts of every question (default: as evaluated)")
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="default: as evaluated, or what positions are left"
+        "--max-new-tokens", type=int, metavar="N", help="default: as evaluated, or what the remaining positions allow"
     )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows at once (default: 16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, shares from 0 to 1")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the graph, with --all the averages")
-    return parser.parse_args(arguments)
+    return run_command(_inspect, parser, arguments)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    quiet_libraries()
+    _check(options)
+    found = inspect(options)
+    try:
+        print(file_tables(found) if options.all else question_tables(found, bool(options.png)), flush=True)
+    finally:  # files are written even if nobody reads the tables
+        _write_files(options, found)
 
 
 _LOWEST = {"limit": 1, "top_k": 1, "thoughts": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0}

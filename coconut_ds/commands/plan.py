@@ -1,4 +1,6 @@
-"""Memory of a run before it is started: `python -m coconut_ds.plan --run RUN.yaml --memory 11 [key=value ...]`.
+"""Memory of a run before it is started.
+
+    python -m coconut_ds plan --run RUN.yaml --memory GIB [--ranks N] [key=value ...]
 
 Reads the run's data and the shape of its model (of a folder or hub id config.json and the tokenizer, no weights),
 measures the activations of every stage on tensors that have shapes and no data (about ten seconds a stage for GPT-2 on
@@ -9,16 +11,16 @@ measures the activations of every stage on tensors that have shapes and no data 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from coconut_ds.commands.command_line import PROG, add_overrides, new_parser, run_command
 from coconut_ds.config.batch_sizes import BatchSizes, stated_micro_batch
 from coconut_ds.config.deepspeed_config import Device, resolve_checkpointing, resolve_ds_config, resolve_precision
-from coconut_ds.config.deepspeed_file import read_ds_json, shipped_ds_jsons
+from coconut_ds.config.deepspeed_file import ds_json_path, read_ds_json, shipped_ds_jsons
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config
 from coconut_ds.config.sections import ActivationCheckpointingConfig
@@ -44,32 +46,28 @@ class StagePlan:
     cost: ActivationCost
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0 with a plan, 2 when the user has to put something right."""
-    parser = argparse.ArgumentParser(prog="python -m coconut_ds.plan", description=__doc__)
+def main(arguments: list[str] | None = None, prog: str = f"{PROG} plan") -> int:
+    """0 with a plan; other statuses as `run_command` says."""
+    parser = new_parser(prog, __doc__)
     parser.add_argument("--run", required=True, help="run YAML, see run_configs/")
     parser.add_argument("--memory", type=float, required=True, help="memory of one card in GiB")
     parser.add_argument("--ranks", type=int, default=2, help="number of cards (default 2)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the YAML")
-    options = parser.parse_args(arguments)
+    add_overrides(parser)
+    return run_command(_plan, parser, arguments)
+
+
+def _plan(options: argparse.Namespace) -> None:
     quiet_libraries()
-    try:
-        if not 0 < options.memory < float("inf") or options.ranks < 1:
-            raise InputError(
-                f"--memory {options.memory:g} --ranks {options.ranks}: both must be above 0, memory in GiB"
-            )
-        config = load_run_config(options.run, options.overrides)
-        raw = read_ds_json(config.deepspeed)
-        _resolved(raw, config, options.ranks)
-        torch.manual_seed(config.seed)
-        checkpointing = resolve_checkpointing(raw, config)
-        setup = load_setup(config, config.load_model_path, checkpointing, with_weights=False)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not 0 < options.memory < float("inf") or options.ranks < 1:
+        raise InputError(f"--memory {options.memory:g} --ranks {options.ranks}: both must be above 0, memory in GiB")
+    config = load_run_config(options.run, options.overrides)
+    raw = read_ds_json(config.deepspeed)
+    _resolved(raw, config, options.ranks)
+    torch.manual_seed(config.seed)
+    checkpointing = resolve_checkpointing(raw, config)
+    setup = load_setup(config, config.load_model_path, checkpointing, with_weights=False)
     stages = plan_stages(config, setup)
     print(report(config, checkpointing, setup, stages, options.memory, options.ranks))
-    return 0
 
 
 def plan_stages(config: RunConfig, setup: Setup) -> list[StagePlan]:
@@ -113,7 +111,9 @@ def report(
         )
     lines += ["", f"buckets: {note}"] if note else []
     lines += ["", "deepspeed file                  on the card  in host memory  largest micro-batch, all stages"]
-    for path in sorted({*shipped_ds_jsons(), str(Path(config.deepspeed))}):
+    shipped = shipped_ds_jsons()
+    is_shipped = ds_json_path(config.deepspeed) in map(ds_json_path, shipped)
+    for path in sorted({*shipped, *([] if is_shipped else [str(Path(config.deepspeed))])}):
         lines.append(_file_line(path, config, setup, stages, budget, ranks))
     return "\n".join(lines)
 

@@ -1,9 +1,9 @@
 """Make a report of runs: one HTML file that opens from disk without a network, and its pictures as PNGs.
 
-    python -m coconut_ds.report RUN [RUN ...] [--out FOLDER]
+    python -m coconut_ds report RUN [RUN ...] [--out FOLDER]
 
-RUN is a run folder, finished, still going on or cut off. Several runs, seven at most, are drawn into the same pictures,
-one colour each. The report is `report.html` in FOLDER, by default `RUN/report`; of several runs FOLDER has to be named.
+RUN is a run folder, finished, still training or interrupted. Several runs, at most seven, are drawn into the same
+pictures, one colour each. The report is `report.html` in FOLDER, by default `RUN/report`; for several runs name FOLDER.
 """
 
 from __future__ import annotations
@@ -16,34 +16,27 @@ from datetime import datetime
 from pathlib import Path
 
 from coconut_ds.analysis.report_page import PagePicture, RunColour, render
+from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.errors import InputError, demand_libraries
 from coconut_ds.runs.folder import REPORT_PAGE, RunFolder
 from coconut_ds.runs.records import RunRecords, read_run
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0 with a report written, 2 when the user has to put something right."""
-    options = _parse(arguments)
-    try:
-        demand_libraries(["matplotlib"], extra="report")
-        runs = named([read_run(folder) for folder in options.runs])
-        page = write_report(runs, options.out or _default_folder(options.runs))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(arguments: list[str] | None = None, prog: str = f"{PROG} report") -> int:
+    """0 with a report written; other statuses as `run_command` says."""
+    parser = new_parser(prog, __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, save_path/name")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to write to (default: RUN/report)")
+    return run_command(_report, parser, arguments)
+
+
+def _report(options: argparse.Namespace) -> None:
+    demand_libraries(["matplotlib"], extra="report")
+    runs = named([read_run(folder) for folder in options.runs])
+    page = write_report(runs, options.out or _default_folder(options.runs))
     for problem in (problem for run in runs.values() for problem in run.problems):
         print(f"left out: {problem}", file=sys.stderr)
     print(f"report: {page}")
-    return 0
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m coconut_ds.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, save_path/name")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to write to (default: RUN/report)")
-    return parser.parse_args(arguments)
 
 
 def _default_folder(runs: Sequence[Path]) -> Path:
@@ -75,7 +68,7 @@ def write_report(runs: Mapping[str, RunRecords], folder: Path) -> Path:
     if len(runs) > (most := len(LIGHT.series)):
         raise InputError(
             f"{len(runs)} runs: a report has {most} colours to tell runs apart; name {most} at most, or compare groups "
-            "of runs with python -m coconut_ds.compare"
+            "of runs with python -m coconut_ds compare"
         )
     page = folder / REPORT_PAGE
     shown = []

@@ -1,11 +1,12 @@
-"""A list of runs: which of them are not finished. `./launch.sh sweep FILE` trains those one after another.
+"""Train a list of runs one after another, except those that are finished.
 
-    python -m coconut_ds.sweep FILE
+    python -m coconut_ds sweep FILE [--list] [--ranks N] [--master-port N] [--verbose]
 
-FILE has a run a line, `RUN.yaml key=value ...`, as one would give it to launch.sh; empty lines and what follows a `#`
-do not count. Before the first run starts, everything is reported that is wrong with the keys and values of any of them,
-data and DeepSpeed files that are not there, finished runs that were trained otherwise than their line says, and run
-folders that another process is writing to.
+FILE has one run per line, `RUN.yaml key=value ...`; empty lines and text after a `#` are ignored. Before the first run
+starts, all problems of all lines are reported together: wrong keys and values, missing data and DeepSpeed files,
+finished runs that were trained with other settings than their line says, and run folders that another process is
+writing to. A run that fails does not stop the sweep (exit status 1 at its end). A signal stops the run under way, which
+saves, and no other run starts; the same command resumes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from coconut_ds.commands.command_line import PROG, new_parser, run_command
+from coconut_ds.commands.launcher import Launcher, add_launch_options, trainer_command
 from coconut_ds.config.deepspeed_file import read_ds_json
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config
@@ -25,23 +29,40 @@ from coconut_ds.runs.folder import RunFolder
 from coconut_ds.runs.lock import holder_text, run_folder_is_held
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0 with the unfinished runs printed, a line each, quoted for a shell; 2 when the user has to act."""
-    parser = argparse.ArgumentParser(
-        prog="python -m coconut_ds.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("file", type=Path)
-    try:
-        runs = read_sweep(parser.parse_args(arguments).file)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for words, config in runs:
+def main(arguments: list[str] | None = None, prog: str = f"{PROG} sweep") -> int:
+    """0 when every run is finished or the sweep was stopped, 1 if a run failed; else as `run_command` says."""
+    parser = new_parser(prog, __doc__)
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--list", action="store_true", help="only print the unfinished runs, quoted for a shell")
+    add_launch_options(parser)
+    return run_command(_sweep, parser, arguments)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    unfinished = []
+    for words, config in read_sweep(options.file):
         if _is_finished(config):
-            print(f"{config.run_folder} is finished", file=sys.stderr)
+            print(f"{config.run_folder} is finished", file=sys.stderr, flush=True)
         else:
-            print(shlex.join(words))
-    return 0
+            unfinished.append(words)
+    if options.list:
+        print("".join(f"{shlex.join(words)}\n" for words in unfinished), end="")
+        return 0
+    return _train_all(unfinished, options)
+
+
+def _train_all(runs: Sequence[list[str]], options: argparse.Namespace) -> int:
+    failed = 0
+    with Launcher() as launcher:
+        for run_file, *overrides in runs:
+            if launcher.is_asked_to_stop:
+                break
+            if launcher.run(trainer_command(run_file, overrides, options)) != 0:
+                print(f"failed: {shlex.join([run_file, *overrides])}", file=sys.stderr, flush=True)
+                failed = 1
+        if launcher.is_asked_to_stop:
+            print("stopped as requested; the same command resumes")
+    return failed
 
 
 def read_sweep(path: Path) -> list[tuple[list[str], RunConfig]]:
@@ -70,7 +91,7 @@ def read_sweep(path: Path) -> list[tuple[list[str], RunConfig]]:
             problems.append(f"line {number}: writes to {config.run_folder}, as line {first} does; give it another name")
         runs.append((words, config))
     if not runs and not problems:
-        problems.append("no run in it; write a line `run_configs/demo.yaml name=a seed=1` for each")
+        problems.append("no run in it; write one line per run, such as `run_configs/demo.yaml name=a seed=1`")
     if problems:
         raise InputError(problem_list(f"sweep file {path}", problems))
     return runs

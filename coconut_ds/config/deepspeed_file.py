@@ -85,12 +85,18 @@ class DeepSpeedConfigError(InputError):
 
 
 def ds_json_path(name: str | Path) -> Path:
-    """The file that `deepspeed: NAME` means: NAME as it is given, else the one that the package brings along.
+    """The file that `deepspeed: NAME` means: a path as it is given, else a file of `ds_configs/`, here or shipped.
 
-    `ds_configs/` is a folder of the checkout and, by a link, of the package, so an installed trainer has it too.
+    `zero2` and `ds_configs/zero2.json` are the same file of `ds_configs/`. That is a folder of the checkout and, by a
+    link, of the package, so an installed trainer has it in any working directory.
     """
-    path, shipped = Path(name), _PACKAGE / name
-    return shipped if path.parts[:1] == ("ds_configs",) and shipped.is_file() and not path.exists() else path
+    path = Path(name)
+    if path.is_file():
+        return path
+    is_bare = path.parent == Path() and not path.suffix
+    named = Path("ds_configs", f"{name}.json") if is_bare else path
+    places = (named, _PACKAGE / named) if named.parts[:1] == ("ds_configs",) else ()
+    return next((place for place in places if place.is_file()), path)
 
 
 def shipped_ds_jsons() -> list[str]:
@@ -99,13 +105,15 @@ def shipped_ds_jsons() -> list[str]:
 
 
 def read_ds_json(path: str | Path) -> dict[str, Any]:
-    """Read a ds JSON file, found as `ds_json_path` says; raises DeepSpeedConfigError for anything but a JSON object."""
+    """Read a ds JSON file, found as `ds_json_path` says; raises DeepSpeedConfigError for what is not a JSON object."""
     try:
         raw = json.loads(ds_json_path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        known = ", ".join(shipped_ds_jsons())
+        known = shipped_ds_jsons()
+        hint = did_you_mean(str(path), [*known, *(Path(name).stem for name in known)])
         raise DeepSpeedConfigError(
-            f"deepspeed file {path} cannot be read: {error.strerror}; name one of {known}"
+            f"deepspeed file {path} cannot be read: {error.strerror}{hint}; name one of {', '.join(known)}, by this "
+            "path or by its name alone (zero2)"
         ) from None
     except ValueError as error:
         raise DeepSpeedConfigError(f"deepspeed file {path} is not JSON: {error}") from None

@@ -160,13 +160,6 @@ def log_line(text: str) -> None:
         print(text, flush=True)
 
 
-def stop_printing() -> int:
-    """The exit status of a command whose reader has closed the pipe, as `head` does; call it on BrokenPipeError."""
-    # Buffered output would fail once more when the interpreter ends.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
-
-
 def progress(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
     """Yield `items`, with a bar on a terminal that disappears at their end."""
     bars = _streams().bars

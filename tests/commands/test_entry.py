@@ -20,7 +20,7 @@ from test_summary import typed
 
 from coconut_ds import train
 from coconut_ds.config.deepspeed_file import read_ds_json
-from coconut_ds.config.run_file import load_run_config
+from coconut_ds.config.run_file import load_run_config, override
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -239,22 +239,22 @@ def test_launch_sh_names_what_is_wrong():
 
 @pytest.mark.parametrize("name", ["a b", "it's", 'say "x"', "$HOME `x`", "x #1", "a: b & c", "ünï 数"])
 def test_launch_sh_hands_paths_on_as_they_are(tmp_path, name):
-    """`deepspeed` is a stand-in that prints its words; the environment is one that is set up."""
+    """DeepSpeed's launcher is a stand-in that prints its words; the environment is one that is set up."""
     stand_ins = tmp_path / "bin"
-    stand_ins.mkdir()
-    words = {
-        "deepspeed": "printf '%s\\0' \"$@\"",
-        "python": f"""[[ "$*" == *'print(sys.prefix)'* ]] && echo {stand_ins} || exec {sys.executable} "$@\"""",
-    }
-    for command, text in words.items():
-        (stand_ins / command).write_text(f"#!/usr/bin/env bash\n{text}\n")
-        (stand_ins / command).chmod(0o755)
+    launcher = stand_ins / "deepspeed" / "launcher"
+    launcher.mkdir(parents=True)
+    for package in (launcher, launcher.parent):
+        (package / "__init__.py").touch()
+    (launcher / "runner.py").write_text("import sys\nsys.stdout.write(chr(0).join([*sys.argv[1:], '']))\n")
+    python = f"""[[ "$*" == *'print(sys.prefix)'* ]] && echo {stand_ins} || exec {sys.executable} "$@\""""
+    (stand_ins / "python").write_text(f"#!/usr/bin/env bash\n{python}\n")
+    (stand_ins / "python").chmod(0o755)
     settings = (ROOT / "constraints.txt").read_bytes() + (ROOT / "setup.cfg").read_bytes()
     mark = subprocess.run(["cksum"], input=settings, capture_output=True, check=True).stdout
     (stand_ins / ".coconut_ds").write_bytes(mark)
     (stand_ins / ".built").touch()
     place = {"PATH": f"{stand_ins}{os.pathsep}{os.environ['PATH']}", "TORCH_EXTENSIONS_DIR": str(stand_ins)}
-    environment = {**os.environ, **place, "VIRTUAL_ENV": sys.prefix, "RANKS": "1"}
+    environment = {**os.environ, **place, "VIRTUAL_ENV": sys.prefix, "RANKS": "1", "PYTHONPATH": str(stand_ins)}
 
     def launched(*arguments: str) -> list[str]:
         command = ["bash", str(ROOT / "launch.sh"), *arguments]
@@ -267,7 +267,8 @@ def test_launch_sh_hands_paths_on_as_they_are(tmp_path, name):
     run = launching.write_run({"method": "cot", "train_path": "t", "val_path": "v", "name": name}, tmp_path / name)
     run = run.rename(run.with_name(f"{name}.yaml"))
     assert launched(str(run), "lr=1")[-3:] == ["--run", str(run), "lr=1"]
-    assert launched(str(run), "--verbose", f"val_path={name}")[-3:] == [str(run), "--verbose", f"val_path={name}"]
+    words = ["--verbose", override("val_path", name)]
+    assert launched(str(run), *words)[-3:] == [str(run), *words]
     checkpoint = tmp_path / name / "checkpoints" / "epoch_0001"
     checkpoint.mkdir(parents=True)
     (tmp_path / name / "run_config.yaml").write_bytes(run.read_bytes())

@@ -49,7 +49,7 @@ def test_unfinished_runs_are_printed_in_order(run_file, tmp_path, capsys):
         finish(run_file, name, epochs)
     lines = [f"{run_file} name={name}" for name in ("done", "new", "shorter")]
     path = listed(tmp_path, "# what is tried", "", lines[0], f"{lines[1]} # a comment", lines[2] + " 'lr=1e-3'")
-    assert sweep.main([str(path)]) == 0
+    assert sweep.main(["--list", str(path)]) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [lines[1], lines[2] + " lr=1e-3"]
     assert "runs/done is finished" in captured.err
@@ -57,7 +57,7 @@ def test_unfinished_runs_are_printed_in_order(run_file, tmp_path, capsys):
 
 def test_words_come_back_quoted(run_file, tmp_path, capsys):
     path = listed(tmp_path, f'{run_file} "name=with blank" "adam_betas=[0.9, 0.98]"')
-    assert sweep.main([str(path)]) == 0
+    assert sweep.main(["--list", str(path)]) == 0
     assert capsys.readouterr().out.strip() == f"{run_file} 'name=with blank' 'adam_betas=[0.9, 0.98]'"
 
 

@@ -81,7 +81,10 @@ def test_a_finished_run_says_that_nothing_was_trained_and_stays_as_it_is(folder,
     before = records(folder)
     assert start(folder) == 0
     said = capsys.readouterr().out
-    assert f"{folder}/runs/run is finished, 3 epochs were trained before: nothing was trained now; raise num_epochs" in said
+    assert (
+        f"{folder}/runs/run is finished, 3 epochs were trained before: nothing was trained now; raise num_epochs"
+        in said
+    )
     assert "stage  epochs" in said
     assert listed(said) == []
     assert records(folder) == before
@@ -262,7 +265,7 @@ def test_a_finished_run_that_saved_only_what_was_better_is_not_trained_again(tmp
 def test_a_sweep_does_not_take_a_run_on_other_data_for_the_result_of_its_line(trained, folder, capsys):
     line = f"{folder}/run.yaml"
     (folder / "list.txt").write_text(line)
-    assert sweep.main([str(folder / "list.txt")]) == 0
+    assert sweep.main(["--list", str(folder / "list.txt")]) == 0
     environment = folder / "runs" / "run" / "environment.json"
     values = json.loads(environment.read_text())
     values["data"]["train_path"]["sha256"] = "0" * 64

@@ -369,14 +369,14 @@ def test_a_sweep_reports_a_run_that_is_going_on_before_it_starts_one(tmp_path, c
     folder = tmp_path / "runs" / "b"
     with held_elsewhere(folder) as process:
         before = contents(folder)
-        assert sweep.main([str(listed)]) == 2
+        assert sweep.main(["--list", str(listed)]) == 2
         assert contents(folder) == before
     captured = capsys.readouterr()
     assert f"line 2: {folder} is in use by process {process.pid} on " in captured.err
     assert captured.out == ""
     # The file of a killed run, and none.
     assert (folder / RUN_LOCK).exists()
-    assert sweep.main([str(listed)]) == 0
+    assert sweep.main(["--list", str(listed)]) == 0
 
 
 # Exports.
