@@ -28,7 +28,8 @@ from coconut_ds.data.batches import Tokens, TokenSequence
 from coconut_ds.data.markers import END_LATENT, LATENT, START_LATENT
 from coconut_ds.data.records import read_records
 from coconut_ds.memory.meter import GIB
-from coconut_ds.model.backbone import Backbone, add_markers, word_tokenizer
+from coconut_ds.model.backbone import Backbone, add_markers
+from coconut_ds.model.scratch import word_tokenizer
 from coconut_ds.runs.environment import describe_environment
 from coconut_ds.runs.terminal import quiet_libraries
 from coconut_ds.runtime import distributed

@@ -33,8 +33,9 @@ from coconut_ds.engine.reset import new_schedule, reset_optimizer_state
 from coconut_ds.engine.states import gather, updates_done
 from coconut_ds.engine.states import restore as restore_states
 from coconut_ds.memory.model_states import model_states
-from coconut_ds.model.backbone import Backbone, word_tokenizer
+from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.folder import load_window
+from coconut_ds.model.scratch import word_tokenizer
 from coconut_ds.runtime import distributed
 from coconut_ds.training.step import NonFiniteLossError, optimizer_step
 

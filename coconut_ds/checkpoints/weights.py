@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.markers import MARKERS
 from coconut_ds.errors import InputError, problem_list
-from coconut_ds.model.backbone import Backbone, add_markers, backbone_from_config, load_backbone
+from coconut_ds.model.backbone import Backbone, add_markers
 from coconut_ds.model.folder import MODEL_FOLDER, context_settings, model_folder, stored_settings
 from coconut_ds.model.latents import LatentContext
+from coconut_ds.model.loading import backbone_from_config, load_backbone
 from coconut_ds.model.state_dicts import SECOND_TABLE, demand_finite, demand_whole, is_plain, plain_name
 from coconut_ds.runs import atomic_folder
 

@@ -16,9 +16,10 @@ from coconut_ds.data.plain_text import reserved_in
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.errors import InputError
 from coconut_ds.model import fast
-from coconut_ds.model.backbone import demand_rows, load_tokenizer
+from coconut_ds.model.backbone import demand_rows
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import model_folder
+from coconut_ds.model.loading import load_tokenizer
 from coconut_ds.runtime import distributed
 
 _SETTINGS = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")

@@ -17,8 +17,8 @@ from transformers.utils import ModelOutput
 from coconut_ds.data.batches import Tokens
 from coconut_ds.errors import InputError
 from coconut_ds.model import folder as pretrained
-from coconut_ds.model.backbone import load_model, load_tokenizer
 from coconut_ds.model.decoding import decode
+from coconut_ds.model.loading import load_model, load_tokenizer
 from coconut_ds.model.loss import summed_cross_entropy
 from coconut_ds.model.passes import LatentPasses
 from coconut_ds.model.self_check import demand_fit

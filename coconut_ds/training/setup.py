@@ -18,9 +18,10 @@ from coconut_ds.data.records import DataError, check_lengths, read_records, toke
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.errors import InputError
 from coconut_ds.model import fast
-from coconut_ds.model.backbone import Backbone, scratch_backbone, word_tokenizer
+from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import load_window
+from coconut_ds.model.scratch import scratch_backbone, word_tokenizer
 from coconut_ds.runtime import distributed
 
 DEBUG_EXAMPLES = 32

@@ -25,7 +25,8 @@ from coconut_ds.analysis.inspection.readings import answer, questions_of, read, 
 from coconut_ds.analysis.inspection.tables import question_tables
 from coconut_ds.data.batches import Tokens
 from coconut_ds.inference.trained_model import TrainedModel, curriculum_of
-from coconut_ds.model.backbone import Backbone, add_markers, word_tokenizer
+from coconut_ds.model.backbone import Backbone, add_markers
+from coconut_ds.model.scratch import word_tokenizer
 
 SYMBOLIC = {
     "question": "n1 n2 | n1 n12 | n2 n0 | n21 n10 | ? n1 n0 n10",

@@ -20,8 +20,9 @@ from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.markers import MARKERS
 from coconut_ds.errors import InputError
 from coconut_ds.inference.trained_model import TrainedModel
-from coconut_ds.model.backbone import Backbone, add_markers, scratch_backbone, word_tokenizer
+from coconut_ds.model.backbone import Backbone, add_markers
 from coconut_ds.model.folder import stored_settings, write_folder
+from coconut_ds.model.scratch import scratch_backbone, word_tokenizer
 from coconut_ds.runs import atomic_folder
 from coconut_ds.training.setup import build_coconut
 

@@ -18,7 +18,7 @@ from coconut_ds.commands.inspect_latents import main
 from coconut_ds.data.records import tokenize
 from coconut_ds.inference.evaluator import Evaluator
 from coconut_ds.inference.trained_model import TrainedModel
-from coconut_ds.model.backbone import word_tokenizer
+from coconut_ds.model.scratch import word_tokenizer
 
 SETTINGS = {"method": "coconut", "c_thought": 1, "max_latent_stage": 2, "pad_latent_to_max": True, "stage": 3}
 

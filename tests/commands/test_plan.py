@@ -22,7 +22,9 @@ from coconut_ds.config.rules import ConfigError, contradictions
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config
 from coconut_ds.memory.model_states import bucket_note, model_states
-from coconut_ds.model.backbone import ModelError, load_backbone, scratch_backbone, word_tokenizer
+from coconut_ds.model.backbone import ModelError
+from coconut_ds.model.loading import load_backbone
+from coconut_ds.model.scratch import scratch_backbone, word_tokenizer
 from coconut_ds.training.setup import load_setup
 from coconut_ds.training.summary import opening
 

@@ -31,7 +31,8 @@ from coconut_ds.data.batches import (
 from coconut_ds.data.loaders import TrainingSteps
 from coconut_ds.data.records import check_lengths, longest_prompt, tokenize
 from coconut_ds.data.stages import Curriculum, Layout
-from coconut_ds.model.backbone import add_markers, scratch_backbone, word_tokenizer
+from coconut_ds.model.backbone import add_markers
+from coconut_ds.model.scratch import scratch_backbone, word_tokenizer
 from coconut_ds.training.setup import _tokens
 
 EXAMPLE = {"question": "a b | b c | c d | ? a d e", "steps": ["a b", "b c", "c d"], "answer": "d"}

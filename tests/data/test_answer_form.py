@@ -15,8 +15,8 @@ from coconut_ds.data.batches import Tokens
 from coconut_ds.data.records import tokenize
 from coconut_ds.inference import evaluator
 from coconut_ds.inference.evaluator import Evaluator
-from coconut_ds.model.backbone import word_tokenizer
 from coconut_ds.model.decoding import Decoded
+from coconut_ds.model.scratch import word_tokenizer
 
 
 def published_answer(text: str) -> str:

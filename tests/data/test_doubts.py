@@ -16,7 +16,7 @@ from coconut_ds.data.doubts import doubts, shared_questions, unread
 from coconut_ds.data.markers import MARKERS
 from coconut_ds.data.plain_text import demand_plain_text, reserved_in
 from coconut_ds.data.records import DataError, read_records, tokenize
-from coconut_ds.model.backbone import word_tokenizer
+from coconut_ds.model.scratch import word_tokenizer
 
 GOOD = {"question": "Is Alex a bompus?", "steps": ["Alex is a bompus.", "1 + 2 = 3"], "answer": "bompus"}
 TEXTS = ["Is Alex a bompus or yumpus ? 1 2 3 4 + 5 = 000 C# F# # ### a b c x , . ! \n Ab.c It's"] * 3

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from coconut_ds.data.records import DataError, check_lengths, read_records, tokenize
-from coconut_ds.model.backbone import word_tokenizer
+from coconut_ds.model.scratch import word_tokenizer
 
 GOOD = {"question": "Is it?", "steps": ["It is."], "answer": "Yes"}
 

@@ -26,8 +26,9 @@ from coconut_ds.data.records import tokenize
 from coconut_ds.inference.answers import Answer, Answerer, Question, sampled
 from coconut_ds.inference.evaluator import Evaluator
 from coconut_ds.inference.trained_model import TrainedModel
-from coconut_ds.model.backbone import add_markers, scratch_backbone, word_tokenizer
+from coconut_ds.model.backbone import add_markers
 from coconut_ds.model.folder import write_folder
+from coconut_ds.model.scratch import scratch_backbone, word_tokenizer
 
 N_POSITIONS, NEW_TOKENS, STAGE = 96, 6, 4
 SHAPE = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": N_POSITIONS, "dropout": 0.0}

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from coconut_ds.data.markers import MARKERS
 from coconut_ds.errors import ModelError
-from coconut_ds.model.backbone import Backbone, add_markers, load_backbone, scratch_backbone, word_tokenizer
+from coconut_ds.model.backbone import Backbone, add_markers
+from coconut_ds.model.loading import load_backbone
+from coconut_ds.model.scratch import scratch_backbone, word_tokenizer
 
 SHAPE = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 64, "dropout": 0.0}
 

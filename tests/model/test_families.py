@@ -27,8 +27,9 @@ from coconut_ds.checkpoints.weights import load_initial
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.errors import ModelError
 from coconut_ds.model import self_check
-from coconut_ds.model.backbone import n_positions, word_tokenizer
+from coconut_ds.model.backbone import n_positions
 from coconut_ds.model.fast.checkpointing import decoder_layers
+from coconut_ds.model.scratch import word_tokenizer
 from coconut_ds.model.self_check import demand_fit
 from coconut_ds.training.setup import build_coconut
 

@@ -19,7 +19,8 @@ from coconut_ds import Coconut, LatentContext
 from coconut_ds.commands import export
 from coconut_ds.errors import InputError
 from coconut_ds.model import folder as pretrained
-from coconut_ds.model.backbone import Backbone, add_markers, scratch_backbone, word_tokenizer
+from coconut_ds.model.backbone import Backbone, add_markers
+from coconut_ds.model.scratch import scratch_backbone, word_tokenizer
 
 WINDOWS = {
     "plain": None,

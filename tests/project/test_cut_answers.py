@@ -28,9 +28,10 @@ from coconut_ds.data.answers import is_cut
 from coconut_ds.data.records import tokenize
 from coconut_ds.inference.evaluator import Evaluator
 from coconut_ds.inference.trained_model import TrainedModel
-from coconut_ds.model.backbone import add_markers, scratch_backbone, word_tokenizer
+from coconut_ds.model.backbone import add_markers
 from coconut_ds.model.card import model_card
 from coconut_ds.model.folder import write_folder
+from coconut_ds.model.scratch import scratch_backbone, word_tokenizer
 from coconut_ds.runs.events import read_metrics
 from coconut_ds.runs.predictions import cut_answers, read_predictions
 from coconut_ds.runs.records import read_run

@@ -31,7 +31,7 @@ from coconut_ds.data.records import read_records
 from coconut_ds.engine import hostfile
 from coconut_ds.engine.operator_build import waiting_text
 from coconut_ds.errors import InputError
-from coconut_ds.model.backbone import word_tokenizer
+from coconut_ds.model.scratch import word_tokenizer
 from coconut_ds.runs.lock import run_folder_held
 
 ROOT = Path(__file__).resolve().parents[2]

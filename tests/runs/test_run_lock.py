@@ -402,7 +402,7 @@ def model(tmp_path) -> Path:
 
 
 def tokenizer():
-    from coconut_ds.model.backbone import word_tokenizer
+    from coconut_ds.model.scratch import word_tokenizer
 
     return word_tokenizer([f"w{number}" for number in range(30)], 96)
 
