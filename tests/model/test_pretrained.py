@@ -75,7 +75,7 @@ def write_run_folder(folder: Path, backbone: Backbone, **settings: Any) -> None:
 @pytest.mark.parametrize("context", WINDOWS.values(), ids=WINDOWS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_model_that_was_saved_and_loaded_has_equal_logits(tmp_path, family, context):
-    model = tiny.coconut(family, context).eval()
+    model = tiny.coconut(family, context, plain=True).eval()
     if model.latent_window.logits is not None:
         model.latent_window.logits.data += torch.tensor([0.3, -0.2, 0.5])
     model.save_pretrained(tmp_path / "model")
