@@ -20,6 +20,7 @@ FACTS = {"threads", "environment", "options"}
 RATIOS = {"step_over_floor", "checkpointed_over_plain", "straightforward_over_floor", "window_extra"}
 KEYS = {
     "decode": {"decode_speedup", "seconds"},
+    "few_rows": {"ratios"},
     "memory": {"per_example_mib", "rows"},
     "scaling": {"exponents"},
     "stage_switch": {"stage_switch_s", "tokenize_s", "cached_s"},
