@@ -1,1 +1,23 @@
-"""What is a thought? The multi-pass model: backbone, latents, forward, decoding."""
+"""What is a thought? A model that is fed its own hidden states in place of words.
+
+Read in this order; after the first three files a thought is understood:
+
+1. `latents.py`: earlier hidden states -> the next thought, as plain tensor functions (window, norm).
+2. `masks.py`: which column may attend to which, once for all passes.
+3. `passes.py`: the prefix, one pass per thought, and the tail, each on the KV cache of the passes before it
+   (arXiv 2412.06769, section 3). `LatentPasses.encode` is the heart of the project.
+4. `loss.py`: cross entropy of the supervised columns, in chunks.
+5. `decoding.py`: an answer, decoded from the cached thoughts.
+6. `coconut.py`: `Coconut`, the passes with that loss and decoder; loading and saving.
+7. `self_check.py`: whether the passes fit a model family, tried on a few tokens when a model is wrapped.
+
+`thoughts.py` reads the thoughts of a batch back, for whoever inspects them. Around the model:
+
+* `backbone.py` (the transformers model and its tokenizer, marker tokens), `loading.py` (from a folder or the hub),
+  `scratch.py` (with random weights), `state_dicts.py` (weights saved by others).
+* `folder.py` (the folder of a trained model) and `card.py` (its model card).
+* `internals.py`: the private names of torch and transformers used here, checked when a model is wrapped.
+
+All of it runs on transformers' own cache, attention and layers, and nothing here imports `fast/`, the layer that makes
+it fast and small (`fast/__init__.py`). Arguments are plain: no run configuration is read in here.
+"""

@@ -1,20 +1,32 @@
-"""Why is it fast and small? A layer over `model/` that `install` puts on and `uninstall` takes off.
+"""Why is it fast and small? A layer over `model/` that `install` puts on a model and `uninstall` takes off again.
 
-Without it every number is the same up to rounding; the passes copy the KV cache each time it grows, and write out the
-gradients of all weights, keys and values in each pass. Two ideas remove both, and one file each has the details:
+Without it every number is the same up to rounding, but each pass copies the KV cache to extend it, and writes out the
+gradients of all weights, keys and values. Two ideas remove both:
 
-* `kv_cache.py`: one buffer per layer, into which each pass writes its columns.
-* `low_rank.py`: a pass over n rows (batch times columns) gives a weight the gradient dW = X^T G with X (n, I) and
-  G (n, O), of rank n at most. Keep X and G of every short pass, and multiply once with those of the prefix:
-  dW = [X_prefix; X_1; ..; X_k]^T [G_prefix; G_1; ..; G_k]. `low_rank_linear.py` does it for linear layers,
-  `low_rank_attention.py` for keys and values, where dK = S^T Q and dV = P^T O are sums over passes of the same kind.
+* One buffer of keys and values per layer, into which each pass writes its columns (`kv_cache.py`).
+* Low rank. A pass over n rows (batch times columns), with X (n, I) the inputs of a linear layer and G (n, O) the
+  gradient of its outputs, gives its weight the gradient dW = X^T G, of rank n at most. Keep X and G of every short
+  pass, and multiply once when the backward reaches the prefix:
 
-`checkpointing.py` recomputes decoder layers on that buffer. `few_rows.py` multiplies one column on all CPU threads.
-`install.py` also replaces GPT-2's GELU.
+      dW = X_prefix^T G_prefix + [X_1; ..; X_k]^T [G_1; ..; G_k]           (low_rank_linear.py)
 
-The order of gradients: ZeRO's buckets hold gradients in the order in which they become ready, and all ranks must agree
-on it, in micro-batches with and without thoughts. A weight's gradient becomes ready when its prefix is done, with and
-without this layer, because the prefix is the last pass that a backward comes to; `low_rank_linear.py` keeps it so.
+  With Q (n, d) the queries of a pass, S its attention weights, dZ the gradient of its scores, and dO that of its
+  outputs, keys and values get sums over passes of the same kind:
+
+      dK = [dZ_1; ..; dZ_k]^T [Q_1; ..; Q_k],   dV = [S_1; ..; S_k]^T [dO_1; ..; dO_k]    (low_rank_attention.py)
+
+Read `kv_cache.py`, `low_rank.py`, `low_rank_linear.py`, `low_rank_attention.py`, then `install.py`, which also replaces
+GPT-2's GELU. `checkpointing.py` recomputes decoder layers on the buffer; `few_rows.py` multiplies a column of few rows
+on all CPU threads.
+
+Where each part is on (docs/PERFORMANCE.md has the measurements): low rank (`low_rank.pays`) and `few_rows.py` in fp32
+on a CPU, where they were measured, and nowhere else. The buffer and the GELU everywhere, although measured on a CPU
+only: checkpointing needs the buffer, and both keep fewer tensors by construction. Nothing was measured on a GPU.
+
+The order of gradients: ZeRO's buckets hold gradients in the order in which they become ready, and every rank must have
+the same order, in micro-batches with and without thoughts. With and without this layer a weight's gradient becomes
+ready when the backward has done the prefix, the last pass it comes to. So every forward has a prefix
+(`passes.LatentPasses.encode`), also without thoughts, and weight and bias of a linear layer become ready together.
 """
 
 from coconut_ds.model.fast.install import install as install

@@ -28,7 +28,7 @@ Columns = tuple[torch.Tensor, ...]
 class Gradient(Factors):
     """What a backward has collected so far for the keys, or the values, of a layer.
 
-    Rows left are (B, H, Q, P) and (B, H, Q, d), Q queries of a pass for each key-value head.
+    The factors are (B, H, Q, P) and (B, H, Q, d), Q queries of a pass for each key-value head.
     """
 
     total: torch.Tensor | None = None

@@ -1,7 +1,7 @@
 """Low-rank gradient factors, collected during a backward and multiplied once.
 
-The gradient of a matrix from few rows is a product of two thin matrices. Here the two factors of every short pass are
-kept until the backward comes to the prefix (see `fast/__init__.py` for the formulas).
+The gradient that few rows give a matrix is a product of two thin matrices. The two factors of every short pass are kept
+until the backward reaches the prefix (`fast/__init__.py` has the formulas).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Factors:
     _backward: int = -1
 
     def begin(self) -> None:
-        """Forget what another backward of the same graph left: one through a part of it, or one that broke off."""
+        """Forget what another backward of the same graph kept: one through a part of it, or one that failed."""
         current = current_backward()
         if current != self._backward:
             self.clear()

@@ -1,9 +1,9 @@
-"""Attention of short passes, whose gradients of keys and values are worked out with those of the prefix.
+"""Low-rank gradients of keys and values: attention of short passes keeps factors, the KV cache multiplies them once.
 
-For each head they are products of a few rows, (queries, P) and (queries, d), which torch's attention writes out over
-all columns, (P, d), and autograd adds up pass by pass. Here thoughts and a short tail leave the rows, and the KV cache
-multiplies those of all passes at once. The prefix is left to torch, a tail of so many queries that the rows would take
-more memory than the product, and half precisions: torch's kernels keep the scores in fp32.
+For each head the gradients are products of a few rows, (queries, P) and (queries, d), which torch's attention writes
+out over all columns, (P, d), and autograd adds up pass by pass. Left to torch are the prefix, a tail of so many queries
+that the factors would take more memory than their product, and what `low_rank.pays` excludes. The package's docstring
+has the formulas.
 
 Shapes: B rows, N columns of the pass, H key-value heads with G query heads each, P columns so far, d head size.
 """
@@ -83,19 +83,19 @@ AttentionMaskInterface.register(GATHERING_SDPA, sdpa_mask)
 
 
 class _Product(torch.autograd.Function):
-    """(B, H, rows, K) times (B, H, K, O); `leave` is given the rows and their gradient in place of the matrix's own."""
+    """(B, H, rows, K) times (B, H, K, O); `keep` is given the factors of the matrix's gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, matrix: torch.Tensor, leave: Callable[[torch.Tensor, torch.Tensor], None]
+        ctx: Any, rows: torch.Tensor, matrix: torch.Tensor, keep: Callable[[torch.Tensor, torch.Tensor], None]
     ) -> torch.Tensor:
         ctx.save_for_backward(rows, matrix)
-        ctx.leave = leave
+        ctx.keep = keep
         return rows @ matrix
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, matrix = ctx.saved_tensors
-        ctx.leave(rows, gradient)
+        ctx.keep(rows, gradient)
         return gradient @ matrix.mT, None, None

@@ -1,13 +1,10 @@
-"""Weight gradients of thoughts and a short tail in one go, when the backward reaches the prefix.
+"""Low-rank weight gradients: factors of thoughts and a short tail, multiplied once with the prefix.
 
-A pass over few columns gives each weight matrix a gradient of low rank that autograd writes out in full and adds to the
-last one: for GPT-2 small, 340 MB written and a gigabyte moved per pass. Here these passes leave their inputs and output
-gradients, B rows a column, to the prefix's backward, which follows all of theirs: every thought is made from a state of
-the pass before it. A longer tail goes the usual way.
-
-ZeRO's buckets hold gradients in the order in which they become ready, and ranks must agree on it. A layer's weight and
-bias become ready when its prefix is done, in the order `_Gathered` returns them, so every forward has to have a prefix,
-whether thoughts follow it or not.
+A pass over few columns gives each weight matrix a gradient of low rank, dW = X^T G, that autograd writes out in full
+and adds to the previous one: for GPT-2 small, 340 MB written and a gigabyte moved per pass. Here these passes keep
+their inputs X and output gradients G, B rows per column, for the prefix's backward. It runs after all of theirs,
+because every thought is made from a state of the pass before it. A longer tail is left to autograd. The package's
+docstring has the formulas and the order of gradients that this must keep.
 
 Shapes: N rows of a pass (batch times columns), I inputs, O outputs of a linear layer.
 """
@@ -31,15 +28,15 @@ from coconut_ds.model.fast.few_rows import product
 from coconut_ds.model.fast.low_rank import Factors, pays
 
 SHORT = 16
-"""Columns of a pass that leaves its rows: 0.6 MB a column and row of the batch for GPT-2 small in fp32. By columns and
-not by rows, so that memory grows linearly with the micro-batch, as the planner expects."""
+"""Longest pass, in columns, whose factors are kept: 0.6 MB per column and row of the batch for GPT-2 small in fp32.
+Counted in columns and not in rows, so that memory grows linearly with the micro-batch, as the planner expects."""
 
 
 @dataclass(frozen=True)
 class Pass:
     """One pass of a forward; `kept` is shared by its passes.
 
-    For each linear layer the prefix ran, the rows short passes leave it: inputs (N, I) and output gradients (N, O).
+    For each linear layer that the prefix ran, the factors of short passes: inputs (N, I) and output gradients (N, O).
     """
 
     is_prefix: bool
@@ -96,8 +93,8 @@ def _forward(module: Any, rows: torch.Tensor) -> torch.Tensor:
     if this is None or not (weight.requires_grad and is_whole and pays(rows)):
         return type(module).forward(module, rows)
     if this.is_prefix:
-        left = this.kept.setdefault(module, Factors())
-        weight, bias = _Gathered.apply(weight, module.bias, is_transposed, left)
+        factors = this.kept.setdefault(module, Factors())
+        weight, bias = _Gathered.apply(weight, module.bias, is_transposed, factors)
         if is_transposed:
             return torch.addmm(bias, rows.flatten(0, -2), weight).unflatten(0, rows.shape[:-1])
         return F.linear(rows, weight, bias)
@@ -107,7 +104,7 @@ def _forward(module: Any, rows: torch.Tensor) -> torch.Tensor:
 
 
 class _Short(torch.autograd.Function):
-    """A linear layer that leaves its weight's gradient to the prefix."""
+    """A linear layer that keeps the factors of its weight's gradient for the prefix."""
 
     @staticmethod
     def forward(
@@ -116,37 +113,37 @@ class _Short(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         is_transposed: bool,
-        left: Factors,
+        factors: Factors,
     ) -> torch.Tensor:
         ctx.save_for_backward(rows, weight)
-        ctx.is_transposed, ctx.left = is_transposed, left
+        ctx.is_transposed, ctx.factors = is_transposed, factors
         return product(rows, weight if is_transposed else weight.T, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
-        ctx.left.keep(rows.flatten(0, -2), gradient.flatten(0, -2))
+        ctx.factors.keep(rows.flatten(0, -2), gradient.flatten(0, -2))
         return product(gradient, weight.T if ctx.is_transposed else weight), None, None, None, None
 
 
 class _Gathered(torch.autograd.Function):
-    """Weight and bias as they are; the backward adds to their gradients what short passes left."""
+    """Weight and bias as they are; the backward adds the product of the factors that short passes kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool, left: Factors
+        ctx: Any, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool, factors: Factors
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        ctx.is_transposed, ctx.left = is_transposed, left
+        ctx.is_transposed, ctx.factors = is_transposed, factors
         return weight.view_as(weight), bias if bias is None else bias.view_as(bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_weight: torch.Tensor, to_bias: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        ctx.left.begin()
-        if ctx.left.rows:
-            rows, gradient = (torch.cat(parts) for parts in zip(*ctx.left.rows))
-            ctx.left.clear()
+        ctx.factors.begin()
+        if ctx.factors.rows:
+            rows, gradient = (torch.cat(parts) for parts in zip(*ctx.factors.rows))
+            ctx.factors.clear()
             first, second = (rows, gradient) if ctx.is_transposed else (gradient, rows)
             to_weight = to_weight.addmm_(first.T, second)
             if to_bias is not None:
