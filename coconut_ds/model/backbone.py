@@ -67,7 +67,7 @@ def n_positions(model: PreTrainedModel) -> int:
     limit = next((int(limit) for limit in limits if limit and limit > 0), sys.maxsize)  # XLNet says -1
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        # Longer sequences turn all their positions otherwise, those of keys that are in the cache already, too.
+        # Longer sequences rotate all their positions by other factors, also those of keys already in the cache.
         return min(limit, int(rope.get("original_max_position_embeddings") or limit))
     return limit
 

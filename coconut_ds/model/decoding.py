@@ -16,7 +16,7 @@ from coconut_ds.model.passes import Encoded, Intervention, LatentPasses
 
 @dataclass(frozen=True)
 class Decoded:
-    """What came of a batch of prompts."""
+    """The answers to a batch of prompts, and the passes before them."""
 
     tokens: torch.Tensor
     """(B, max_new_tokens), EOS after EOS."""
@@ -34,10 +34,10 @@ def decode(
     intervene: Intervention | None = None,
     **sampling: Any,
 ) -> Decoded:
-    """Continue prompts (B, T), which are left-padded and end in an ordinary token; greedy unless `sampling` says else.
+    """Continue prompts (B, T), which are left-padded and end in an ordinary token; greedy by default.
 
     Every column but the last is run once to fill the KV cache with the thoughts in it, and `generate` of the backbone
-    goes on from there. `sampling`: what it takes of do_sample, temperature, top_k, top_p, streamer. Raises ValueError
+    continues from there. `sampling`: what it takes of do_sample, temperature, top_k, top_p, streamer. Raises ValueError
     when a prompt ends in a thought or in padding.
     """
     if attention_mask is None:
@@ -97,7 +97,7 @@ def _generate(
         pad_token_id=model.eos_token_id,
         **options,
     )
-    # transformers fills in what is left open from the model's own: a chat model's folder brings a repetition penalty
+    # transformers takes unset options from the model's own: a chat model's folder brings a repetition penalty
     # along, and "greedy" would not be.
     own, backbone.generation_config = backbone.generation_config, GenerationConfig()
     try:

@@ -36,13 +36,13 @@ _HUB_WAIT_S = 10
 
 
 def model_folder(name: str) -> Path:
-    """The folder of the model in a checkpoint of ours; the path itself for anything else."""
+    """The model's folder in a checkpoint written by a run; the path itself for anything else."""
     folder = Path(name)
     return folder / MODEL_FOLDER if (folder / MODEL_FOLDER).is_dir() else folder
 
 
 def where_it_is(name: str) -> str:
-    """What is wrong with a name that holds no Coconut model, and the way out."""
+    """Why a name is not a Coconut model, and the way out."""
     newest = RunFolder(Path(name)).found_checkpoints()
     if newest:
         return f"{name} is a run folder; name one of its checkpoints, the newest is {newest[-1]}"
@@ -70,9 +70,9 @@ def write_folder(
     held = weights.values() if weights is not None else base_causallm.parameters()
     n_parameters = sum(each.numel() for each in held)
     base_causallm.save_pretrained(folder, state_dict=weights, max_shard_size=_ONE_FILE)
-    # What an earlier model left there would be taken for this one's.
-    for left in (WINDOW_FILE, _SETTINGS_FILE, _CARD_FILE):
-        (folder / left).unlink(missing_ok=True)
+    # Files of an earlier model there would be taken for this one's.
+    for stale in (WINDOW_FILE, _SETTINGS_FILE, _CARD_FILE):
+        (folder / stale).unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if window:
@@ -169,7 +169,7 @@ def latent_context(settings: Mapping[str, Any]) -> LatentContext:
 
 
 def push(folder: Path, repo_id: str, private: bool | None = None) -> str:
-    """Upload the folder as it is and return its address; the repository is made where there is none.
+    """Upload the folder as it is and return its address; the repository is created if it does not exist.
 
     Raises InputError, one line, when the hub does not take it.
     """
@@ -177,7 +177,7 @@ def push(folder: Path, repo_id: str, private: bool | None = None) -> str:
         hub = HfApi()
         hub.create_repo(repo_id, private=private, exist_ok=True)
         return str(hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a Coconut model"))
-    except Exception as error:  # no login, no network, no right: all of them are for the user to put right
+    except Exception as error:  # no login, no network, no permission: all for the user to fix
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"push_to_hub: {repo_id} was not uploaded ({reason}); log in with `hf auth login`; {folder} is complete"

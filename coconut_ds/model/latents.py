@@ -104,9 +104,8 @@ class LatentWindow(nn.Module):
     def forward(self, prefix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights (m,), newest first, and the hidden states of the prefix (B, T, D), unchanged.
 
-        What follows uses the states returned. Through them the logits get a gradient in every backward, of zeros where
-        there is no thought, and always at the same place among the other gradients: ZeRO adds up buckets that are
-        filled in the order in which gradients become ready, and that order must be the same on all ranks.
+        The passes use the states returned. Through them the logits get a gradient in every backward, of zeros without a
+        thought, and always at the same place in the order of gradients (`fast/__init__.py` says why).
         """
         if self.logits is None:
             return _constant(self._weights, prefix.device), prefix
@@ -134,16 +133,16 @@ class _Joined(torch.autograd.Function):
 
 @functools.cache
 def _constant(weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    # Copied to the device once: a copy per thought would make the host wait for it each time.
+    # Copied to the device once: a copy per thought would synchronise the host with it each time.
     return torch.tensor(weights, device=device)
 
 
 _EPSILON = 1e-12
-"""Below any mean square there is; keeps the gradient of a row without states finite."""
+"""Below any real mean square; keeps the gradient of a row without states finite."""
 
 
 def scaled(thought: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
-    """`thought` (B, D) with the L2 norm `norm` (B, 1); as it is where that is None."""
+    """`thought` (B, D) with the L2 norm `norm` (B, 1); unchanged if that is None."""
     if norm is None:
         return thought
     wide = thought.float()
@@ -154,7 +153,7 @@ def scaled(thought: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
 def wanted_norm(
     context: LatentContext, embeds: torch.Tensor, attention_mask: torch.Tensor, is_thought: torch.Tensor
 ) -> torch.Tensor | None:
-    """The L2 norm of each row's thoughts (B, 1), or None where they keep theirs.
+    """The L2 norm of each row's thoughts (B, 1), or None if thoughts keep theirs.
 
     embeds (B, T, D) of the tokens; attention_mask and is_thought (B, T). Only the real columns before the row's first
     thought count, so that neither padding nor what follows a thought can change it.

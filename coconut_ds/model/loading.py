@@ -83,7 +83,7 @@ def _untrained(name: str, **options: Any) -> PreTrainedModel:
 def load_model(name: str) -> PreTrainedModel:
     """The model alone, in fp32, as `load_backbone` loads it.
 
-    Prefixes of wrappers in the names of its weights are passed over. Raises ModelError naming each weight that is
+    Prefixes of wrappers in the names of its weights are ignored. Raises ModelError naming each weight that is
     missing, unexpected, misshaped or not finite: transformers itself fills in random ones.
     """
     load = partial(
@@ -92,7 +92,7 @@ def load_model(name: str) -> PreTrainedModel:
         AutoModelForCausalLM.from_pretrained,
         dtype=torch.float32,
         output_loading_info=True,
-        # Else the names of misshaped weights would only be in a log.
+        # Otherwise the names of misshaped weights would only be in a log.
         ignore_mismatched_sizes=True,
     )
     model, report = load()
@@ -122,7 +122,7 @@ def _keep_own_head(model: PreTrainedModel) -> None:
 
 
 def _load(name: str, load: Callable[..., Any], **options: Any) -> Any:
-    # Said, because transformers asks on the terminal where it is not.
+    # Explicit, because transformers asks on the terminal if it is not set.
     options["trust_remote_code"] = False
     _demand_weights_of_transformers(Path(name))
     try:

@@ -1,7 +1,7 @@
 """The attention mask of all passes, made once per batch.
 
-Left to itself the backbone makes one from the padding mask in every pass, and asks the device each time whether there
-is padding at all: on a GPU, one wait per thought.
+By itself the backbone makes one from the padding mask in every pass, and asks the device each time whether there is
+any padding: on a GPU, one synchronisation per thought.
 
 Shapes: B rows, T columns.
 """

@@ -19,7 +19,7 @@ from coconut_ds.model.latents import LatentContext, LatentWindow, next_thought, 
 from coconut_ds.model.masks import causal_mask, columns_of
 
 Intervention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(number (B,), thought (B, D)) -> (B, D): what is fed in place of the `number`-th thought, from 0, of each row.
+"""(number (B,), thought (B, D)) -> (B, D): what is fed instead of the `number`-th thought, from 0, of each row.
 
 `number` is -1 in a row whose column holds an ordinary token, which stays.
 """
@@ -106,7 +106,7 @@ class LatentPasses(nn.Module):
     ) -> Encoded:
         """Run all passes over (B, T) inputs. A `cache` that is given is empty, and covers every column afterwards.
 
-        `intervene` sees every thought before it is fed and says what is fed in its place.
+        `intervene` sees every thought before it is fed and returns what is fed instead.
         """
         if self.training and self.base_causallm.is_activation_checkpointing:
             raise ValueError(
@@ -125,7 +125,7 @@ class LatentPasses(nn.Module):
         if cache is None and span:
             cache = layer.cache(input_ids.shape[1]) if layer else DynamicCache(config=self.base_causallm.config)
         mask = causal_mask(attention_mask, self.base_causallm.config)
-        # Also where there are no thoughts: gradients must come in one order on every rank, or ZeRO adds up others'.
+        # Also where there are no thoughts: gradients must become ready in one order on every rank (`fast/__init__.py`).
         around = layer.forward() if layer else nullcontext
 
         def run(embeds: torch.Tensor, start: int) -> torch.Tensor:

@@ -85,7 +85,7 @@ def demand_plain_tensors(folder: Path, model: PreTrainedModel) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """What is there of a folder's safetensors; a shard that is missing is reported by transformers."""
+    """The safetensors files of a folder that exist; transformers reports a missing shard."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     try:
         if single.is_file():

@@ -73,7 +73,7 @@ def _cache_argument(signature: inspect.Signature) -> str | None:
 def _checkpointed(
     layer: nn.Module, index: int, signature: inspect.Signature, offload: bool, *args: Any, **kwargs: Any
 ) -> Any:
-    """What a checkpointed layer runs in place of its forward; same arguments, same result."""
+    """The forward of a checkpointed layer: same arguments, same result."""
     forward = functools.partial(type(layer).forward, layer)
     call, name = signature.bind(*args, **kwargs), str(_cache_argument(signature))
     cache = call.arguments.get(name)
