@@ -34,9 +34,9 @@ fail() {
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 
 check_machine() {
-  command -v "$1" >/dev/null || fail "no $1: install Python 3.10 to 3.13, or set PYTHON to one"
-  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' ||
-    fail "$("$1" --version) is not supported: set PYTHON to a Python from 3.10 to 3.13"
+  command -v "$1" >/dev/null || fail "no $1: install Python 3.11 to 3.13, or set PYTHON to one"
+  "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' ||
+    fail "$("$1" --version) is not supported: set PYTHON to a Python from 3.11 to 3.13"
   command -v c++ >/dev/null || command -v g++ >/dev/null ||
     fail "no C++ compiler: DeepSpeed builds its CPU optimizer on first use; install g++ (Debian: apt-get install g++)"
   "$1" -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())' ||

@@ -73,7 +73,7 @@ def test_more_runs_than_there_are_colours_are_refused(tmp_path, capsys):
     error = refusal([*runs, "--out", str(tmp_path / "out")], capsys)
     assert error == (
         "error: 8 runs: a report has 7 colours to tell runs apart; name 7 at most, or compare groups of runs with "
-        "python -m coconut_ds.compare\n"
+        "python -m coconut_ds compare\n"
     )
     assert not (tmp_path / "out").exists()
 
