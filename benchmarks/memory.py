@@ -29,7 +29,7 @@ import workload
 from coconut_ds import Coconut, strict_json
 from coconut_ds.config.batch_sizes import BatchSizes
 from coconut_ds.config.deepspeed_config import resolve_ds_config
-from coconut_ds.config.deepspeed_file import read_ds_json
+from coconut_ds.config.ds_json import read_ds_json
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.engine.build import build_engine, describe_device, start_process_group
 from coconut_ds.memory.activations import ActivationCost, batch_of, measure, measured_peak

@@ -56,7 +56,7 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
     folder = RunFolder(config.run_folder)
     log = None if options.verbose or options.dry_run else folder.log
     with run_folder_held(None if options.dry_run else folder.path), libraries_to(log):
-        from coconut_ds.config.deepspeed_file import read_ds_json
+        from coconut_ds.config.ds_json import read_ds_json
         from coconut_ds.config.resolved_run import resolve
         from coconut_ds.engine.build import describe_device
         from coconut_ds.runtime import distributed  # in here: libraries have something to say when they are imported

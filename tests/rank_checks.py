@@ -22,7 +22,7 @@ from coconut_ds import Coconut, LatentContext
 from coconut_ds.checkpoints.store import Checkpoints, Progress, Stored, read_stored, restore
 from coconut_ds.config.batch_sizes import BatchSizes
 from coconut_ds.config.deepspeed_config import resolve_ds_config
-from coconut_ds.config.deepspeed_file import read_ds_json
+from coconut_ds.config.ds_json import read_ds_json
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.batches import Batch, Tokens, collate_training, training_sequence
 from coconut_ds.data.loaders import TrainingSteps

@@ -20,7 +20,7 @@ import torch
 from coconut_ds.commands.command_line import PROG, add_overrides, new_parser, run_command
 from coconut_ds.config.batch_sizes import BatchSizes, stated_micro_batch
 from coconut_ds.config.deepspeed_config import Device, resolve_checkpointing, resolve_ds_config, resolve_precision
-from coconut_ds.config.deepspeed_file import ds_json_path, read_ds_json, shipped_ds_jsons
+from coconut_ds.config.ds_json import ds_json_path, read_ds_json, shipped_ds_jsons
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config
 from coconut_ds.config.sections import ActivationCheckpointingConfig

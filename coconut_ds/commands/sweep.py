@@ -19,7 +19,7 @@ from pathlib import Path
 
 from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.commands.launcher import Launcher, add_launch_options, trainer_command
-from coconut_ds.config.deepspeed_file import read_ds_json
+from coconut_ds.config.ds_json import read_ds_json
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config
 from coconut_ds.errors import InputError, problem_list

@@ -14,13 +14,8 @@ from typing import Any, Literal
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from coconut_ds.config.batch_sizes import BatchSizes
-from coconut_ds.config.deepspeed_file import (
-    MEMORY_KEYS,
-    DeepSpeedConfigError,
-    schema_problems,
-    unknown_keys,
-    without_auto,
-)
+from coconut_ds.config.deepspeed_file import MEMORY_KEYS, schema_problems, unknown_keys, without_auto
+from coconut_ds.config.ds_json import DeepSpeedConfigError
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.sections import ActivationCheckpointingConfig
 from coconut_ds.errors import did_you_mean, problem_list

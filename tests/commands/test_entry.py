@@ -19,7 +19,7 @@ from test_examples import BAD_FILES
 from test_summary import typed
 
 from coconut_ds import train
-from coconut_ds.config.deepspeed_file import read_ds_json
+from coconut_ds.config.ds_json import read_ds_json
 from coconut_ds.config.run_file import load_run_config, override
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from coconut_ds.config.deepspeed_config import (
     resolve_ds_config,
     resolve_precision,
 )
-from coconut_ds.config.deepspeed_file import DeepSpeedConfigError, read_ds_json
+from coconut_ds.config.ds_json import DeepSpeedConfigError, read_ds_json
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.memory.model_states import bucket_note, model_states
 

@@ -12,7 +12,7 @@ from launching import ROOT
 
 from coconut_ds.config.batch_sizes import BatchSizes
 from coconut_ds.config.deepspeed_config import Device
-from coconut_ds.config.deepspeed_file import DeepSpeedConfigError
+from coconut_ds.config.ds_json import DeepSpeedConfigError
 from coconut_ds.config.resolved_run import ResolvedRun, resolve, with_micro_batch
 from coconut_ds.config.run_config import RunConfig
 

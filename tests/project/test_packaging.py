@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from coconut_ds.config.deepspeed_file import DeepSpeedConfigError, ds_json_path, read_ds_json, shipped_ds_jsons
+from coconut_ds.config.ds_json import DeepSpeedConfigError, ds_json_path, read_ds_json, shipped_ds_jsons
 from coconut_ds.config.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def test_a_wheel_has_every_module_and_every_file_beside_them(source, tmp_path):
         assert set(wheel.namelist()) >= NEEDED
         wheel.extractall(tmp_path / "installed")
     # Elsewhere, where nothing but the installed package is.
-    code = "import coconut_ds, sys; from coconut_ds.config.deepspeed_file import read_ds_json, shipped_ds_jsons\n"
+    code = "import coconut_ds, sys; from coconut_ds.config.ds_json import read_ds_json, shipped_ds_jsons\n"
     code += "from coconut_ds.config.run_config import RunConfig; print(coconut_ds.__file__, len(shipped_ds_jsons()))\n"
     code += "print(read_ds_json(RunConfig().deepspeed)['zero_optimization']['stage'])"
     elsewhere = tmp_path / "elsewhere"
@@ -83,7 +83,15 @@ def test_a_deepspeed_file_is_looked_for_here_and_then_in_the_package(tmp_path, m
     assert len(shipped_ds_jsons()) == 7
     assert ds_json_path("zero3.json") == Path("zero3.json")
     assert ds_json_path(tmp_path / "ds_configs" / "zero2.json") == tmp_path / "ds_configs" / "zero2.json"
-    for missing in ("ds_configs/none.json", "zero3.json", "ds_configs"):
+    # By its name alone.
+    assert ds_json_path("zero3") == Path("ds_configs/zero3.json")
+    assert ds_json_path("mine") == Path("ds_configs/mine.json")
+    assert read_ds_json("zero2_offload")["zero_optimization"]["stage"] == 2
+    (tmp_path / "zero2").mkdir()
+    assert ds_json_path("zero2").parts[-3:] == ("coconut_ds", "ds_configs", "zero2.json")
+    with pytest.raises(DeepSpeedConfigError, match=r"did you mean 'zero2_offload'.*by its name alone \(zero2\)"):
+        read_ds_json("zero2_ofload")
+    for missing in ("ds_configs/none.json", "zero3.json", "ds_configs", "none"):
         with pytest.raises(DeepSpeedConfigError, match=r"cannot be read: .*; name one of ds_configs/mine.json, ds_con"):
             read_ds_json(missing)
     assert ds_json_path(RunConfig().deepspeed).is_file()

@@ -1,0 +1,266 @@
+"""Runs that the command line starts: how many ranks, on what, and what becomes of signals and exit statuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import launching
+import pytest
+import stand_ins
+
+from coconut_ds.commands import demo, launcher, sweep
+
+MODULE = [sys.executable, "-m", "coconut_ds"]
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def run_file(tmp_path) -> Path:
+    return launching.write_run({"method": "cot", "train_path": "t", "val_path": "v"}, tmp_path)
+
+
+@pytest.fixture
+def log(tmp_path) -> Path:
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def begin(tmp_path, log):
+    """Starts a command, whose launcher is a stand-in, from an empty folder; nothing of it stays."""
+    stand_ins.put_launcher(tmp_path / "stand_ins")
+    (tmp_path / "empty").mkdir()
+    paths = os.pathsep.join([str(tmp_path / "stand_ins"), str(launching.ROOT)])
+    started = []
+
+    def start(*words: object, prefix: tuple[str, ...] = (), **more: str) -> subprocess.Popen:
+        without = ("DS_ACCELERATOR", "RANKS", "MASTER_PORT")
+        inherited = {key: value for key, value in os.environ.items() if key not in without}
+        process = subprocess.Popen(
+            [*prefix, *MODULE, *map(str, words)],
+            cwd=tmp_path / "empty",
+            env={**inherited, "PYTHONPATH": paths, "LOG": str(log), **more},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def lines(log: Path) -> list[str]:
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def wait_for(log: Path, line: str, process: subprocess.Popen, count: int = 1) -> None:
+    give_up = time.monotonic() + 60
+    while lines(log).count(line) < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < give_up, lines(log)
+        time.sleep(0.02)
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to the command", "to its group"])
+def test_the_first_signal_asks_the_ranks_alone_to_stop(run_file, begin, log, number, send):
+    process = begin("train", "--run", run_file, RANK_STATUS="7")
+    wait_for(log, "ready", process)
+    send(process.pid, number)
+    assert ended(process) == (7, "")
+    assert lines(log)[1:] == ["ready", "rank SIGTERM"]
+
+
+def test_the_second_signal_kills_everything(run_file, begin, log):
+    process = begin("train", "--run", run_file, RANK_STATUS="never")
+    wait_for(log, "ready", process)
+    process.send_signal(signal.SIGINT)
+    wait_for(log, "rank SIGTERM", process)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert ended(process) == (128 + signal.SIGKILL, "")
+    time.sleep(0.2)
+    assert not left_of(log.parent)
+
+
+def left_of(folder: Path) -> list[str]:
+    """Command lines of processes that still run something in a folder."""
+    listed = subprocess.run(["ps", "-eo", "stat=,args="], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if str(folder) in line and not line.startswith("Z")]
+
+
+def test_before_there_are_ranks_a_signal_ends_the_launcher(run_file, begin, log):
+    process = begin("train", "--run", run_file)
+    wait_for(log, "ready", process)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 1
+    assert lines(log)[1:] == ["ready", "launcher SIGTERM"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(run_file, begin, log):
+    process = begin("train", "--run", run_file, prefix=("nohup",), RANK_STATUS="3")
+    wait_for(log, "ready", process)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert lines(log)[1:] == ["ready"]
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 3
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 130])
+def test_the_exit_status_is_that_of_the_ranks(run_file, begin, status):
+    assert ended(begin("train", "--run", run_file, RANK_STATUS=str(status), AT_ONCE="1")) == (status, "")
+
+
+def test_a_run_file_that_cannot_be_used_starts_nothing(run_file, begin, log):
+    status, output = ended(begin("train", "--run", run_file, "lerning_rate=1"))
+    assert status == 2
+    assert output.startswith(f"error: {run_file}: 1 problem\n  - lerning_rate: unknown key")
+    assert lines(log) == []
+
+
+# The words the launcher gets
+
+
+def words_of(begin: Start, log: Path, *words: object, **more: str) -> list[str]:
+    assert ended(begin(*words, RANK_STATUS="0", AT_ONCE="1", **more))[0] == 0
+    (line,) = (line for line in lines(log) if line.startswith("launcher --num_gpus"))
+    return line.split()[1:]
+
+
+def test_options_and_variables_of_the_launcher(run_file, begin, log):
+    trainer = str(launching.ROOT / "coconut_ds" / "train.py")
+    given = words_of(begin, log, "train", "--run", run_file, "lr=1", RANKS="3", MASTER_PORT="29511")
+    assert given == [*"--num_gpus 3 --master_port 29511 --quiet".split(), trainer, "--run", str(run_file), "lr=1"]
+    log.unlink()
+    options = ["--master-port", 29512, "--verbose", "--ranks", 2, "--dry-run"]
+    given = words_of(begin, log, "train", *options, "lr=1", "--run", run_file, "seed=2", RANKS="3")
+    run = ["--run", str(run_file), "--dry-run", "--verbose", "lr=1", "seed=2"]
+    assert given == [*"--num_gpus 2 --master_port 29512".split(), trainer, *run]
+
+
+@pytest.mark.parametrize("value", ["x", "0", "-1", "1.5"])
+def test_numbers_that_are_none_are_refused(run_file, begin, value):
+    status, output = ended(begin("train", "--run", run_file, RANKS=value))
+    assert (status, output) == (2, f"error: RANKS {value!r}: must be a whole number above 0\n")
+    assert "--ranks 'x'" in ended(begin("train", "--run", run_file, "--ranks", "x"))[1]
+
+
+def test_every_gpu_has_a_rank(run_file, begin, log, tmp_path):
+    (tmp_path / "bin").mkdir()
+    listing = "#!/bin/sh\nprintf 'GPU 0: H100\\n  MIG 1g\\nGPU 1: H100\\nGPU 2: H100\\n'\n"
+    stand_ins.put_executable(tmp_path / "bin" / "nvidia-smi", listing)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    assert words_of(begin, log, "train", "--run", run_file, PATH=path)[:2] == ["--num_gpus", "3"]
+
+
+@pytest.mark.parametrize(("cores", "ranks"), [(1, "1"), (2, "2"), (64, "2")])
+def test_without_a_gpu_there_are_two_ranks_on_two_cores(monkeypatch, cores, ranks):
+    monkeypatch.delenv("RANKS", raising=False)
+    monkeypatch.setattr(launcher, "gpu_count", lambda: 0)
+    monkeypatch.setattr(launcher.os, "cpu_count", lambda: cores)
+    options = launcher.argparse.Namespace(ranks=None, master_port=None, verbose=False, dry_run=False)
+    assert launcher.trainer_command("run.yaml", [], options)[:3] == ["deepspeed", "--num_gpus", ranks]
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize("given", [None, "cuda"])
+def test_without_a_gpu_deepspeed_is_told_to_use_the_cpu(monkeypatch, tmp_path, gpus, given):
+    stand_ins.put_launcher(
+        tmp_path, "import os, sys\nsys.exit(['cuda', 'cpu', None].index(os.getenv('DS_ACCELERATOR')))"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("DS_ACCELERATOR")
+    if given:
+        monkeypatch.setenv("DS_ACCELERATOR", given)
+    monkeypatch.setattr(launcher, "gpu_count", lambda: gpus)
+    with launcher.Launcher() as started:
+        status = started.run(["deepspeed", "--quiet"])
+    assert status == (0 if given else 2 if gpus else 1)
+
+
+# The commands that start it
+
+
+def test_an_evaluation_takes_the_run_file_beside_its_checkpoint(run_file, begin, log, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoints" / "epoch_0001"
+    checkpoint.mkdir(parents=True)
+    status, output = ended(begin("eval", checkpoint))
+    settings = tmp_path / "run" / "run_config.yaml"
+    assert status == 2
+    assert f"{checkpoint} has no {settings} beside it; for other weights use python -m coconut_ds train" in output
+    run_file.rename(settings)
+    given = words_of(begin, log, "eval", f"{checkpoint}/", "test_path=t.json", RANKS="1")
+    changed = ["only_eval=true", f"load_model_path={checkpoint}", "resume=0", "test_path=t.json"]
+    assert given[given.index("--run") :] == ["--run", str(settings), *changed]
+    assert "none is not a checkpoint folder; name one such as" in ended(begin("eval", "none"))[1]
+
+
+def test_a_sweep_goes_past_a_run_that_fails(monkeypatch, capsys, tmp_path):
+    started = {"a": 1, "b": 0, "c": 130}
+    monkeypatch.setattr(sweep.Launcher, "run", lambda self, words: started[words[-1].removeprefix("name=")])
+    options = launcher.argparse.Namespace(ranks="1", master_port=None, verbose=False, dry_run=False)
+    assert sweep._train_all([["r.yaml", f"name={name}"] for name in "abc"], options) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == ["failed: r.yaml name=a", "failed: r.yaml name=c"]
+    assert captured.out == ""
+    assert sweep._train_all([["r.yaml", "name=b"]], options) == 0
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_signal_reaches_the_run_under_way_and_no_other_starts(monkeypatch, capsys, tmp_path, log, status):
+    stand_ins.put_launcher(tmp_path)
+    for key, value in {"PYTHONPATH": tmp_path, "LOG": log, "RANK_STATUS": status}.items():
+        monkeypatch.setenv(key, str(value))
+    options = launcher.argparse.Namespace(ranks="1", master_port=None, verbose=False, dry_run=False)
+    asker = "import os, pathlib, signal, sys, time\nlog = pathlib.Path(sys.argv[1])\n"
+    asker += "while not (log.exists() and 'ready' in log.read_text()):\n    time.sleep(0.02)\n"
+    asker += "os.kill(os.getppid(), signal.SIGTERM)"
+    with subprocess.Popen([sys.executable, "-c", asker, str(log)]):
+        assert sweep._train_all([["a.yaml"], ["b.yaml"]], options) == status
+    assert "a.yaml" in lines(log)[0]
+    assert lines(log)[1:] == ["ready", "rank SIGTERM"]
+    assert capsys.readouterr().out.startswith("stopped as ")
+
+
+def test_the_demo_is_refused_outside_of_a_checkout(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(demo, "_CHECKOUT", tmp_path)
+    assert demo.main([]) == 2
+    said = "preprocessing/prosqa.py, which the installed package does not have; start it in a checkout of coconut_ds"
+    assert said in capsys.readouterr().err
+
+
+def test_the_demo_makes_its_data_once_and_has_two_ranks_at_most(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANKS", "4")
+    started: list[list[str]] = []
+    made: list[Path] = []
+    monkeypatch.setattr(demo.Launcher, "run", lambda self, words: started.append(list(words)) or 5)
+    monkeypatch.setattr(demo, "_make_data", lambda generator: made.append(generator) or 0)
+    assert demo.main(["--control", "seed=1"]) == 5
+    (words,) = started
+    assert made == [launching.ROOT / "preprocessing" / "prosqa.py"]
+    run = ["--run", str(launching.ROOT / "run_configs" / "demo.yaml")]
+    control = ["name=demo_control", "method=no_cot", "latent_context=null", "seed=1"]
+    assert words[words.index("--run") :] == [*run, *control]
+    assert words[:3] == ["deepspeed", "--num_gpus", "2"]
+    (tmp_path / "data" / "demo").mkdir(parents=True)
+    (tmp_path / "data" / "demo" / "prosqa_train.json").touch()
+    assert demo.main([]) == 5
+    assert len(made) == 1
+    assert started[1][-1] == "name=demo"
