@@ -53,7 +53,7 @@ _FREE_KEYS = {
     # Seeds can start from a first stage of their own; the next spell out what `method` says.
     *("load_model_path", "coconut", "cot", "no_cot", "no_thoughts"),
     # The same answers and, within rounding, the same steps.
-    *("eval_batch_size", "deepspeed", "activation_checkpointing"),
+    *("eval_batch_size", "deepspeed", "activation_checkpointing", "fast"),
 }
 _SPLIT_KEYS = {"batch_size_training", "gradient_accumulation_steps"}  # of a step whose size is given as a whole
 

@@ -191,6 +191,7 @@ def test_the_last_epoch_is_compared_and_differing_ones_noted(tmp_path, capsys):
         {"coconut": False, "method": "coconut"},
         {"load_model_path": "first/stage"},
         {"eval_batch_size": 4, "deepspeed": "ds_configs/zero3.json", "activation_checkpointing": {}},
+        {"fast": "off"},
         {"batch_size_training": 16, "gradient_accumulation_steps": 4},
     ],
     ids=lambda changes: next(iter(changes)),
