@@ -28,6 +28,7 @@ from coconut_ds.data.batches import Tokens, TokenSequence
 from coconut_ds.data.markers import END_LATENT, LATENT, START_LATENT
 from coconut_ds.data.records import read_records
 from coconut_ds.memory.meter import GIB
+from coconut_ds.model import fast
 from coconut_ds.model.backbone import Backbone, add_markers
 from coconut_ds.model.scratch import word_tokenizer
 from coconut_ds.runs.environment import describe_environment
@@ -120,6 +121,7 @@ def coconut(backbone: Backbone, context: LatentContext | None = WINDOW) -> Cocon
         eos_token_id=int(backbone.tokenizer.eos_token_id),
         latent_context=context,
     )
+    fast.install(model)
     return model.to(distributed.device()).train()
 
 

@@ -34,6 +34,7 @@ from coconut_ds import Coconut, LatentContext  # noqa: E402
 from coconut_ds.data.batches import Tokens, collate_training, training_sequence  # noqa: E402
 from coconut_ds.data.stages import Layout  # noqa: E402
 from coconut_ds.errors import ModelError, in_one_line  # noqa: E402
+from coconut_ds.model import fast  # noqa: E402
 
 PAGE = _TESTS.parent / "docs" / "FAMILIES.md"
 _WINDOW = 5
@@ -178,6 +179,7 @@ def try_family(family: str) -> Tried:
             eos_token_id=tiny.EOS,
             latent_context=LatentContext((0.6, 0.3, 0.1)),
         )
+        fast.install(model)  # as the trainer does
     except ModelError as error:
         return Tried(family, "refused", str(error))
     for difference in (_training_difference, _decoding_difference):

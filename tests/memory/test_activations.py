@@ -21,6 +21,7 @@ from coconut_ds.memory.activations import (
     widest_sequence,
 )
 from coconut_ds.memory.batch_size import choose_eval_batch, distinct_stages, largest_divisor, tried
+from coconut_ds.model import fast
 from coconut_ds.model.latents import _constant
 
 TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
@@ -30,7 +31,7 @@ TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
 def gpt2_small() -> Coconut:
     """GPT-2 small with random weights and its dropout."""
     torch.manual_seed(0)
-    return Coconut(
+    model = Coconut(
         GPT2LMHeadModel(GPT2Config(vocab_size=50260)),
         latent_token_id=50259,
         start_latent_id=50257,
@@ -38,6 +39,8 @@ def gpt2_small() -> Coconut:
         eos_token_id=50256,
         latent_context=LatentContext((0.6, 0.3, 0.1)),
     )
+    fast.install(model)
+    return model
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])

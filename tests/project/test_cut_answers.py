@@ -33,6 +33,7 @@ from coconut_ds.model.card import model_card
 from coconut_ds.model.folder import write_folder
 from coconut_ds.model.scratch import scratch_backbone, word_tokenizer
 from coconut_ds.runs.events import read_metrics
+from coconut_ds.runs.folder import RunFolder
 from coconut_ds.runs.predictions import cut_answers, read_predictions
 from coconut_ds.runs.records import read_run
 from coconut_ds.training.summary import closing, lengths_text
@@ -232,7 +233,7 @@ def test_what_is_not_cut_is_said_as_before():
 
 
 def test_the_table_of_an_older_run_has_dashes(tmp_path):
-    line = closing(closing_config(tmp_path), [closing_evaluation(1, 0, 90)]).splitlines()[1]
+    line = closing(closing_config(tmp_path), RunFolder(tmp_path), [closing_evaluation(1, 0, 90)]).splitlines()[1]
     assert line.split() == ["0", "1-1", "90.0%", "90.0%", "4.0", "-", "-"]
 
 

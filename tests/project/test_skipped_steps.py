@@ -19,6 +19,7 @@ from test_summary import config as closing_config
 
 from coconut_ds.analysis import report_tables
 from coconut_ds.runs import terminal as console
+from coconut_ds.runs.folder import RunFolder
 from coconut_ds.runs.records import read_run
 from coconut_ds.runs.terminal import Pace
 from coconut_ds.training.summary import closing
@@ -161,11 +162,11 @@ def test_bars_and_plain_lines_have_the_count(monkeypatch, capsys):
 
 
 def test_few_are_counted_without_a_warning(tmp_path):
-    assert closing(closing_config(tmp_path), [], 12, 24).splitlines()[:-1] == [
+    assert closing(closing_config(tmp_path), RunFolder(tmp_path), [], 12, 24).splitlines()[:-1] == [
         "  skipped   12 of 24 steps skipped (fp16, gradients overflowed)"
     ]
-    assert "  warning   fp16: 13 of 24" in closing(closing_config(tmp_path), [], 13, 24)
-    assert "skipped" not in closing(closing_config(tmp_path), [], 0, 24)
+    assert "  warning   fp16: 13 of 24" in closing(closing_config(tmp_path), RunFolder(tmp_path), [], 13, 24)
+    assert "skipped" not in closing(closing_config(tmp_path), RunFolder(tmp_path), [], 0, 24)
 
 
 @pytest.mark.parametrize("skipped", [0, 5, 9])
