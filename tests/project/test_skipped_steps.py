@@ -158,7 +158,7 @@ def test_bars_and_plain_lines_have_the_count(monkeypatch, capsys):
         for _ in range(8):
             pace.stepped(64, 60.0)
             bar.step(0.5, "3 of 7 steps skipped")
-    assert ": 2/8, loss 0.500, 3 of 7 steps skipped, 1.07 examples/s, left " in capsys.readouterr().out.splitlines()[0]
+    assert ": 2/8, loss 0.500, 3 of 7 steps skipped, 1.07 examples/s, ETA " in capsys.readouterr().out.splitlines()[0]
 
 
 def test_few_are_counted_without_a_warning(tmp_path):
