@@ -15,6 +15,7 @@ from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.commands.launcher import Launcher, add_run_options, trainer_command
 from coconut_ds.config.run_file import load_run_config, override
 from coconut_ds.errors import InputError
+from coconut_ds.runs.folder import RunFolder
 
 
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} eval") -> int:
@@ -29,7 +30,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     checkpoint: Path = options.checkpoint
     if not checkpoint.is_dir():
         raise InputError(f"{checkpoint} is not a checkpoint folder; name one such as runs/demo/checkpoints/epoch_0014")
-    run_file = checkpoint.parent.parent / "run_config.yaml"
+    run_file = RunFolder(checkpoint.parent.parent).run_config
     if not run_file.is_file():
         raise InputError(
             f"{checkpoint} has no {run_file} beside it; for other weights use {PROG} train --run RUN.yaml "
