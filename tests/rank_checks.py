@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cpuinfo
 import deepspeed
@@ -27,8 +28,9 @@ from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.batches import Batch, Tokens, collate_training, training_sequence
 from coconut_ds.data.loaders import TrainingSteps
 from coconut_ds.data.stages import Curriculum
+from coconut_ds.engine import internals
 from coconut_ds.engine.build import build_engine, describe_device, start_process_group
-from coconut_ds.engine.internals import InternalsError, demand_internals, loss_scale
+from coconut_ds.engine.internals import InternalsError, loss_scale
 from coconut_ds.engine.reset import new_schedule, reset_optimizer_state
 from coconut_ds.engine.states import gather, updates_done
 from coconut_ds.engine.states import restore as restore_states
@@ -377,12 +379,14 @@ def held_bytes(engine: deepspeed.DeepSpeedEngine) -> list[int]:
 
 
 def without_names(cases: list[tuple[str, str, list[str]]]) -> dict[str, str | None]:
-    """By dotted name, from an engine on: what `demand_internals` says without it; None where it says nothing."""
+    """By dotted name, from an engine on: what `build_engine` says without it; None if it accepts the engine."""
     start_process_group()
     found: dict[str, str | None] = {}
     for name, precision, names in cases:
         config, sizes = RunConfig(precision=precision), BatchSizes(2, 1, 1)
-        engine = build_engine(tiny.coconut(context=CONTEXT), config, ds_config(name, config, sizes))
+        settings = ds_config(name, config, sizes)
+        engine = build_engine(tiny.coconut(context=CONTEXT), config, settings)
+        initialized = mock.patch.object(deepspeed, "initialize", lambda engine=engine, **_: (engine,))
         optimizer_step(engine, windows_of(name, examples(8), sizes, 0)[0], "token")
         for path in names:
             holder: Any = engine
@@ -391,15 +395,23 @@ def without_names(cases: list[tuple[str, str, list[str]]]) -> dict[str, str | No
                 holder, (first, *others) = list(engine.module.parameters())[-1], others
             for each in others:
                 holder, first = getattr(holder, first), each
-            with _taken_away(holder, first):
-                found[path] = _refusal(engine)
-        assert _refusal(engine) is None, "everything is back in its place"
+            with _taken_away(holder, first), initialized:
+                found[path] = _refusal(config, settings)
+        with initialized:
+            assert _refusal(config, settings) is None, "everything is back in its place"
+            if precision == "fp16":
+                with mock.patch.object(internals, "_AT_MINIMUM", "another text"):
+                    found["the error of the loss scale"] = _refusal(config, settings)
+            if (name, precision) == ("zero0", "bf16"):
+                first_master, *others = engine.optimizer.fp32_groups[0]
+                engine.optimizer.fp32_groups[0] = [first_master.clone(), *others]
+                found["the masters"] = _refusal(config, settings)
     return found
 
 
-def _refusal(engine: deepspeed.DeepSpeedEngine) -> str | None:
+def _refusal(config: RunConfig, settings: dict[str, Any]) -> str | None:
     try:
-        demand_internals(engine)
+        build_engine(tiny.coconut(context=CONTEXT), config, settings)
     except InternalsError as error:
         return str(error)
     return None

@@ -155,8 +155,7 @@ class Checkpoints:
 
     def _demand_space(self, engine: deepspeed.DeepSpeedEngine) -> None:
         atomic_folder.sweep(self.folder)
-        elements = sum(map(internals.n_elements, engine.module.parameters()))
-        needed = (1 + len(states.MOMENTS)) * 4 * elements + _BESIDE_TENSORS
+        needed = (1 + len(states.MOMENTS)) * 4 * internals.n_elements(engine) + _BESIDE_TENSORS
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if free < needed:

@@ -8,20 +8,18 @@ import os
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.constants import default_pg_timeout
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import nn
 
 from coconut_ds.config.deepspeed_config import Device, offloads_optimizer
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.engine.hostfile import demand_hostfile
-from coconut_ds.engine.internals import demand_internals
+from coconut_ds.engine.internals import all_reduce_buffer, default_timeout, demand_internals
 from coconut_ds.engine.operator_build import builds_announced
 from coconut_ds.errors import InputError
 from coconut_ds.runtime import distributed
@@ -65,7 +63,7 @@ def start_process_group(hang_limit_s: float = 0) -> None:
         os.environ.update(dict(zip(_LAUNCHED, ("0", "0", "1", "127.0.0.1", str(port)))))
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.device())
-    timeout = max(default_pg_timeout, timedelta(seconds=hang_limit_s) + _LONGER)
+    timeout = max(default_timeout(), timedelta(seconds=hang_limit_s) + _LONGER)
     try:
         with builds_announced():
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
@@ -76,10 +74,7 @@ def start_process_group(hang_limit_s: float = 0) -> None:
             f"port {os.environ['MASTER_PORT']} is in use, perhaps by another run; give this one another: "
             "MASTER_PORT=29501 ./launch.sh ..., or deepspeed --master_port 29501 ..."
         ) from None
-    # DeepSpeed's all-reduce between CPU ranks leaves 66 MiB a rank in shared memory, under a new name for every port.
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{os.environ['RANK']}"
-    atexit.register(Path("/dev/shm", name).unlink, missing_ok=True)
+    atexit.register(all_reduce_buffer().unlink, missing_ok=True)
 
 
 def describe_device() -> Device:
@@ -100,10 +95,10 @@ def build_engine(model: nn.Module, config: RunConfig, ds_config: dict[str, Any])
     with builds_announced():
         optimizer = _optimizer(model, config, on_host=offloads_optimizer(ds_config))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    demand_internals(engine)
     # At stage 0 with bf16 DeepSpeed 0.19.8 takes an update without gradients here: it would decay the weights, which a
     # rate of 0 prevents, and Adam would begin to count at 1.
     engine.basic_optimizer.state.clear()
-    demand_internals(engine)
     return engine
 
 

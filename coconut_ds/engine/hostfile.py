@@ -1,4 +1,4 @@
-"""A hostfile that is not there: DeepSpeed's launcher only warns, and trains on this machine alone."""
+"""A missing hostfile stops a run: DeepSpeed's launcher only warns, and would train on this machine alone."""
 
 from __future__ import annotations
 
@@ -8,31 +8,29 @@ from pathlib import Path
 
 import psutil
 
-from coconut_ds.engine import internals
+from coconut_ds.engine.internals import LAUNCHER, RANK_STARTER, demand_launcher, launcher_options
 from coconut_ds.errors import InputError
 
-_STARTS_RANKS = "deepspeed.launcher.launch"
-_RUNNERS = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
+_RUNNERS = ("deepspeed", "deepspeed.pt", "ds", LAUNCHER)
 
 
 def demand_hostfile() -> None:
     """Raise InputError if the launcher was given a hostfile that does not exist, before anything is trained.
 
-    Ranks are not told of it, so it is looked for in the command line of the launcher, their ancestor.
+    Ranks do not get its name, so it is read from the command line of the launcher, their ancestor.
     """
+    demand_launcher()
     if int(os.environ.get("CROSS_SIZE", 1)) > 1:
-        return  # the launcher has read one
+        return  # the launcher has read a hostfile
     try:
         command, folder = _launcher()
-    except psutil.Error:  # gone, or of another user
+    except psutil.Error:  # the process has ended, or belongs to another user
         return
     if not command:
         return
-    given = internals.named("deepspeed", "deepspeed.launcher.runner", "parse_args")(command)
-    options = command[: command.index(given.user_script)]
-    # Without the option it is /job/hostfile, which need not be there.
-    is_named = any(word.startswith(("-H", "--host")) for word in options)
-    text = given.hostfile
+    script, text = launcher_options(command)
+    # Without the option it is /job/hostfile, which need not exist.
+    is_named = any(word.startswith(("-H", "--host")) for word in command[: command.index(script)])
     if is_named and not (folder / text).is_file():
         raise InputError(
             f"hostfile {text}: {folder / text} is not there, and without it DeepSpeed would train on this machine "
@@ -41,10 +39,10 @@ def demand_hostfile() -> None:
 
 
 def _launcher() -> tuple[list[str], Path]:
-    """The arguments given to `deepspeed` and the folder it was started in; no arguments without that launcher."""
+    """The arguments given to `deepspeed` and the folder it was started in; no arguments under another launcher."""
     ancestors = psutil.Process().parents()
     for starter, runner in pairwise(ancestors):
-        if _STARTS_RANKS in starter.cmdline():
+        if RANK_STARTER in starter.cmdline():
             words = runner.cmdline()
             begin = next((place for place, word in enumerate(words) if _is_runner(word)), len(words))
             return words[begin + 1 :], Path(runner.cwd())
@@ -52,5 +50,5 @@ def _launcher() -> tuple[list[str], Path]:
 
 
 def _is_runner(word: str) -> bool:
-    """Whether a word of a command line is DeepSpeed's command, its module, or the file of that module."""
+    """Whether a word of a command line names DeepSpeed's command, its module, or the file of that module."""
     return Path(word).name in _RUNNERS or word.endswith("deepspeed/launcher/runner.py")

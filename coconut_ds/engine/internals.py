@@ -1,32 +1,54 @@
-"""Names of DeepSpeed and torch that no public call replaces. They stand here and nowhere else in the engine.
+"""Names of DeepSpeed and torch that no public call replaces. They stand here and nowhere else outside `model/`.
 
 `demand_internals` looks for them when an engine is built and refuses to train without one: a reset that resets nothing,
-or a checkpoint with wrong fp32 weights, would be found weeks later. What each ZeRO stage has was read in DeepSpeed
-0.19.8; tests/engine/test_internals.py takes every name away and expects the refusal.
+or a checkpoint with wrong fp32 weights, would be found weeks later. The others are looked up when a run starts. Nothing
+here has a default to fall back to. What each ZeRO stage has was read in DeepSpeed 0.19.8;
+tests/engine/test_internals.py takes every name away and expects the refusal.
 """
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch
-from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import nn
 
 from coconut_ds.errors import InputError
 
+if TYPE_CHECKING:
+    import deepspeed
+
 _KNOWN_TO_WORK = {"deepspeed": "0.19.8", "torch": "2.13.0"}
+LAUNCHER, RANK_STARTER = "deepspeed.launcher.runner", "deepspeed.launcher.launch"
+"""Modules of DeepSpeed's launcher: the command a user gives, and its child that starts the ranks of a machine."""
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_AT_MINIMUM = "loss scale already at minimum"
 _HOOKS = ("_remove_module_hooks", "setup_zero_stage3_hooks", "forward_hooks", "backward_hooks")
 
 
 class InternalsError(InputError):
     """A library without a name that this project relies on."""
+
+    def __init__(self, library: str, problem: str):
+        known = f"{library}=={_KNOWN_TO_WORK[library]}"
+        super().__init__(f"{library} {version(library)}: {problem}, which this trainer relies on; install {known}")
+
+
+try:
+    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+    from torch.utils._pytree import tree_iter as tree_iter
+except ImportError as error:
+    raise InternalsError("torch", str(error)) from error
 
 
 def demand(library: str, holder: Any, names: Iterable[str]) -> None:
@@ -34,10 +56,7 @@ def demand(library: str, holder: Any, names: Iterable[str]) -> None:
     missing = [name for name in names if not hasattr(holder, name)]
     if missing:
         kind = holder if isinstance(holder, type) else type(holder)
-        raise InternalsError(
-            f"{library} {version(library)}: {kind.__module__}.{kind.__qualname__} has no {', '.join(missing)}, which "
-            f"exact resets and checkpoints need; install {library}=={_KNOWN_TO_WORK[library]}"
-        )
+        raise InternalsError(library, f"{kind.__module__}.{kind.__qualname__} has no {', '.join(missing)}")
 
 
 def demand_internals(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -45,8 +64,15 @@ def demand_internals(engine: deepspeed.DeepSpeedEngine) -> None:
     demand("deepspeed", engine, ("basic_optimizer", "optimizer", "global_steps"))
     wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
     trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-    if stage == 0 and engine.bfloat16_enabled():
-        demand("deepspeed", wrapper, ("fp16_groups", "fp32_groups"))
+    if wrapper is not engine.basic_optimizer:
+        demand("deepspeed", wrapper, ("optimizer",))
+    if stage == 0:
+        if wrapper is not engine.basic_optimizer:
+            demand("deepspeed", wrapper, ("fp16_groups", "fp32_groups"))
+        masters = fp32_masters(engine)
+        updated = [masters.get(parameter) for parameter in trained]
+        if {id(tensor) for tensor in updated} != set(map(id, updated_tensors(engine))):
+            raise InternalsError("deepspeed", "no fp32 tensor for each parameter at stage 0")
     elif stage in (1, 2):
         demand("deepspeed", wrapper, ("_hp_optimizer_states_linked", "_lazy_init_hp_params_optimizer_state"))
         for parameter in trained:
@@ -58,12 +84,15 @@ def demand_internals(engine: deepspeed.DeepSpeedEngine) -> None:
         demand("deepspeed", wrapper.parameter_offload, _HOOKS)
         for parameter in trained:
             demand("deepspeed", parameter, ("ds_id", "ds_tensor", "ds_numel"))
-    if isinstance(engine.basic_optimizer, DeepSpeedCPUAdam):
+    if updates_on_host(engine):
         demand("deepspeed", engine.basic_optimizer, ("ds_opt_adam", "opt_id"))
         demand("deepspeed", engine.basic_optimizer.ds_opt_adam, ("adam_update",))
     if engine.fp16_enabled():
         demand("deepspeed", wrapper, ("loss_scaler",))
-        demand("deepspeed", wrapper.loss_scaler, _LOSS_SCALE if engine.dynamic_loss_scale() else _LOSS_SCALE[:1])
+        demand("deepspeed", wrapper.loss_scaler, ("dynamic",))
+        demand("deepspeed", wrapper.loss_scaler, _scale_names(wrapper.loss_scaler))
+        if wrapper.loss_scaler.dynamic and _AT_MINIMUM not in inspect.getsource(type(wrapper.loss_scaler)):
+            raise InternalsError("deepspeed", f"no error that says {_AT_MINIMUM!r}")
 
 
 def named(library: str, module: str, name: str) -> Any:
@@ -71,8 +100,7 @@ def named(library: str, module: str, name: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError):
-        known = f"{library}=={_KNOWN_TO_WORK[library]}"
-        raise InternalsError(f"{library} {version(library)}: no {name} in {module}; install {known}") from None
+        raise InternalsError(library, f"no {name} in {module}") from None
 
 
 def unlink_states(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -92,12 +120,25 @@ def link_states(engine: deepspeed.DeepSpeedEngine) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def fp32_twins(engine: deepspeed.DeepSpeedEngine) -> dict[nn.Parameter, torch.Tensor]:
-    """At stage 0 in half precision, the fp32 tensor that is updated in place of each parameter; empty elsewhere."""
-    if engine.zero_optimization_stage() > 0 or not engine.bfloat16_enabled():
+def updates_on_host(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether DeepSpeed's CPU Adam makes the updates."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return isinstance(engine.basic_optimizer, DeepSpeedCPUAdam)
+
+
+def fp32_masters(engine: deepspeed.DeepSpeedEngine) -> dict[nn.Parameter, torch.Tensor]:
+    """At stage 0, the fp32 tensor that is updated for each parameter: itself, or a copy in half precision.
+
+    Empty at other stages, where ranks share them.
+    """
+    if engine.zero_optimization_stage() > 0:
         return {}
-    groups = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups)
-    return {low: high for lows, highs in groups for low, high in zip(lows, highs)}
+    wrapper = engine.optimizer
+    if wrapper is engine.basic_optimizer:
+        return {parameter: parameter for parameter in engine.module.parameters()}
+    groups = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+    return {low: high for lows, highs in groups for low, high in zip(lows, highs, strict=True)}
 
 
 def updated_tensors(engine: deepspeed.DeepSpeedEngine) -> list[torch.Tensor]:
@@ -108,9 +149,10 @@ def updated_tensors(engine: deepspeed.DeepSpeedEngine) -> list[torch.Tensor]:
     return [each for group in engine.basic_optimizer.param_groups for each in group["params"]]
 
 
-def n_elements(parameter: nn.Parameter) -> int:
-    """Elements of the whole parameter, of which ZeRO-3 may hold none here."""
-    return getattr(parameter, "ds_numel", parameter.numel())
+def n_elements(engine: deepspeed.DeepSpeedEngine) -> int:
+    """Elements of the whole model, of which each rank has a share under ZeRO-3."""
+    is_divided = engine.zero_optimization_stage() == 3
+    return sum(each.ds_numel if is_divided else each.numel() for each in engine.module.parameters())
 
 
 def elements_per_rank(parameter: Any) -> int:
@@ -132,10 +174,11 @@ def gathering_switched_off(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
         hooks.setup_zero_stage3_hooks()
 
 
-def repeat_bias_corrections(optimizer: torch.optim.Optimizer, updates: int) -> None:
+def repeat_bias_corrections(engine: deepspeed.DeepSpeedEngine, updates: int) -> None:
     """Have DeepSpeed's C++ Adam multiply its bias corrections up again: as powers they differ in the last bits."""
-    if not isinstance(optimizer, DeepSpeedCPUAdam):
+    if not updates_on_host(engine):
         return
+    optimizer: Any = engine.basic_optimizer
     weight, gradient, *moments = (torch.zeros(1) for _ in range(4))
     group = optimizer.param_groups[0]
     for update in range(1, updates + 1):
@@ -146,8 +189,10 @@ def repeat_bias_corrections(optimizer: torch.optim.Optimizer, updates: int) -> N
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
     """The state of fp16's loss scale; empty in other precisions."""
-    scaler = engine.optimizer.loss_scaler if engine.fp16_enabled() else None
-    return {key: getattr(scaler, key) for key in _LOSS_SCALE if hasattr(scaler, key)}
+    if not engine.fp16_enabled():
+        return {}
+    scaler = engine.optimizer.loss_scaler
+    return {key: getattr(scaler, key) for key in _scale_names(scaler)}
 
 
 def restore_loss_scale(engine: deepspeed.DeepSpeedEngine, state: Mapping[str, float]) -> None:
@@ -155,3 +200,54 @@ def restore_loss_scale(engine: deepspeed.DeepSpeedEngine, state: Mapping[str, fl
     if engine.fp16_enabled():
         for key, value in state.items():
             setattr(engine.optimizer.loss_scaler, key, value)
+
+
+def _scale_names(scaler: Any) -> tuple[str, ...]:
+    return _LOSS_SCALE if scaler.dynamic else _LOSS_SCALE[:1]
+
+
+def is_scale_at_minimum(error: Exception) -> bool:
+    """Whether DeepSpeed stops fp16 because the loss scale cannot be lowered; it raises a bare Exception."""
+    return _AT_MINIMUM in str(error)
+
+
+def default_timeout() -> timedelta:
+    """How long DeepSpeed lets a collective wait unless it is given a limit."""
+    limit: timedelta = named("deepspeed", "deepspeed.constants", "default_pg_timeout")
+    return limit
+
+
+def all_reduce_buffer() -> Path:
+    """The shared memory that DeepSpeed's all-reduce between CPU ranks leaves of this rank, 66 MiB for each port.
+
+    Its name is in C++, where it cannot be looked up; a test compares it.
+    """
+    address, port, rank = (os.environ[key] for key in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    return Path("/dev/shm", f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}")
+
+
+def demand_launcher() -> None:
+    """Raise InternalsError if the command lines of DeepSpeed's launcher cannot be recognised."""
+    for module in (LAUNCHER, RANK_STARTER):
+        if find_spec(module) is None:
+            raise InternalsError("deepspeed", f"no module {module}")
+
+
+def launcher_options(arguments: list[str]) -> tuple[str, str]:
+    """(script, hostfile) that the launcher reads from its arguments."""
+    given = named("deepspeed", LAUNCHER, "parse_args")(arguments)
+    demand("deepspeed", given, ("user_script", "hostfile"))
+    return given.user_script, given.hostfile
+
+
+def file_baton() -> Any:
+    """torch's class for the lock file of an operator that is compiled."""
+    baton = named("torch", "torch.utils.file_baton", "FileBaton")
+    demand("torch", baton(""), ("try_acquire", "wait", "release", "lock_file_path"))
+    return baton
+
+
+def cpu_operators() -> list[Any]:
+    """Builders of the operators that CPU ranks need, new ones."""
+    names = ("CPUAdamBuilder", "ShareMemCommBuilder")
+    return [named("deepspeed", "deepspeed.ops.op_builder.cpu", name)() for name in names]

@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder
 
-from coconut_ds.engine import internals
+from coconut_ds.engine.internals import cpu_operators, file_baton
 from coconut_ds.runs.terminal import libraries_to, terminal
 from coconut_ds.runtime import distributed
 
@@ -39,9 +38,8 @@ def builds_announced() -> Iterator[None]:
     if distributed.local_rank() != 0:
         yield
         return
-    file_baton = internals.named("torch", "torch.utils.file_baton", "FileBaton")
-    internals.demand("torch", file_baton(""), ("try_acquire", "wait", "release", "lock_file_path"))
-    acquire, wait, release = file_baton.try_acquire, file_baton.wait, file_baton.release
+    baton = file_baton()
+    acquire, wait, release = baton.try_acquire, baton.wait, baton.release
     compiling = contextlib.ExitStack()
 
     def acquire_aloud(self: Any) -> bool | None:
@@ -60,14 +58,14 @@ def builds_announced() -> Iterator[None]:
 
     # Methods and not the class, which torch.utils.cpp_extension has imported by name.
     replaced = {"try_acquire": acquire_aloud, "wait": wait_aloud, "release": release_and_stop}
-    before = {name: getattr(file_baton, name) for name in replaced}
+    before = {name: getattr(baton, name) for name in replaced}
     for name, method in replaced.items():
-        setattr(file_baton, name, method)
+        setattr(baton, name, method)
     try:
         yield
     finally:
         for name, method in before.items():
-            setattr(file_baton, name, method)
+            setattr(baton, name, method)
 
 
 def _compiling_text(lock: Path) -> str:
@@ -124,7 +122,7 @@ def main(arguments: list[str]) -> int:
     """0 when the operators are there, 1 with everything in the log when they cannot be compiled."""
     with libraries_to(Path(arguments[0])), builds_announced():
         try:
-            for builder in (CPUAdamBuilder(), ShareMemCommBuilder()):
+            for builder in cpu_operators():
                 builder.load(verbose=False)
         except Exception:
             traceback.print_exc()

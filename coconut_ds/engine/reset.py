@@ -1,6 +1,6 @@
-"""What a stage switch does to the engine: a fresh optimizer in place, a fresh learning-rate schedule.
+"""What a stage switch resets: the optimizer, in place, and the learning-rate schedule.
 
-The engine itself is built once per process: DeepSpeed keeps a destroyed engine alive through its root hooks.
+The engine stays, and is built once per process: DeepSpeed keeps a destroyed engine alive through its root hooks.
 """
 
 from __future__ import annotations
@@ -36,10 +36,7 @@ def reset_optimizer_state(engine: deepspeed.DeepSpeedEngine) -> None:
     Bit-identical to a new optimizer on the same weights. There is no public call for it: ZeRO links parts of the
     states to the parameters at the first step.
     """
-    optimizer = engine.basic_optimizer
-    optimizer.state.clear()
-    for group in optimizer.param_groups:
-        group.pop("step", None)
+    engine.basic_optimizer.state.clear()
     unlink_states(engine)
 
 

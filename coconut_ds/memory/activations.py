@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coconut_ds.data.batches import Batch, Tokens, TokenSequence, collate_training, to_device, training_sequence
 from coconut_ds.data.loaders import ID_COLUMNS
 from coconut_ds.data.stages import Curriculum
+from coconut_ds.engine.internals import FakeTensorMode
 from coconut_ds.memory.meter import LiveTensorMeter
 from coconut_ds.model.coconut import Coconut
 

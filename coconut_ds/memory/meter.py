@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from coconut_ds.engine.internals import TorchDispatchMode, tree_iter
 
 GIB = 2**30
 
@@ -49,7 +49,7 @@ class LiveTensorMeter(TorchDispatchMode):
         return result
 
     def _know(self, storage: torch.UntypedStorage, n_bytes: int) -> None:
-        key = storage._cdata
+        key = id(storage)  # torch keeps one Python object for a storage as long as that lives
         if key in self._known:
             return
         self._known.add(key)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import sys
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-_FAILED = "coconut_ds/failed"
+_STORE_LIMIT_S = 5
 
 
 def has_group() -> bool:
@@ -101,10 +103,15 @@ def report_failure(problem: str, status: int) -> int:
 
 
 def _is_first_to_fail() -> bool:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun keeps its store over the restarts of a run.
+    key = f"coconut_ds/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     try:
-        store = dist.distributed_c10d._get_default_store()
-        return store.compare_set(_FAILED, "", str(rank())) == str(rank()).encode()
-    except RuntimeError:  # rank 0, which keeps the store, is gone
+        # torch would try for a while and print where, if rank 0, which keeps the store, has ended.
+        socket.create_connection((address, port), _STORE_LIMIT_S).close()
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_STORE_LIMIT_S))
+        return store.compare_set(key, "", str(rank())) == str(rank()).encode()
+    except (OSError, RuntimeError):
         return False
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from coconut_ds.data.batches import Batch, to_device
+from coconut_ds.engine.internals import is_scale_at_minimum
 from coconut_ds.errors import InputError
 from coconut_ds.runtime import distributed
 
@@ -107,8 +108,7 @@ def update(engine: deepspeed.DeepSpeedEngine) -> None:
     try:
         engine.step()
     except Exception as error:
-        # DeepSpeed raises a bare one.
-        if "loss scale already at minimum" not in str(error):
+        if not is_scale_at_minimum(error):
             raise
         raise LossScaleError(
             f"fp16: gradients overflow at the smallest loss scale, after {engine.global_steps} optimizer steps; lower "

@@ -16,8 +16,7 @@ from coconut_ds.data.batches import Batch
 from coconut_ds.data.loaders import TrainingSteps, steps_per_epoch, training_loader
 from coconut_ds.engine.internals import loss_scale
 from coconut_ds.engine.reset import epochs_until_reset, new_schedule, reset_optimizer_state, resets_before
-from coconut_ds.engine.states import updates_done
-from coconut_ds.engine.whole_weights import whole_weights
+from coconut_ds.engine.states import updates_done, whole_weights
 from coconut_ds.errors import InputError
 from coconut_ds.inference.evaluator import Evaluation, Evaluator
 from coconut_ds.memory.meter import peak_memory_gib

@@ -71,6 +71,28 @@ def test_heavy_libraries_stay_in_their_place(module):
         assert "coconut_ds.config.run_config" not in names, "the model takes plain arguments"
 
 
+PRIVATE_NAMES = ("coconut_ds.engine.internals", "coconut_ds.model.internals", "coconut_ds.model.fast.")
+"""Where private names of libraries may stand, each checked when a run starts."""
+NOT_PRIVATE = {"os._exit", "atexit._run_exitfuncs"}
+
+
+def private_names(path: Path) -> set[str]:
+    """Private attributes of objects that are not `self`, and private modules that are imported."""
+    found = {name for name in imports(path) if any(part.startswith("_") for part in name.split("."))}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            owner = ast.unparse(node.value)
+            # A NamedTuple's own method has an underscore, so that no field can have its name.
+            if owner not in ("self", "cls") and node.attr != "_replace":
+                found.add(f"{owner}.{node.attr}")
+    return {name for name in found if not name.startswith(("coconut_ds.", "__future__"))} - NOT_PRIVATE
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_private_names_of_libraries_stay_in_their_place(module):
+    assert module.startswith(PRIVATE_NAMES) or not private_names(MODULES[module])
+
+
 def test_no_module_shadows_a_library():
     top_level = {path.stem for path in PACKAGE.iterdir() if path.stem != "__init__"}
     libraries = {"torch", "deepspeed", "transformers", "datasets", "tokenizers", "wandb", "evaluate", "tqdm", "yaml"}
