@@ -26,14 +26,14 @@ from coconut_ds.runtime import distributed
 
 _LONGER = timedelta(minutes=1)
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher sets in the environment of a rank."""
+"""Variables that a launcher sets in the environment of a rank."""
 
 
 @contextlib.contextmanager
 def process_group(hang_limit_s: float = 0) -> Iterator[None]:
-    """`start_process_group` for a run. Without a launcher nothing of it is left, however the run ends.
+    """`start_process_group` for a run. Without a launcher the process is restored, however the run ends.
 
-    With one the group stays: a rank that fails must not wait for those inside a collective (`report_failure`).
+    Under a launcher the group stays: a failed rank must not wait for ranks inside a collective (`report_failure`).
     """
     before = {key: os.environ.get(key) for key in _LAUNCHED}
     try:
@@ -42,7 +42,7 @@ def process_group(hang_limit_s: float = 0) -> Iterator[None]:
     finally:
         if before["RANK"] is None:
             if distributed.has_group():
-                # torch's own would leave DeepSpeed with groups that are gone, and a later run of the process fails.
+                # torch's function would leave destroyed groups in DeepSpeed, and a later run here would fail.
                 deepspeed.comm.destroy_process_group()
             for key in _LAUNCHED:
                 os.environ.pop(key, None)
@@ -52,8 +52,8 @@ def process_group(hang_limit_s: float = 0) -> Iterator[None]:
 def start_process_group(hang_limit_s: float = 0) -> None:
     """Join the ranks the launcher started: NCCL on GPUs, gloo on CPUs. Without a launcher this is the only rank.
 
-    Collectives wait longer than `hang_limit_s`: a rank that hangs is ended before those that wait for it give up.
-    Raises InputError for a port in use, and for a hostfile that the launcher was given and did not find.
+    Collectives wait longer than `hang_limit_s` (seconds), so that a hanging rank is ended before the others time out.
+    Raises InputError if the port is in use, or if the hostfile given to the launcher does not exist.
     """
     demand_hostfile()
     if "RANK" not in os.environ:
@@ -78,7 +78,7 @@ def start_process_group(hang_limit_s: float = 0) -> None:
 
 
 def describe_device() -> Device:
-    """What the accelerator of this rank can compute in."""
+    """The kind of accelerator of this rank, and the half precisions it supports."""
     accelerator = get_accelerator()
     return Device(
         kind="cuda" if torch.cuda.is_available() else "cpu",
@@ -88,7 +88,7 @@ def describe_device() -> Device:
 
 
 def build_engine(model: nn.Module, config: RunConfig, ds_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """Wrap `model` in the engine it keeps for the life of the process; it learns nothing until a schedule starts.
+    """Wrap `model` in a DeepSpeed engine for the life of the process; the learning rate is 0 until a schedule starts.
 
     Raises InternalsError for a DeepSpeed that lacks what resets and checkpoints rely on.
     """

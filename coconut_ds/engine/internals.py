@@ -196,7 +196,7 @@ def loss_scale(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
 
 
 def restore_loss_scale(engine: deepspeed.DeepSpeedEngine, state: Mapping[str, float]) -> None:
-    """Set what `loss_scale` returned; an engine that does not scale its loss is left as it is."""
+    """Set what `loss_scale` returned; no effect in other precisions."""
     if engine.fp16_enabled():
         for key, value in state.items():
             setattr(engine.optimizer.loss_scaler, key, value)

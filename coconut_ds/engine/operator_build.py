@@ -1,11 +1,11 @@
-"""DeepSpeed compiles its operators on first use: a person is told when that takes long or waits for a lock file.
+"""DeepSpeed compiles its operators on first use: reports a long compilation and a wait for a lock file.
 
     python -m coconut_ds.engine.operator_build LOG
 
-compiles those that CPU ranks need, which `./launch.sh` does once; what compilers print goes to LOG.
+compiles the operators that CPU ranks need, which `./launch.sh` does once; the compilers' output goes to LOG.
 
-torch keeps other processes out of a build by a file `lock` in the operator's folder, and they wait until it is gone. A
-process that is killed while it compiles leaves the file behind, and every later run would wait for ever.
+torch locks an operator's folder during a build with a file `lock`; other processes wait until it is removed. A process
+that is killed while it compiles leaves the file behind, and every later run would wait forever.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from coconut_ds.runs.terminal import libraries_to, terminal
 from coconut_ds.runtime import distributed
 
 _QUIET_S = 10.0
-"""Seconds until something is said; an operator that is compiled already is loaded in one."""
+"""Seconds until the first line; loading a compiled operator takes about one second."""
 _AGAIN_S = 60.0
 
 
 @contextlib.contextmanager
 def builds_announced() -> Iterator[None]:
-    """Inside it one rank of each machine says on the terminal what it compiles, or which lock file it waits for."""
+    """Context in which one rank per machine reports what it compiles, or which lock file it waits for."""
     if distributed.local_rank() != 0:
         yield
         return
@@ -45,11 +45,11 @@ def builds_announced() -> Iterator[None]:
     def acquire_aloud(self: Any) -> bool | None:
         acquired = acquire(self)
         if acquired:
-            compiling.enter_context(_said_now_and_then(lambda: _compiling_text(Path(self.lock_file_path))))
+            compiling.enter_context(_repeated(lambda: _compiling_text(Path(self.lock_file_path))))
         return acquired
 
     def wait_aloud(self: Any) -> None:
-        with _said_now_and_then(lambda: waiting_text(Path(self.lock_file_path))):
+        with _repeated(lambda: waiting_text(Path(self.lock_file_path))):
             wait(self)
 
     def release_and_stop(self: Any) -> None:
@@ -73,14 +73,14 @@ def _compiling_text(lock: Path) -> str:
 
 
 def waiting_text(lock: Path) -> str | None:
-    """What a wait for `lock` comes to: somebody compiles, or the file was left behind; None if it is gone."""
+    """The line for a wait for `lock`: another process compiles, or the file is stale; None if it no longer exists."""
     operator = lock.parent.name
     with contextlib.suppress(FileNotFoundError):
         age = timedelta(seconds=round(time.time() - lock.stat().st_mtime))
         if builder := _builder(lock.parent):
             return f"waiting for process {builder}, which compiles DeepSpeed's operator {operator} ({lock}, {age} old)"
         # torch does not compile after it has waited.
-        then = "and this run goes on" if list(lock.parent.glob("*.so")) else "and start the run again"
+        then = "and this run continues" if list(lock.parent.glob("*.so")) else "and rerun the same command"
         return (
             f"waiting for {lock}, {age} old: it locks DeepSpeed's operator {operator}, and no process of this machine "
             "compiles that; a killed run leaves such a file. Unless another machine that shares the folder compiles "
@@ -90,7 +90,7 @@ def waiting_text(lock: Path) -> str | None:
 
 
 def _builder(folder: Path) -> int | None:
-    """A process of this machine that works in an operator's folder, as ninja and its compilers do."""
+    """The id of a process on this machine whose working directory is the folder, as for ninja and compilers."""
     folder = folder.resolve()
     for process in psutil.process_iter(["cwd"]):
         if process.info["cwd"] and Path(process.info["cwd"]) == folder:
@@ -99,7 +99,7 @@ def _builder(folder: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def _said_now_and_then(text: Callable[[], str | None]) -> Iterator[None]:
+def _repeated(text: Callable[[], str | None]) -> Iterator[None]:
     ended = threading.Event()
 
     def speak() -> None:
@@ -119,7 +119,7 @@ def _said_now_and_then(text: Callable[[], str | None]) -> Iterator[None]:
 
 
 def main(arguments: list[str]) -> int:
-    """0 when the operators are there, 1 with everything in the log when they cannot be compiled."""
+    """Exit status 0 if the operators are compiled, 1 if that fails; the log has the reason."""
     with libraries_to(Path(arguments[0])), builds_announced():
         try:
             for builder in cpu_operators():

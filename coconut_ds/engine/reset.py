@@ -16,14 +16,14 @@ from coconut_ds.engine.internals import unlink_states
 
 
 def resets_before(epoch: int, config: RunConfig, curriculum: Curriculum) -> bool:
-    """Whether the optimizer starts afresh before `epoch` (from 0)."""
+    """Whether the optimizer is reset before `epoch` (from 0)."""
     if epoch == 0 or config.reset_optimizer is False:
         return False
     return config.reset_optimizer == "epoch" or curriculum.stage(epoch) != curriculum.stage(epoch - 1)
 
 
 def epochs_until_reset(epoch: int, config: RunConfig, curriculum: Curriculum) -> int:
-    """Epochs from `epoch` on that share one optimizer and one schedule."""
+    """Number of epochs, starting with `epoch`, until the next reset or the end of the run."""
     end = epoch + 1
     while end < config.num_epochs and not resets_before(end, config, curriculum):
         end += 1

@@ -1,8 +1,8 @@
-"""One optimizer step over an accumulation window, normalised over all its micro-batches on all ranks.
+"""One optimizer step over its accumulated micro-batches, normalised over all of them on all ranks.
 
-From device to host goes one transfer per optimizer step, in `fetch`; the passes make none. DeepSpeed's update makes
-those of its own (none in fp32 and bf16 on the GPU, the gradients with an offloaded optimizer, the overflow flag in
-fp16), and a step that is logged one more, for the norm of the gradient.
+A step makes one transfer from device to host, in `fetch`; the forward and backward passes make none. Outside this
+module, DeepSpeed's update may make its own, the training loop makes one to agree on whether to stop, and a logged step
+one for the norm of the gradient.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class NonFiniteLossError(InputError):
-    """The loss of an optimizer step was not a finite number; raised on every rank, before anything is updated."""
+    """The loss of an optimizer step was not a finite number; raised on every rank before the update."""
 
 
 class LossScaleError(InputError):
-    """Training in fp16 that cannot go on."""
+    """fp16 training whose loss scale cannot be lowered any further."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Pending:
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures of a step over all ranks. `n_tokens` of the batches' cells are no padding, `padding_share` of them is."""
+    """Figures of a step over all ranks. `n_tokens` cells are tokens; `padding_share` is the padded fraction."""
 
     loss: float
     n_targets: int
@@ -88,7 +88,7 @@ def fetch(step: Pending, number: int) -> Figures:
         examples = [f"rank {rank} had training examples {indices}" for rank, indices in enumerate(shares)]
         raise NonFiniteLossError(
             f"loss {loss} at optimizer step {number}, nothing was updated; {'; '.join(examples)}; "
-            "lower lr, set max_grad_norm, or use bf16 or fp32 in place of fp16"
+            "lower lr, set max_grad_norm, or use bf16 or fp32 instead of fp16"
         )
     return Figures(loss, int(n_targets), int(n_tokens), 1 - n_tokens / cells)
 

@@ -59,12 +59,12 @@ def test_a_lock_that_was_left_is_named_with_its_age_and_the_way_out_again_and_ag
     for line in lines:
         assert line.startswith(f"waiting for {lock}, 3:00:0")
         assert "no process of this machine compiles that" in line
-        assert line.endswith(f"remove it (rm {shlex.quote(str(lock))}) and this run goes on")
+        assert line.endswith(f"remove it (rm {shlex.quote(str(lock))}) and this run continues")
 
 
 def test_without_a_built_operator_the_run_has_to_be_started_again(lock):
     (lock.parent / "cpu_adam.so").unlink()
-    assert str(waiting_text(lock)).endswith(" and start the run again")
+    assert str(waiting_text(lock)).endswith(" and rerun the same command")
 
 
 def test_a_process_that_compiles_is_named(lock):
