@@ -10,10 +10,11 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 _context: Any = get_context("forkserver")
 _context.set_forkserver_preload(["warm_libraries"])
@@ -21,6 +22,9 @@ _context.set_forkserver_preload(["warm_libraries"])
 
 def fork(target: Any, *arguments: Any) -> BaseProcess:
     """Start `target(*arguments)`, a function of a module of the tests."""
+    # The server is started as `python -c` and passes over what it cannot import, so it has to be told where the tests are.
+    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
+        forkserver.ensure_running()
     process = _context.Process(target=target, args=arguments)
     process.start()
     return process
@@ -30,6 +34,7 @@ def become(
     arguments: Sequence[str], folder: str, environment: dict[str, str], streams: Sequence[str], threads: int
 ) -> None:
     """Be `python ARGUMENTS` in `folder`, a script or `-m MODULE`; `streams` are files for stdout and stderr."""
+    assert "warm_libraries" in sys.modules, "the server of forks has not imported tests/warm_libraries.py"
     import hardware
     import torch
 
