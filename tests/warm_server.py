@@ -22,7 +22,7 @@ _context.set_forkserver_preload(["warm_libraries"])
 
 def fork(target: Any, *arguments: Any) -> BaseProcess:
     """Start `target(*arguments)`, a function of a module of the tests."""
-    # The server is started as `python -c` and passes over what it cannot import, so it has to be told where the tests are.
+    # The server is started as `python -c` and ignores a preload it cannot import, so it is told where the tests are.
     with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
         forkserver.ensure_running()
     process = _context.Process(target=target, args=arguments)
