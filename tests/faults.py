@@ -3,9 +3,9 @@
     python -m tests.faults --kills 20 --seed 0
 
 A run of the published command on 2 ranks, in two stages, with dropout and checkpoints within epochs, is killed with
-SIGKILL: one rank or the whole job, inside a step, inside the writing of a checkpoint, between its files and its
-manifest, while old ones are removed. It is started again each time, and at the end its losses and weights are compared
-with those of a run that was left alone, bit for bit.
+SIGKILL: one rank (its launcher then ends the other) or the whole job, inside a step, inside the writing of a
+checkpoint, between its files and its manifest, while old ones are removed. It is started again each time, and each time
+it is complete, its losses and weights are compared with those of a run that was left alone, bit for bit.
 """
 
 from __future__ import annotations
@@ -66,10 +66,13 @@ def run_of(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def faulty(run: dict[str, Any], folder: Path, fault: str, ranks: int = 2, limit_s: float = 180) -> tuple[int, str]:
-    """Exit status and output of a run in which `fault` happens (see `fault_site`)."""
+def faulty(run: dict[str, Any], folder: Path, fault: str, whole_job: bool = False) -> tuple[int, str]:
+    """Exit status and output of a run in which `fault` happens (see `fault_site`).
+
+    Once it has ended a rank, the other is killed as well if it is to end the `whole_job`, else sent SIGTERM.
+    """
     command = ["coconut_ds/train.py", "--run", str(launching.write_run(run, folder))]
-    done = launching.on_warm_ranks(ranks, command, limit_s, FAULT=fault)
+    done = launching.on_warm_ranks(2, command, 180, whole_job, FAULT=fault)
     return done.returncode, done.stdout
 
 
@@ -105,7 +108,9 @@ def kill_again_and_again(folder: Path, kills: int, seed: int, **changes: Any) ->
     while sum(places.values()) < kills:
         module, function, most = draw.choice(_MOMENTS)
         rank = draw.randrange(2) if module == "faulthandler" else 0
-        status, output = faulty(run, folder / run["name"], f"{rank} {module} {function} {draw.randint(1, most)} kill")
+        whole_job = draw.random() < 0.5
+        fault = f"{rank} {module} {function} {draw.randint(1, most)} kill"
+        status, output = faulty(run, folder / run["name"], fault, whole_job)
         if status == 0:
             # The moment never came: the run is complete, and starts afresh for the next one.
             assert_same(folder, run["name"], "alone")
@@ -113,7 +118,7 @@ def kill_again_and_again(folder: Path, kills: int, seed: int, **changes: Any) ->
             continue
         # A rank that lost another one may say so, once.
         assert output.count("Traceback") <= 1, output[-3000:]
-        places[_place(checkpoints)] += 1
+        places[f"{'whole job' if whole_job else 'one rank'} {_place(checkpoints)}"] += 1
     launching.train(run, folder / run["name"], ranks=2)
     assert_same(folder, run["name"], "alone")
     return places
@@ -139,7 +144,7 @@ def main() -> None:
         prepare(Path(name), deepspeed=options.deepspeed)
         places = kill_again_and_again(Path(name), options.kills, options.seed, deepspeed=options.deepspeed)
     for place, count in sorted(places.items()):
-        print(f"{count:>4} kills {place}")
+        print(f"{count:>4} kills: {place}")
     print(f"{sum(places.values())} kills, losses of every step and final weights bit-identical to the run left alone")
 
 

@@ -162,14 +162,17 @@ def on_ranks(ranks: int, code: str, **values: Any) -> list[Any]:
 
 
 def on_warm_ranks(
-    ranks: int, command: list[str], time_limit_s: float = TIME_LIMIT_S, **more: str
+    ranks: int, command: list[str], time_limit_s: float = TIME_LIMIT_S, abruptly: bool = False, **more: str
 ) -> subprocess.CompletedProcess:
-    """What the launcher would do with the script and arguments of `command`: its output and exit status."""
+    """What the launcher would do with the script and arguments of `command`: its output and exit status.
+
+    Once a rank has failed, the others are ended: by SIGKILL if `abruptly`, else by SIGTERM.
+    """
     if fresh_ranks:
         options = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
         _demand_marker()
         return finish(start([str(_LAUNCHER), *options, *command], **more), time_limit_s)
-    return WarmRanks(ranks, command, **more).finish(time_limit_s)
+    return WarmRanks(ranks, command, **more).finish(time_limit_s, abruptly)
 
 
 class WarmRanks:
@@ -202,9 +205,9 @@ class WarmRanks:
         """What the ranks have written so far."""
         return self._output.read_text(encoding="utf-8", errors="replace") if self._output.exists() else ""
 
-    def finish(self, time_limit_s: float = TIME_LIMIT_S) -> subprocess.CompletedProcess:
+    def finish(self, time_limit_s: float = TIME_LIMIT_S, abruptly: bool = False) -> subprocess.CompletedProcess:
         try:
-            status = _first_failure(self.processes, time.monotonic() + time_limit_s)
+            status = _first_failure(self.processes, time.monotonic() + time_limit_s, abruptly)
             shown = self.shown()
         finally:
             self.end()
@@ -223,8 +226,11 @@ class WarmRanks:
         self._folder.cleanup()
 
 
-def _first_failure(processes: list[Any], give_up: float) -> int | None:
-    """The status of the first process that failed, 0 when all ended well, None when the time was up."""
+def _first_failure(processes: list[Any], give_up: float, abruptly: bool) -> int | None:
+    """The status of the first process that failed, 0 when all ended well, None when the time was up.
+
+    Once one fails, the others are ended: by SIGKILL if `abruptly`, else by SIGTERM.
+    """
     running = {process.sentinel: process for process in processes}
     status = 0
     while running:
@@ -237,7 +243,7 @@ def _first_failure(processes: list[Any], give_up: float) -> int | None:
             if process.exitcode and not status:
                 status = process.exitcode
                 for other in running.values():
-                    other.terminate()
+                    other.kill() if abruptly else other.terminate()
                 give_up = min(give_up, time.monotonic() + _TO_END_S)
     return status
 
