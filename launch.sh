@@ -126,7 +126,8 @@ case "${1:-help}" in
   test)
     shift
     enter_environment
-    exec python -m pytest "$@"
+    # Two workers, each with whole files, since much of a test is waiting for processes; -n 0 is for a debugger.
+    exec python -m pytest --numprocesses=2 --dist=loadfile "$@"
     ;;
   check)
     enter_environment

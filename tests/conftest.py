@@ -14,8 +14,9 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # Tests neither read nor fill the user's cache of tokenized sets; ranks they start inherit this one.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="coconut_ds_tests_")
 
-# Before torch looks for them.
+# Before torch looks for them. Threads that wait for each other leave the cores to the other worker and to ranks.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import shutil
 from pathlib import Path

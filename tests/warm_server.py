@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
+import threading
 from collections.abc import Sequence
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ def become(
 ) -> None:
     """Be `python ARGUMENTS` in `folder`, a script or `-m MODULE`; `streams` are files for stdout and stderr."""
     assert "warm_libraries" in sys.modules, "the server of forks has not imported tests/warm_libraries.py"
+    threading.Thread(target=_end_with_tests, daemon=True).start()
     import hardware
     import torch
 
@@ -58,6 +61,14 @@ def become(
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(name, run_name="__main__")
+
+
+def _end_with_tests() -> None:
+    """Tests that are killed cannot end what they have started."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _libraries() -> list[Path]:
