@@ -17,19 +17,24 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import TextStreamer
 
 from coconut_ds import strict_json
 from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.data.doubts import unread
+from coconut_ds.data.plain_text import unknown_words
 from coconut_ds.data.records import read_records
 from coconut_ds.errors import InputError
-from coconut_ds.inference.answers import Answer, Answerer, Question, sampled
+from coconut_ds.inference.asking import Question, Reply
 from coconut_ds.inference.trained_model import TrainedModel
+from coconut_ds.model.thoughts import Readings
 from coconut_ds.runs.terminal import quiet_libraries
 
 _PROMPT = "> "
@@ -92,33 +97,50 @@ def _ask(options: argparse.Namespace) -> None:
     is_loop = options.question is None and options.file is None and sys.stdin.isatty()
     # Opened before the model is loaded: what is wrong with a file is said at once.
     questions = [] if is_loop else _questions(options)
-    answerer = _answerer(options)
+    trained = _load(options)
     streams = sys.stdout.isatty() and not options.no_stream and not options.json
-    page = Page(answerer, options.json, streams, repeats_questions=options.question is None and not is_loop)
+    page = Page(trained, options, streams, repeats_questions=options.question is None and not is_loop)
     if is_loop:
         _loop(page)
         return
     if isinstance(questions, list):
         for question in questions:
-            answerer.check(question)
+            page.room(question)
     if _is_data(options.file):
-        for line in unread(options.file, read_records(options.file), answerer.trained.tokenizer):
+        for line in unread(options.file, read_records(options.file), trained.tokenizer):
             print(f"warning: {line}", file=sys.stderr)
-    page.print_total([(answer.correct, answer.cut) for answer in map(page.ask, questions)])
+    page.print_total(list(map(page.ask, questions)))
+
+
+def _load(options: argparse.Namespace) -> TrainedModel:
+    """The model, ready to draw; raises InputError for options about thoughts that it does not have."""
+    trained = TrainedModel.load(options.checkpoint)
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    tokens, method = trained.tokens, trained.curriculum.method
+    if options.thoughts and tokens.latent is None:
+        raise InputError(f"--thoughts {options.thoughts}: the model was trained by {method}, without thoughts")
+    if options.show_thoughts and tokens.thought is None:
+        raise InputError(f"--show-thoughts: the model was trained by {method}, which has no thoughts to read")
+    return trained
+
+
+def sampled(temperature: float = 1.0, top_p: float = 1.0) -> Mapping[str, Any]:
+    """Options of `decode` that draw from all tokens, where transformers by itself keeps to the 50 best."""
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
 def _questions(options: argparse.Namespace) -> Iterable[Question]:
     """A list, or from standard input one after another, so that a pipe is answered while it is written."""
     if options.question is not None:
-        return [Question(options.question)]
+        return [Question(options.question, n_thoughts=options.thoughts)]
     if options.file in (None, "-"):
-        return _lines(sys.stdin, "standard input")
+        return _lines(sys.stdin, "standard input", options.thoughts)
     if _is_data(options.file):
-        records = read_records(options.file)
-        return [Question(each["question"], len(each["steps"]), each["answer"]) for each in records]
+        return [Question.of(record, n_thoughts=options.thoughts) for record in read_records(options.file)]
     try:
         with open(options.file, encoding="utf-8-sig") as file:
-            questions = list(_lines(file, options.file))
+            questions = list(_lines(file, options.file, options.thoughts))
     except OSError as error:
         raise InputError(f"--file {options.file}: cannot be read: {error.strerror}; name a file of questions") from None
     if not questions:
@@ -130,65 +152,81 @@ def _is_data(file: str | None) -> bool:
     return file is not None and Path(file).suffix == ".json"
 
 
-def _lines(file: Iterable[str], name: str) -> Iterator[Question]:
+def _lines(file: Iterable[str], name: str, n_thoughts: int | None) -> Iterator[Question]:
     try:
         for line in file:
             if _JSON_STARTS.match(line):
                 raise InputError(f"{name} holds JSON and no lines of text: name a data file FILE.json with --file")
             if line.strip():
-                yield Question(line.strip())
+                yield Question(line.strip(), n_thoughts=n_thoughts)
     except UnicodeDecodeError as error:
         raise InputError(f"{name} is not {error.encoding} text: {error.reason} at byte {error.start}") from None
 
 
-def _answerer(options: argparse.Namespace) -> Answerer:
-    sampling = sampled(options.temperature or 1.0, options.top_p or 1.0) if options.sample else {}
-    trained = TrainedModel.load(options.checkpoint)
-    if options.seed is not None:
-        torch.manual_seed(options.seed)
-    return Answerer(trained, options.thoughts, options.max_new_tokens, sampling, options.show_thoughts)
-
-
 @dataclass(frozen=True)
 class Page:
-    """Where answers are printed: stdout. Whatever is no answer goes to stderr."""
+    """Asks a model and prints its answers to stdout, everything else to stderr."""
 
-    answerer: Answerer
-    as_json: bool
+    trained: TrainedModel
+    options: argparse.Namespace
     streams: bool
     repeats_questions: bool
 
-    def ask(self, question: Question) -> Answer:
-        """Answer a question and print what came of it; raises InputError for one that does not fit the model."""
-        self.answerer.check(question)
-        unknown = self.answerer.unknown_words(question)
-        if unknown:
-            words, stand_in = ", ".join(map(repr, unknown)), self.answerer.trained.tokenizer.unk_token
-            print(f"warning: the model knows no {words} and reads {stand_in} in place of it", file=sys.stderr)
-        if self.as_json:
-            answer = self.answerer.answer(question)
-            print(strict_json.dumps(answer.as_dict()), flush=True)
-            return answer
-        if self.repeats_questions:
-            print(f"{_PROMPT}{question.text}", flush=True)
-        answer = self.answerer.answer(question, self.streams)
-        lines = [] if self.streams else [answer.text]
-        print("".join(f"{line}\n" for line in [*lines, *_remarks(answer)]), end="", flush=True)
-        # Of several they are counted at the end.
-        if answer.cut and not self.repeats_questions:
-            print(f"warning: cut off after {_tokens(answer.n_new_tokens)}, before its end; {_ROOM}", file=sys.stderr)
-        return answer
+    @property
+    def description(self) -> str:
+        """The model and how it answers."""
+        trained = self.trained
+        stage = "" if trained.stage is None else f", stage {trained.stage}"
+        n_thoughts = trained.thoughts_of(Question("", n_thoughts=self.options.thoughts))
+        thoughts = "" if trained.tokens.latent is None else f", {n_thoughts} thoughts a question"
+        return f"{trained.curriculum.method}{stage}{thoughts}, {'sampled' if self.options.sample else 'greedy'}"
 
-    def print_total(self, answers: Sequence[tuple[bool | None, bool]]) -> None:
-        """How many of the answers were right, where what was expected is known, and how many were cut."""
-        known = [correct for correct, _ in answers if correct is not None]
+    def room(self, question: Question) -> int:
+        """Tokens its answer may have; raises InputError if it is empty, is not text, or does not fit the model."""
+        if not question.text.strip():
+            raise InputError("the question is empty; write one")
+        try:
+            question.text.encode()
+        except UnicodeEncodeError:  # bytes of another encoding arrive as halves of surrogate pairs
+            raise InputError(f"{question.name} is not UTF-8 text; encode it so") from None
+        return self.trained.room([question], self.options.max_new_tokens)
+
+    def ask(self, question: Question) -> Reply:
+        """Answer a question and print the answer; raises InputError for what `room` refuses."""
+        new_tokens, tokenizer, options = self.room(question), self.trained.tokenizer, self.options
+        if words := ", ".join(map(repr, unknown_words(question.text, tokenizer))):
+            stand_in = tokenizer.unk_token
+            print(f"warning: the model knows no {words} and reads {stand_in} in place of it", file=sys.stderr)
+        if self.repeats_questions and not options.json:
+            print(f"{_PROMPT}{question.text}", flush=True)
+        # It decodes as `Reply` does, so that a person sees what a script is given.
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if self.streams else None
+        sampling = sampled(options.temperature or 1.0, options.top_p or 1.0) if options.sample else {}
+        started = time.monotonic()
+        answered = self.trained.ask([question], new_tokens, streamer=streamer, **sampling)
+        (reply,), seconds = answered.replies, time.monotonic() - started
+        thoughts = answered.readings(tokenizer)[0] if options.show_thoughts else None
+        if options.json:
+            n_thoughts = self.trained.thoughts_of(question)
+            print(strict_json.dumps(_described(reply, n_thoughts, seconds, thoughts)), flush=True)
+            return reply
+        lines = [] if self.streams else [reply.text]
+        print("".join(f"{line}\n" for line in [*lines, *_remarks(reply, thoughts)]), end="", flush=True)
+        # Of several they are counted at the end.
+        if reply.cut and not self.repeats_questions:
+            print(f"warning: cut off after {_tokens(reply.n_new_tokens)}, before its end; {_ROOM}", file=sys.stderr)
+        return reply
+
+    def print_total(self, replies: Sequence[Reply]) -> None:
+        """How many of the answers were right, if what was expected is known, and how many were cut."""
+        known = [reply.correct for reply in replies if reply.question.expected is not None]
         if known:
             total = f"{sum(known)} of {len(known)} right ({sum(known) / len(known):.1%})"
-            print(total, file=sys.stderr if self.as_json else sys.stdout)
-        cut = [str(number) for number, (_, is_cut) in enumerate(answers, start=1) if is_cut]
-        if cut and (self.as_json or self.repeats_questions):
+            print(total, file=sys.stderr if self.options.json else sys.stdout)
+        cut = [str(number) for number, reply in enumerate(replies, start=1) if reply.cut]
+        if cut and (self.options.json or self.repeats_questions):
             numbers = ", ".join(cut[:_LISTED]) + (", ..." if len(cut) > _LISTED else "")
-            counts = f"{len(cut)} of {len(answers)} answers were cut off before their end"
+            counts = f"{len(cut)} of {len(replies)} answers were cut off before their end"
             print(f"warning: {counts} (question {numbers}); {_ROOM}", file=sys.stderr)
 
 
@@ -196,25 +234,43 @@ def _tokens(count: int) -> str:
     return f"{count} token{'s' * (count != 1)}"
 
 
-def _remarks(answer: Answer) -> Iterator[str]:
-    if answer.thoughts == []:
+def _described(reply: Reply, n_thoughts: int, seconds: float, thoughts: Readings | None) -> dict[str, Any]:
+    """What `--json` prints: `answer` is what the evaluation compares, `text` everything that was generated."""
+    expected = reply.question.expected
+    described = {
+        "question": reply.question.text,
+        "answer": reply.given,
+        "text": reply.text,
+        "n_thoughts": n_thoughts,
+        "n_new_tokens": reply.n_new_tokens,
+        "seconds": round(seconds, 4),
+        "thoughts": thoughts,
+        "expected": expected,
+        "correct": None if expected is None else reply.correct,
+        "cut": reply.cut,
+    }
+    return {name: value for name, value in described.items() if value is not None}
+
+
+def _remarks(reply: Reply, thoughts: Readings | None) -> Iterator[str]:
+    if thoughts == []:
         yield "  no thoughts in this prompt"
-    for number, reading in enumerate(answer.thoughts or [], start=1):
+    for number, reading in enumerate(thoughts or [], start=1):
         yield f"  thought {number}: " + ", ".join(f"{token!r} {probability:.1%}" for token, probability in reading)
-    if answer.correct is not None:
-        yield f"  expected {answer.expected}: {'right' if answer.correct else 'wrong'}"
+    if reply.question.expected is not None:
+        yield f"  expected {reply.question.expected}: {'right' if reply.correct else 'wrong'}"
 
 
 def _loop(page: Page) -> None:
     """Questions from a terminal until Ctrl-D. Ctrl-C leaves the line or the answer under way, not the loop."""
     with contextlib.suppress(ImportError):  # some builds of Python lack it
         import readline  # noqa: F401  # gives `input` editing and a history
-    print(f"{page.answerer.description}; Ctrl-D ends", file=sys.stderr)
+    print(f"{page.description}; Ctrl-D ends", file=sys.stderr)
     while True:
         try:
             line = _read_line(page)
             if line.strip():
-                page.ask(Question(line.strip()))
+                page.ask(Question(line.strip(), n_thoughts=page.options.thoughts))
         except EOFError:
             print(file=sys.stderr)
             return
@@ -225,7 +281,7 @@ def _loop(page: Page) -> None:
 
 
 def _read_line(page: Page) -> str:
-    if sys.stdout.isatty() and not page.as_json:
+    if sys.stdout.isatty() and not page.options.json:
         return input(_PROMPT)
     # `input` writes its prompt to stdout, which is for answers alone here.
     print(_PROMPT, end="", file=sys.stderr, flush=True)

@@ -6,7 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+from coconut_ds import strict_json
 from coconut_ds.errors import InputError
 
 PROG = "python -m coconut_ds"
@@ -46,3 +49,15 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status or 0
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_output(path, lambda path: path.write_text(strict_json.dumps(value, indent=2) + "\n", "utf-8"))
+
+
+def write_output(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write` with `path`; an OSError becomes an InputError."""
+    try:
+        write(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None

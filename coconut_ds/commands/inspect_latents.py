@@ -22,34 +22,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from coconut_ds import strict_json
-from coconut_ds.analysis.inspection.averages import average_next_steps, average_readings, describe
-from coconut_ds.analysis.inspection.interventions import intervene
-from coconut_ds.analysis.inspection.next_steps import NextStep, next_steps
-from coconut_ds.analysis.inspection.prosqa_graph import ProsqaGraph, graph_of
-from coconut_ds.analysis.inspection.readings import (
-    Question,
-    QuestionReading,
-    answer,
-    questions_of,
-    read,
-    room_for_answers,
-    thoughts_of,
-)
+from coconut_ds.analysis.inspection.findings import Inspection, Records
 from coconut_ds.analysis.inspection.tables import file_tables, question_tables
-from coconut_ds.commands.command_line import PROG, new_parser, run_command
+from coconut_ds.commands.command_line import PROG, new_parser, run_command, write_json, write_output
 from coconut_ds.data.doubts import unread
 from coconut_ds.data.records import read_records
 from coconut_ds.errors import InputError, demand_libraries
 from coconut_ds.inference.trained_model import TrainedModel
-from coconut_ds.runs.terminal import progress, quiet_libraries
+from coconut_ds.runs.terminal import quiet_libraries
 
 
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} inspect") -> int:
@@ -77,7 +60,14 @@ def main(arguments: list[str] | None = None, prog: str = f"{PROG} inspect") -> i
 def _inspect(options: argparse.Namespace) -> None:
     quiet_libraries()
     _check(options)
-    found = inspect(options)
+    records = _records(options)
+    trained = TrainedModel.load(options.checkpoint)
+    sizes = {"batch_size": options.batch_size, "top_k": options.top_k}
+    inspection = Inspection.of(trained, records, options.thoughts, options.max_new_tokens, **sizes)
+    for line in unread(options.data, [record for _, record in records], trained.tokenizer, records[0][0]):
+        print(f"warning: {line}", file=sys.stderr)
+    found = inspection.of_file(options.seed if options.intervene else None) if options.all else inspection.of_question()
+    found = {"checkpoint": options.checkpoint, "data": options.data, **found}
     try:
         print(file_tables(found) if options.all else question_tables(found, bool(options.png)), flush=True)
     finally:  # files are written even if nobody reads the tables
@@ -106,98 +96,23 @@ def _check(options: argparse.Namespace) -> None:
         demand_libraries(["matplotlib"], extra="report")
 
 
+def _records(options: argparse.Namespace) -> Records:
+    records = list(enumerate(read_records(options.data, options.limit)))
+    if not options.all:
+        if not 0 <= options.index < len(records):
+            raise InputError(f"--index {options.index}: {options.data} has records 0 to {len(records) - 1}")
+        return [records[options.index]]
+    if options.intervene and len(records) < 2:
+        raise InputError("--intervene: needs two questions or more, to put thoughts of one in place of another's")
+    return records
+
+
 def _write_files(options: argparse.Namespace, found: dict[str, Any]) -> None:
     if options.json:
-        _write(options.json, lambda path: path.write_text(strict_json.dumps(found, indent=2) + "\n", "utf-8"))
+        write_json(options.json, found)
     if options.png and (options.all or not found["why_no_graph"]):
         from coconut_ds.analysis.plots.canvas import save
         from coconut_ds.analysis.plots.thoughts import draw_averages, draw_graphs
 
         draw = draw_averages if options.all else draw_graphs
-        _write(options.png, lambda path: save(draw(found), path))
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    try:
-        write(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def inspect(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is printed, drawn and written as JSON."""
-    records = list(enumerate(read_records(options.data, options.limit)))
-    if not options.all:
-        if not 0 <= options.index < len(records):
-            raise InputError(f"--index {options.index}: {options.data} has records 0 to {len(records) - 1}")
-        records = records[options.index : options.index + 1]
-    if options.intervene and len(records) < 2:
-        raise InputError("--intervene: needs two questions or more, to put thoughts of one in place of another's")
-    trained = TrainedModel.load(options.checkpoint)
-    questions = questions_of(trained, records, options.thoughts)
-    room = room_for_answers(trained, questions, options.max_new_tokens)
-    for line in unread(options.data, [record for _, record in records], trained.tokenizer, records[0][0]):
-        print(f"warning: {line}", file=sys.stderr)
-    graphs, why_no_graph = _graphs(questions)
-    readings, fed = _readings(trained, questions, options, room)
-    steps = _next_steps(trained, graphs, questions, options.batch_size)
-    found = {"checkpoint": options.checkpoint, "data": options.data, "why_no_graph": why_no_graph}
-    found["max_new_tokens"] = room
-    if not options.all:
-        found |= asdict(readings[0])
-        if graphs:
-            found |= _described_graph(graphs[0], steps[0])
-        return found
-    found |= average_readings(readings)
-    if graphs:
-        found["next_steps"] = average_next_steps(graphs, steps)
-    if options.intervene:
-        given = [each.given for each in readings]
-        sizes = {"new_tokens": room, "batch_size": options.batch_size}
-        found["interventions"] = [
-            asdict(each) for each in intervene(trained, questions, fed, given, **sizes, seed=options.seed)
-        ]
-    return found
-
-
-def _graphs(questions: Sequence[Question]) -> tuple[list[ProsqaGraph], str | None]:
-    """The graphs of all questions; none of them, with the first reason, where a question has none."""
-    found = [graph_of(question.record) for question in questions]
-    graphs = [each for each in found if not isinstance(each, str)]
-    if len(graphs) == len(found):
-        return graphs, None
-    first = next(f"record {question.index} {each}" for question, each in zip(questions, found) if isinstance(each, str))
-    count = f" ({len(found) - len(graphs)} of {len(found)} records have none)" if graphs else ""
-    return [], f"{first}{count}"
-
-
-def _readings(
-    trained: TrainedModel, questions: Sequence[Question], options: argparse.Namespace, room: int
-) -> tuple[list[QuestionReading], list[torch.Tensor]]:
-    """What is read in the thoughts of each question, and what was fed in their places, (thoughts, D) each."""
-    readings: list[QuestionReading] = []
-    fed: list[torch.Tensor] = []
-    starts = range(0, len(questions), options.batch_size)
-    for start in progress(starts, len(starts), "thoughts"):
-        some = questions[start : start + options.batch_size]
-        answered = answer(trained, some, room)
-        thoughts = thoughts_of(trained, answered)
-        readings += read(trained, some, answered, thoughts, options.top_k)
-        fed += [row[: each.n_thoughts] for row, each in zip(thoughts.fed, some)]
-    return readings, fed
-
-
-def _next_steps(
-    trained: TrainedModel, graphs: Sequence[ProsqaGraph], questions: Sequence[Question], batch_size: int
-) -> list[list[NextStep]]:
-    found: list[list[NextStep]] = []
-    starts = range(0, len(graphs), batch_size)
-    for start in progress(starts, len(starts), "next steps"):
-        these = slice(start, start + batch_size)
-        found += next_steps(trained, graphs[these], [each.n_thoughts for each in questions[these]], batch_size)
-    return found
-
-
-def _described_graph(graph: ProsqaGraph, steps: Sequence[NextStep]) -> dict[str, Any]:
-    shown = graph.model_dump(exclude={"question"})
-    return {"graph": {**shown, "distances": graph.distances}, "next_steps": [describe(graph, each) for each in steps]}
+        write_output(options.png, lambda path: save(draw(found), path))

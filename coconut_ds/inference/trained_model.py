@@ -1,11 +1,10 @@
-"""A trained model as it was saved: what asks it questions and looks at its thoughts needs no run file."""
+"""A trained model, loaded from its folder without a run file, and the prompts of its evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,15 +14,16 @@ from coconut_ds.data.batches import Batch, Tokens, collate_prompts, prompt_seque
 from coconut_ds.data.plain_text import reserved_in
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.errors import InputError
+from coconut_ds.inference.asking import Answered, Question, ask, quoted
 from coconut_ds.model import fast
-from coconut_ds.model.backbone import demand_rows
+from coconut_ds.model.backbone import demand_rows, n_positions
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import model_folder
 from coconut_ds.model.loading import load_tokenizer
 from coconut_ds.runtime import distributed
 
 _SETTINGS = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")
-"""What prompts cannot be made without."""
+"""Settings that prompts depend on."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class TrainedModel:
     tokens: Tokens
     curriculum: Curriculum
     stage: int | None
-    """The stage of the weights; None where the folder does not say."""
+    """The stage of the weights; None if the folder does not say."""
 
     @classmethod
     def load(cls, name: str) -> TrainedModel:
         """From a checkpoint of a run, an exported folder, or a hub id.
 
-        Raises InputError for a damaged checkpoint, and for what is no Coconut model or does not say its method.
+        Raises InputError for a damaged checkpoint and for a folder that is not a Coconut model or names no method.
         """
         check_intact(Path(name))
         model = Coconut.from_pretrained(name).to(distributed.device())
@@ -60,35 +60,57 @@ class TrainedModel:
             )
         return cls(model, tokenizer, tokens, curriculum_of(settings), settings.get("stage"))
 
-    @property
-    def usual_new_tokens(self) -> int:
-        """Tokens an answer may have in the run's evaluations; 128, the trainer's default, where that is not known."""
-        return int(self.model.training_settings.get("max_new_tokens", 128))
+    def thoughts_of(self, question: Question) -> int:
+        """Thoughts, or pauses, in its prompt: its own number, or that of the evaluation of the weights' stage.
 
-    def n_thoughts(self, n_steps: int | None = None) -> int:
-        """Thoughts in the prompt of a question of `n_steps` steps, as in the evaluation of the weights' stage.
-
-        Of a question whose steps are not known as many as of one with `max_latent_stage` steps. Raises InputError where
-        the stage is not known either.
+        A question with an unknown number of steps counts as one of `max_latent_stage` steps. Raises InputError if it
+        has no number of its own and the stage is unknown.
         """
+        if self.tokens.latent is None:
+            return 0
+        if question.n_thoughts is not None:
+            return question.n_thoughts
         if self.stage is None:
             raise InputError("coconut.json names no stage the weights were trained to; say how many thoughts to take")
-        return self.curriculum.prompt_thoughts(
-            self.stage, self.curriculum.max_latent_stage if n_steps is None else n_steps
-        )
+        curriculum, n_steps = self.curriculum, question.n_steps
+        return curriculum.prompt_thoughts(self.stage, curriculum.max_latent_stage if n_steps is None else n_steps)
+
+    def room(self, questions: Sequence[Question], new_tokens: int | None = None) -> int:
+        """Tokens each answer may have: `new_tokens`, by default those of the run's evaluations or the positions left.
+
+        Raises InputError for the first question that does not fit the model's positions, or that `prompts` refuses.
+        """
+        positions = n_positions(self.model.base_causallm)
+        counts = [self.thoughts_of(each) for each in questions]
+        lengths = [self.prompts([each.text], [count]).n_tokens for each, count in zip(questions, counts)]
+        usual = int(self.model.training_settings.get("max_new_tokens", 128))  # or the trainer's default
+        room = new_tokens or max(1, min(usual, positions - max(lengths)))
+        for question, count, length in zip(questions, counts, lengths):
+            if length + room > positions:
+                raise InputError(
+                    f"{question.name}: a prompt of {length} tokens ({count} of them thoughts) and {room} to generate "
+                    f"need {length + room} positions, the model has {positions}; lower --thoughts or --max-new-tokens, "
+                    "shorten the question, or leave it out"
+                )
+        return room
+
+    def ask(self, questions: Sequence[Question], new_tokens: int, **options: Any) -> Answered:
+        """`asking.ask` in the prompts of the evaluation."""
+        prompts = self.prompts([each.text for each in questions], [self.thoughts_of(each) for each in questions])
+        return ask(self.model, self.tokenizer, questions, prompts, new_tokens, **options)
 
     def prompts(self, questions: Sequence[str], n_thoughts: Sequence[int]) -> Batch:
-        """A decoding batch, left-padded, on this rank's device: questions with as many thoughts each.
+        """A left-padded decoding batch on this rank's device: each question with its number of thoughts.
 
-        Raises InputError for a question with the text of a token that sequences are built with.
+        Raises InputError for a question that holds the text of a token that sequences are built with.
         """
         rows = [{"question_ids": self.tokenizer(question + "\n")["input_ids"]} for question in questions]
         for question, row in zip(questions, rows):
             name = reserved_in(question, row["question_ids"], self.tokenizer)
             if name is not None:
                 raise InputError(
-                    f"question {shorten(question, 60, placeholder=' ..')!r} holds {name!r}, a token that sequences are "
-                    "built with; write it otherwise"
+                    f"question {quoted(question)} holds {name!r}, a token that sequences are built with; write it "
+                    "otherwise"
                 )
         sequences = [prompt_sequence(row, count, self.tokens) for row, count in zip(rows, n_thoughts)]
         batch = collate_prompts(sequences, list(range(len(rows))), self.tokens.pad)
@@ -96,7 +118,7 @@ class TrainedModel:
 
 
 def curriculum_of(settings: dict[str, Any]) -> Curriculum:
-    """The curriculum that `coconut.json` describes, as far as prompts depend on it."""
+    """The curriculum in `coconut.json`, as far as prompts depend on it."""
     return Curriculum(
         method=settings["method"],
         thoughts_per_step=settings["c_thought"],

@@ -21,9 +21,10 @@ from coconut_ds.analysis.inspection.averages import average_readings
 from coconut_ds.analysis.inspection.continuations import Continuation, exclusive_probabilities, token_log_probs
 from coconut_ds.analysis.inspection.next_steps import among_nodes, masses, next_steps
 from coconut_ds.analysis.inspection.prosqa_graph import ProsqaGraph, graph_of
-from coconut_ds.analysis.inspection.readings import answer, questions_of, read, thoughts_of
+from coconut_ds.analysis.inspection.readings import read
 from coconut_ds.analysis.inspection.tables import question_tables
 from coconut_ds.data.batches import Tokens
+from coconut_ds.inference.asking import Question
 from coconut_ds.inference.trained_model import TrainedModel, curriculum_of
 from coconut_ds.model.backbone import Backbone, add_markers
 from coconut_ds.model.scratch import word_tokenizer
@@ -327,13 +328,9 @@ SHORT = {"question": "n1", "steps": ["n1 n2"], "answer": "n0"}
 
 
 def readings(trained: TrainedModel, records: list[dict], n_thoughts: list[int], top_k: int = 3):
-    questions = [
-        each
-        for place, (record, count) in enumerate(zip(records, n_thoughts))
-        for each in questions_of(trained, [(place, record)], count)
-    ]
-    answered = answer(trained, questions, 4)
-    return read(trained, questions, answered, thoughts_of(trained, answered), top_k)
+    questions = [Question.of(record, place, count) for place, (record, count) in enumerate(zip(records, n_thoughts))]
+    answered = trained.ask(questions, 4)
+    return read(trained, answered, answered.thoughts(), top_k)
 
 
 @torch.no_grad()
@@ -404,9 +401,9 @@ def test_a_state_whose_weight_is_0_keeps_its_place_in_the_window_and_is_not_prin
 @torch.no_grad()
 def test_answers_are_the_greedy_ones():
     trained = trained_on(words_of(SYMBOLIC), LatentContext((0.6, 0.4)))
-    questions = questions_of(trained, [(0, PLAIN), (1, SHORT)], 2)
-    tokens = answer(trained, questions, 4).decoded.tokens
+    questions = [Question.of(record, n_thoughts=2) for record in (PLAIN, SHORT)]
+    tokens = trained.ask(questions, 4).decoded.tokens
     for row, question in zip(tokens.tolist(), questions):
-        prompt = trained.prompts([question.record["question"]], [2]).inputs["input_ids"][0].tolist()
+        prompt = trained.prompts([question.text], [2]).inputs["input_ids"][0].tolist()
         expected = naive.greedy(trained.model, prompt, 4)
         assert row[: len(expected)] == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import naive
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from test_inspection import PLAIN, SHORT, SYMBOLIC, trained_on, words_of
 from coconut_ds import LatentContext
 from coconut_ds.analysis.inspection.averages import averages
 from coconut_ds.analysis.inspection.interventions import KINDS, intervene, outcome, replacements, replacing, stacked
-from coconut_ds.analysis.inspection.readings import Question, answer, thoughts_of
+from coconut_ds.inference.asking import Question, Reply
 
 CONTEXTS = {
     "plain": None,
@@ -19,7 +21,8 @@ CONTEXTS = {
     "last_pass": LatentContext((0.1, 0.3, 0.6), scope="last_pass"),
     "norm": LatentContext((0.6, 0.4), norm="embedding"),
 }
-QUESTIONS = [Question(0, PLAIN, 3), Question(1, SHORT, 1), Question(2, SYMBOLIC, 2), Question(3, PLAIN, 0)]
+COUNTS = [3, 1, 2, 0]
+QUESTIONS = [Question.of(record, n_thoughts=count) for record, count in zip([PLAIN, SHORT, SYMBOLIC, PLAIN], COUNTS)]
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -27,9 +30,9 @@ QUESTIONS = [Question(0, PLAIN, 3), Question(1, SHORT, 1), Question(2, SYMBOLIC,
 @torch.no_grad()
 def test_a_thought_that_replaces_itself_changes_no_bit(context, thought):
     trained = trained_on(words_of(SYMBOLIC), CONTEXTS[context])
-    before = answer(trained, QUESTIONS, 4)
-    fed = thoughts_of(trained, before).fed
-    after = answer(trained, QUESTIONS, 4, replacing(fed, thought))
+    before = trained.ask(QUESTIONS, 4)
+    fed = before.thoughts().fed
+    after = trained.ask(QUESTIONS, 4, intervene=replacing(fed, thought))
     assert torch.equal(after.decoded.encoded.hidden, before.decoded.encoded.hidden)
     assert torch.equal(after.decoded.encoded.inputs_embeds, before.decoded.encoded.inputs_embeds)
     logits = [trained.model.lm_head(each.decoded.encoded.hidden) for each in (before, after)]
@@ -40,9 +43,9 @@ def test_a_thought_that_replaces_itself_changes_no_bit(context, thought):
 @torch.no_grad()
 def test_only_the_thought_named_is_replaced_and_later_ones_are_made_from_it():
     trained = trained_on(words_of(SYMBOLIC))
-    before = answer(trained, QUESTIONS, 4)
-    was = thoughts_of(trained, before).fed
-    now = thoughts_of(trained, answer(trained, QUESTIONS, 4, replacing(torch.zeros_like(was), 1))).fed
+    before = trained.ask(QUESTIONS, 4)
+    was = before.thoughts().fed
+    now = trained.ask(QUESTIONS, 4, intervene=replacing(torch.zeros_like(was), 1)).thoughts().fed
     assert torch.equal(now[:, 0], was[:, 0])
     assert (now[0, 1] == 0).all()
     assert (now[2, 1] == 0).all()
@@ -54,7 +57,7 @@ def test_only_the_thought_named_is_replaced_and_later_ones_are_made_from_it():
 def test_an_answer_after_a_replacement_is_that_of_a_model_fed_so():
     trained = trained_on(words_of(SYMBOLIC))
     instead = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(1))
-    after = answer(trained, [Question(0, PLAIN, 2)], 1, replacing(instead))
+    after = trained.ask([Question.of(PLAIN, n_thoughts=2)], 1, intervene=replacing(instead))
     ids = trained.prompts([PLAIN["question"]], [2]).inputs["input_ids"][0]
     embeds = trained.model.base_causallm.get_input_embeddings()(ids).clone()
     embeds[ids == trained.tokens.latent] = instead[0]
@@ -94,8 +97,14 @@ def test_a_thought_that_only_one_question_has_stays_its_own():
     assert replacements("other", fed, seed=0)[0].flatten().tolist() == [0.0, 1.0]
 
 
+def replies(given: str, expected: str) -> list[Reply]:
+    """One a letter."""
+    return [Reply(Question("", expected=right), "", text, 1, cut=False) for text, right in zip(given, expected)]
+
+
 def test_answers_are_counted_by_which_way_they_flip():
-    found = outcome("zero", 1, ["a", "b", "c", "d", "e"], ["a", "b", "x", "x", "e"], ["a", "y", "c", "z", "e"])
+    before, after = (replies(given, "abcde") for given in ("abxxe", "aycze"))
+    found = outcome("zero", 1, before, after)
     assert (found.by, found.thought, found.n_replaced) == ("zero", 2, 5)
     assert (found.n_lost, found.n_gained, found.n_changed) == (1, 1, 3)
     assert (found.accuracy, found.change) == (0.6, 0.0)
@@ -103,10 +112,10 @@ def test_answers_are_counted_by_which_way_they_flip():
 
 
 def test_the_interval_of_a_change_pairs_the_answers_of_each_question():
-    expected = ["a"] * 400
-    given = ["a"] * 200 + ["b"] * 200  # unpaired, half a set each way would say nothing of a change of 5%
-    after = ["a"] * 220 + ["b"] * 180
-    found = outcome("mean", None, expected, given, after)
+    expected = "a" * 400
+    before = "a" * 200 + "b" * 200  # unpaired, half a set each way would say nothing of a change of 5%
+    after = "a" * 220 + "b" * 180
+    found = outcome("mean", None, replies(before, expected), replies(after, expected))
     low, high = found.interval
     assert found.change == pytest.approx(0.05)
     assert 0.025 < low < 0.05 < high < 0.08
@@ -115,9 +124,9 @@ def test_the_interval_of_a_change_pairs_the_answers_of_each_question():
 @torch.no_grad()
 def test_every_thought_and_all_of_them_are_replaced_by_every_kind():
     trained = trained_on(words_of(SYMBOLIC))
-    before = answer(trained, QUESTIONS, 4)
-    fed = [row[: each.n_thoughts] for row, each in zip(thoughts_of(trained, before).fed, QUESTIONS)]
-    found = intervene(trained, QUESTIONS, fed, before.given, new_tokens=4, batch_size=3, seed=0)
+    before = trained.ask(QUESTIONS, 4)
+    fed = [row[:count] for row, count in zip(before.thoughts().fed, COUNTS)]
+    found = intervene(trained, before.replies, fed, new_tokens=4, rows=3, seed=0)
     cases = [(by, place) for by in KINDS for place in (1, 2, 3, None)]
     without = [("mean", 3), ("other", 3)]  # one question alone has a third thought
     assert [(each.by, each.thought) for each in found] == [each for each in cases if each not in without]
@@ -127,14 +136,14 @@ def test_every_thought_and_all_of_them_are_replaced_by_every_kind():
 @torch.no_grad()
 def test_accuracies_and_changes_are_over_the_questions_that_have_the_thought():
     trained = trained_on(words_of(SYMBOLIC))
-    fed = [
-        row[: each.n_thoughts] for row, each in zip(thoughts_of(trained, answer(trained, QUESTIONS, 4)).fed, QUESTIONS)
+    fed = [row[:count] for row, count in zip(trained.ask(QUESTIONS, 4).thoughts().fed, COUNTS)]
+    zeros = trained.ask(QUESTIONS, 4, intervene=replacing(torch.zeros(4, 3, 32), 1)).replies
+    given = ["other", zeros[1].given, "other", zeros[3].given]
+    before = [
+        replace(reply, given=text, question=replace(reply.question, expected=reply.given))
+        for reply, text in zip(zeros, given)
     ]
-    zeros = answer(trained, QUESTIONS, 4, replacing(torch.zeros(4, 3, 32), 1)).given
-    records = [{**each.record, "answer": given} for each, given in zip(QUESTIONS, zeros)]
-    questions = [Question(row, record, each.n_thoughts) for row, (record, each) in enumerate(zip(records, QUESTIONS))]
-    given = ["other", zeros[1], "other", zeros[3]]
-    found = intervene(trained, questions, fed, given, new_tokens=4, batch_size=3, seed=0)[1]
+    found = intervene(trained, before, fed, new_tokens=4, rows=3, seed=0)[1]
     assert (found.by, found.thought, found.n_replaced) == ("zero", 2, 2)
     assert (found.accuracy, found.change, found.interval) == (1.0, 1.0, (1.0, 1.0))
     assert (found.n_lost, found.n_gained, found.n_changed) == (0, 2, 2)

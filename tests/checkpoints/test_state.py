@@ -154,7 +154,7 @@ PLACES = (
     "training.trainer.TrainingSteps",
     "training.trainer.accumulate_gradients",
     "training.trainer.update",
-    "inference.evaluator.decode",
+    "inference.asking.decode",
     "training.trainer.write_predictions",
     "training.trainer.latent_settings",
     "training.session.closing",

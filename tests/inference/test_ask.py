@@ -18,12 +18,13 @@ import prosqa
 import pytest
 import torch
 from launching import ROOT, environment
+from transformers import TextStreamer
 
 from coconut_ds.checkpoints.weights import latent_settings
 from coconut_ds.commands import ask
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.records import tokenize
-from coconut_ds.inference.answers import Answer, Answerer, Question, sampled
+from coconut_ds.inference.asking import Question
 from coconut_ds.inference.evaluator import Evaluator
 from coconut_ds.inference.trained_model import TrainedModel
 from coconut_ds.model.backbone import add_markers
@@ -159,15 +160,27 @@ def test_answers_are_drawn_from_more_than_the_50_best_tokens(checkpoint):
     torch.nn.init.normal_(vocabulary.weight, std=0.001)
     trained.model.base_causallm.set_output_embeddings(vocabulary)
     ids = torch.full((200, 2), 5)
-    assert len(trained.model.generate(ids, max_new_tokens=1, **sampled()).unique()) > 50
+    assert len(trained.model.generate(ids, max_new_tokens=1, **ask.sampled()).unique()) > 50
 
 
-def test_streamed_text_is_the_text_that_is_printed_at_once(checkpoint, records, capsys):
-    answerer = Answerer(TrainedModel.load(checkpoint), max_new_tokens=40)
-    for record in records[:10]:
-        answer = answerer.answer(Question(record["question"]), streams=True)
-        assert capsys.readouterr().out == answer.text + "\n"
-        assert answer.text == answerer.answer(Question(record["question"])).text
+def test_streamed_text_is_the_text_that_is_printed_at_once(checkpoint, short_file, capsys, monkeypatch):
+    def printed(*options: str) -> str:
+        assert ask.main([checkpoint, "--file", str(short_file), "--max-new-tokens", "40", *options]) == 0
+        return capsys.readouterr().out
+
+    at_once = printed()
+    streamers = []
+
+    def counted(*arguments, **options) -> TextStreamer:
+        streamers.append(TextStreamer(*arguments, **options))
+        return streamers[-1]
+
+    monkeypatch.setattr(ask, "TextStreamer", counted)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert printed() == at_once
+    assert len(streamers) == 8
+    assert printed("--no-stream") == at_once
+    assert len(streamers) == 8
 
 
 def test_a_data_file_ends_with_the_share_of_right_answers(checkpoint, records, short_file, tmp_path, capsys):
@@ -231,7 +244,7 @@ def test_new_tokens_are_as_many_as_positions_are_left_unless_said_otherwise(chec
     n_words = N_POSITIONS - 3 - 2 - 1 - 5  # less thoughts, markers, newline, and five tokens for the answer
     question = Question(" ".join((words * 50)[:n_words]))
     endless = {"suppress_tokens": [trained.tokenizer.eos_token_id]}
-    assert Answerer(trained, sampling=endless).answer(question).n_new_tokens == 5
+    assert trained.ask([question], trained.room([question]), **endless).replies[0].n_new_tokens == 5
 
 
 REFUSED = {
@@ -382,26 +395,27 @@ class Typed(io.StringIO):
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_loop(checkpoint, capsys, monkeypatch):
-    asked = []
+    (expected,) = objects(capsys, checkpoint, "second")
+    asked, answered = [], TrainedModel.ask
 
-    def answer_or_stop(self, question, streams=False):
-        asked.append(question.text)
+    def answer_or_stop(self, questions, *arguments, **options):
+        asked.append(questions[0].text)
         if len(asked) == 1:
             raise KeyboardInterrupt
-        return Answer(question.text, "4", "### 4", 0, 2, 0.0)
+        return answered(self, questions, *arguments, **options)
 
-    monkeypatch.setattr(Answerer, "answer", answer_or_stop)
+    monkeypatch.setattr(TrainedModel, "ask", answer_or_stop)
     monkeypatch.setattr(sys, "stdin", Typed("first\nsecond\n"))
-    assert ask.main([checkpoint]) == 0
+    assert ask.main([checkpoint, "--max-new-tokens", str(NEW_TOKENS)]) == 0
     assert asked == ["first", "second"]
-    assert capsys.readouterr().out == "### 4\n"
+    assert capsys.readouterr().out == f"{expected['text']}\n"
 
 
 def test_ctrl_c_ends_the_answers_to_a_file(checkpoint, short_file, monkeypatch):
-    def stop(self, question, streams=False):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Answerer, "answer", stop)
+    monkeypatch.setattr(TrainedModel, "ask", stop)
     assert ask.main([checkpoint, "--file", str(short_file)]) == 130
 
 

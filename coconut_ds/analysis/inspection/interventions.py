@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from coconut_ds.analysis.inspection.readings import Question, answer
 from coconut_ds.analysis.intervals import bootstrap, percentile_interval
+from coconut_ds.inference.asking import Reply
 from coconut_ds.inference.trained_model import TrainedModel
 from coconut_ds.model.passes import Intervention
 from coconut_ds.runs.terminal import progress
@@ -84,65 +84,44 @@ KINDS = ("zero", "mean", "other")
 
 
 def intervene(
-    trained: TrainedModel,
-    questions: Sequence[Question],
-    fed: Sequence[torch.Tensor],
-    given: Sequence[str],
-    *,
-    new_tokens: int,
-    batch_size: int,
-    seed: int,
+    trained: TrainedModel, replies: Sequence[Reply], fed: Sequence[torch.Tensor], new_tokens: int, rows: int, seed: int
 ) -> list[Outcome]:
-    """Every kind of replacement of every thought, and of all of them.
+    """Every kind of replacement of every thought, and of all of them; `rows` questions are answered at once.
 
-    `fed` are the thoughts of each question as they were (its thoughts, D), `given` the answers. Of a thought that one
-    question alone has there is no mean and no other to put in its place.
+    `replies` are those to the questions as they were, with the thoughts `fed` (thoughts of the question, D). A thought
+    that only one question has is not replaced by the mean or by another, which would be itself.
     """
     thoughts = stacked(fed)
     places = [*range(thoughts.shape[1]), None]
-    having = {
-        place: [row for row, question in enumerate(questions) if question.n_thoughts > (place or 0)] for place in places
-    }
+    having = {place: [row for row, each in enumerate(fed) if len(each) > (place or 0)] for place in places}
     cases = [(by, place) for by in KINDS for place in places if by == "zero" or len(having[place]) > 1]
     outcomes = []
     for by, place in progress(cases, len(cases), "interventions"):
         instead = replacements(by, thoughts, seed)
-        rows = having[place]
-        these = [questions[row] for row in rows]
-        after: list[str] = []
-        n_cut = 0
-        for start in range(0, len(rows), batch_size):
-            batch = slice(start, start + batch_size)
-            answered = answer(trained, these[batch], new_tokens, replacing(instead[rows[batch]], place))
-            after += answered.given
-            n_cut += sum(answered.cut)
-        expected, before = [each.expected for each in these], [given[row] for row in rows]
-        outcomes.append(outcome(by, place, expected, before, after, n_cut))
+        after: list[Reply] = []
+        for start in range(0, len(having[place]), rows):
+            batch = having[place][start : start + rows]
+            questions = [replies[row].question for row in batch]
+            intervention = replacing(instead[batch], place)
+            after += trained.ask(questions, new_tokens, intervene=intervention).replies
+        outcomes.append(outcome(by, place, [replies[row] for row in having[place]], after))
     return outcomes
 
 
-def outcome(
-    by: str,
-    place: int | None,
-    expected: Sequence[str],
-    given: Sequence[str],
-    after: Sequence[str],
-    n_cut: int = 0,
-) -> Outcome:
-    """What replacing the thought `place`, from 0, did to the answers `given`, which came out as `after`."""
-    before_hits = np.array([text == right for text, right in zip(given, expected)])
-    after_hits = np.array([text == right for text, right in zip(after, expected)])
+def outcome(by: str, place: int | None, before: Sequence[Reply], after: Sequence[Reply]) -> Outcome:
+    """How the replies `before` and `after` replacing the thought `place`, from 0, differ."""
+    hits_before, hits_after = (np.array([each.correct for each in replies]) for replies in (before, after))
     return Outcome(
         by=by,
         thought=None if place is None else place + 1,
         n_replaced=len(after),
-        accuracy=float(after_hits.mean()),
-        change=float(after_hits.mean() - before_hits.mean()),
-        interval=_interval_of_change(before_hits, after_hits),
-        n_lost=int((before_hits & ~after_hits).sum()),
-        n_gained=int((~before_hits & after_hits).sum()),
-        n_changed=sum(first != second for first, second in zip(given, after)),
-        n_cut=n_cut,
+        accuracy=float(hits_after.mean()),
+        change=float(hits_after.mean() - hits_before.mean()),
+        interval=_interval_of_change(hits_before, hits_after),
+        n_lost=int((hits_before & ~hits_after).sum()),
+        n_gained=int((~hits_before & hits_after).sum()),
+        n_changed=sum(first.given != second.given for first, second in zip(before, after)),
+        n_cut=sum(each.cut for each in after),
     )
 
 

@@ -1,35 +1,16 @@
-"""Questions answered by a trained model, and what is read in each of their thoughts."""
+"""What is read in each thought of questions that a trained model has answered."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from coconut_ds.data.answers import before_eos, clean_answer, given_answer, is_cut, text_of
-from coconut_ds.data.batches import Batch
-from coconut_ds.errors import InputError
+from coconut_ds.inference.asking import Answered
 from coconut_ds.inference.trained_model import TrainedModel
-from coconut_ds.model.backbone import n_positions
-from coconut_ds.model.decoding import Decoded, decode
-from coconut_ds.model.passes import Encoded, Intervention
-from coconut_ds.model.thoughts import Thoughts, read_thoughts, vocabulary_reading
-
-
-@dataclass(frozen=True)
-class Question:
-    """A record of a data file and how many thoughts its prompt gets."""
-
-    index: int
-    record: dict[str, Any]
-    n_thoughts: int
-
-    @property
-    def expected(self) -> str:
-        return clean_answer(self.record["answer"])
+from coconut_ds.model.thoughts import Thoughts, vocabulary_reading
 
 
 @dataclass(frozen=True)
@@ -50,9 +31,9 @@ class ThoughtReading:
 class QuestionReading:
     """A question, the answer given, and its thoughts."""
 
-    index: int
+    index: int | None
     question: str
-    expected: str
+    expected: str | None
     given: str
     correct: bool
     n_new_tokens: int
@@ -64,138 +45,52 @@ class QuestionReading:
     thoughts: list[ThoughtReading]
 
 
-def questions_of(
-    trained: TrainedModel, records: Sequence[tuple[int, dict[str, Any]]], n_thoughts: int | None = None
-) -> list[Question]:
-    """The records, by index, with `n_thoughts` each, or as many as in the evaluation of the weights' stage.
-
-    Raises InputError for a model, or a stage, without thoughts.
-    """
-    if trained.tokens.thought is None:
-        method = trained.curriculum.method
-        raise InputError(f"the model was trained by {method}, which has no thoughts to inspect; name one of coconut")
-    found = []
-    for index, record in records:
-        count = trained.n_thoughts(len(record["steps"])) if n_thoughts is None else n_thoughts
-        found.append(Question(index, record, count))
-    if not any(question.n_thoughts for question in found):
-        raise InputError(f"no thoughts in stage {trained.stage}; name a later checkpoint, or give --thoughts N")
-    return found
-
-
-def room_for_answers(trained: TrainedModel, questions: Sequence[Question], new_tokens: int | None) -> int:
-    """How many tokens an answer may have: `new_tokens`, or as many as usual, or what the model has positions left for.
-
-    Raises InputError for the first question that does not fit.
-    """
-    positions = n_positions(trained.model.base_causallm)
-    lengths = [trained.prompts([each.record["question"]], [each.n_thoughts]).n_tokens for each in questions]
-    room = new_tokens or max(1, min(trained.usual_new_tokens, positions - max(lengths)))
-    for question, length in zip(questions, lengths):
-        if length + room > positions:
-            raise InputError(
-                f"record {question.index}: a prompt of {length} tokens ({question.n_thoughts} of them thoughts) and "
-                f"{room} new ones need {length + room} positions, the model has {positions}; lower --max-new-tokens or "
-                "--thoughts, or leave the record out"
-            )
-    return room
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A batch of questions after decoding: the prompts, what was run, and the answers given."""
-
-    prompts: Batch
-    decoded: Decoded
-    given: list[str]
-    n_new_tokens: list[int]
-    """Generated before the end of each answer."""
-    cut: list[bool]
-    """Which answers were ended by `new_tokens`, without an EOS."""
-
-
-def answer(
-    trained: TrainedModel, questions: Sequence[Question], new_tokens: int, intervene: Intervention | None = None
-) -> Answered:
-    """Greedy answers, as the evaluation reads them."""
-    prompts = trained.prompts([each.record["question"] for each in questions], [each.n_thoughts for each in questions])
-    inputs = prompts.inputs
-    decoded = decode(
-        trained.model,
-        inputs["input_ids"],
-        inputs["attention_mask"],
-        new_tokens,
-        inputs["thought_span"],
-        intervene=intervene,
-    )
-    tokenizer = trained.tokenizer
-    generated = decoded.tokens.tolist()
-    answers = [before_eos(row, tokenizer) for row in generated]
-    texts = [text_of(ids, tokenizer) for ids in answers]
-    given = [given_answer(text, question.expected) for text, question in zip(texts, questions)]
-    cut = [is_cut(row, tokenizer) for row in generated]
-    return Answered(prompts, decoded, given, [len(ids) for ids in answers], cut)
-
-
-def thoughts_of(trained: TrainedModel, answered: Answered) -> Thoughts:
-    """The thoughts of an answered batch."""
-    inputs = answered.prompts.inputs
-    return read_thoughts(trained.model, _encoded(answered), inputs["input_ids"], inputs["attention_mask"])
-
-
-def _encoded(answered: Answered) -> Encoded:
-    # A question and a thought are in front of the last column.
-    assert answered.decoded.encoded is not None
-    return answered.decoded.encoded
-
-
 @torch.no_grad()
-def read(
-    trained: TrainedModel, questions: Sequence[Question], answered: Answered, thoughts: Thoughts, top_k: int
-) -> list[QuestionReading]:
+def read(trained: TrainedModel, answered: Answered, thoughts: Thoughts, top_k: int) -> list[QuestionReading]:
     """The readings of an answered batch, with the `top_k` most probable tokens of each thought."""
-    embedding_norms = _encoded(answered).inputs_embeds.norm(dim=-1)  # (B, T - 1)
-    is_question = _is_question(trained, answered.prompts)[:, :-1]  # (B, T - 1)
-    by_row: list[list[ThoughtReading]] = [[] for _ in questions]
+    embedding_norms = answered.encoded.inputs_embeds.norm(dim=-1)  # (B, T - 1)
+    is_question = _is_question(trained, answered)[:, :-1]  # (B, T - 1)
+    counts = thoughts.counts.tolist()
+    by_row: list[list[ThoughtReading]] = [[] for _ in counts]
     # Thought by thought: the probabilities of all of them would take K times the memory.
     for number, averages in enumerate(thoughts.averages.unbind(dim=1)):
         probabilities = vocabulary_reading(trained.model, averages)  # (B, V)
         entropies = torch.special.entr(probabilities).sum(dim=1) / math.log(2)
         values, tokens = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
         norms = thoughts.fed[:, number].norm(dim=-1)
-        for row, question in enumerate(questions):
-            if number < question.n_thoughts:
+        for row, count in enumerate(counts):
+            if number < count:
                 texts = [_text(trained, token) for token in tokens[row].tolist()]
                 top = list(zip(texts, values[row].tolist()))
-                window = _window(trained, answered.prompts, row, number, thoughts.shares[row, number].tolist())
+                window = _window(trained, answered, row, number, thoughts.shares[row, number].tolist())
                 by_row[row].append(ThoughtReading(norms[row].item(), entropies[row].item(), top, window))
     return [
         QuestionReading(
-            index=question.index,
-            question=question.record["question"],
-            expected=question.expected,
-            given=given,
-            correct=given == question.expected,
-            n_new_tokens=answered.n_new_tokens[row],
-            cut=answered.cut[row],
+            index=reply.question.index,
+            question=reply.question.text,
+            expected=reply.question.expected,
+            given=reply.given,
+            correct=reply.correct,
+            n_new_tokens=reply.n_new_tokens,
+            cut=reply.cut,
             embedding_norms=_spread(embedding_norms[row][is_question[row]]),
             thoughts=by_row[row],
         )
-        for row, (question, given) in enumerate(zip(questions, answered.given))
+        for row, reply in enumerate(answered.replies)
     ]
 
 
-def _is_question(trained: TrainedModel, prompts: Batch) -> torch.Tensor:
+def _is_question(trained: TrainedModel, answered: Answered) -> torch.Tensor:
     """(B, T), True at the tokens of the question."""
-    ids, tokens = prompts.inputs["input_ids"], trained.tokens
+    ids, tokens = answered.inputs["input_ids"], trained.tokens
     markers = [each for each in (tokens.start_latent, tokens.latent, tokens.end_latent) if each is not None]
-    return prompts.inputs["attention_mask"].bool() & ~torch.isin(ids, torch.tensor(markers, device=ids.device))
+    return answered.inputs["attention_mask"].bool() & ~torch.isin(ids, torch.tensor(markers, device=ids.device))
 
 
 def _window(
-    trained: TrainedModel, prompts: Batch, row: int, number: int, shares: Sequence[float]
+    trained: TrainedModel, answered: Answered, row: int, number: int, shares: Sequence[float]
 ) -> list[tuple[str, float]]:
-    ids: list[int] = prompts.inputs["input_ids"][row].tolist()
+    ids: list[int] = answered.inputs["input_ids"][row].tolist()
     thought = trained.tokens.thought
     column = [place for place, token in enumerate(ids) if token == thought][number]
     # Zeros at the end may be states that the row does not have.

@@ -26,7 +26,7 @@ Place = tuple[float, float]
 def draw_graphs(found: dict[str, Any]) -> Figure:
     """The graph of a question once for every k, nodes coloured by the share of the next step's mass on nodes.
 
-    `found` is what `inspect_latents.inspect` returns for one question with a graph.
+    `found` is what `Inspection.of_question` returns for a question with a graph.
     """
     graph, steps = found["graph"], found["next_steps"]
     places = layered(graph)
