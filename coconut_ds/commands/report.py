@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
 
-from coconut_ds.analysis.report_page import PagePicture, RunColour, render
+from coconut_ds.analysis.report import named, write_report
 from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.errors import InputError, demand_libraries
-from coconut_ds.runs.folder import REPORT_PAGE, RunFolder
-from coconut_ds.runs.records import RunRecords, read_run
+from coconut_ds.runs.folder import RunFolder
+from coconut_ds.runs.records import read_run
 
 
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} report") -> int:
@@ -43,50 +41,3 @@ def _default_folder(runs: Sequence[Path]) -> Path:
     if len(runs) > 1:
         raise InputError(f"{len(runs)} runs: name a folder for their report with --out FOLDER")
     return RunFolder(runs[0]).report
-
-
-def named(runs: Sequence[RunRecords]) -> dict[str, RunRecords]:
-    """Runs by their name, or by their folder where names are the same; raises InputError for a folder given twice."""
-    folders = Counter(run.folder.resolve() for run in runs)
-    twice = [str(folder) for folder, count in folders.items() if count > 1]
-    if twice:
-        raise InputError(f"{', '.join(twice)}: named more than once; name each run once")
-    counts = Counter(run.config.name for run in runs)
-    return {run.config.name if counts[run.config.name] == 1 else str(run.folder): run for run in runs}
-
-
-def write_report(runs: Mapping[str, RunRecords], folder: Path) -> Path:
-    """Write `report.html` and a PNG for each picture to `folder`, and return the former's path.
-
-    `runs` go by the names they are shown with. A picture of an earlier report that has nothing to draw now is removed.
-    Raises InputError for more runs than there are colours, and where something cannot be written.
-    """
-    # Loaded here, so that a missing matplotlib can be said in one line.
-    from coconut_ds.analysis.plots.canvas import DARK, LIGHT, png
-    from coconut_ds.analysis.plots.training import pictures
-
-    if len(runs) > (most := len(LIGHT.series)):
-        raise InputError(
-            f"{len(runs)} runs: a report has {most} colours to tell runs apart; name {most} at most, or compare groups "
-            "of runs with python -m coconut_ds compare"
-        )
-    page = folder / REPORT_PAGE
-    shown = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for picture in pictures(runs):
-            file = folder / f"{picture.name}.png"
-            light, dark = (png(picture.draw(theme)) if picture.draw else None for theme in (LIGHT, DARK))
-            shown.append(PagePicture(picture.title, picture.caption, light, dark))
-            if light is None:
-                file.unlink(missing_ok=True)
-            else:
-                file.write_bytes(light)
-        colours = [RunColour(LIGHT.look(index)[0], DARK.look(index)[0]) for index in range(len(runs))]
-        made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-        page.write_text(render(runs, colours, shown, made), encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"{error.filename} cannot be written: {error.strerror}; name another folder with --out"
-        ) from None
-    return page

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from matplotlib.collections import PathCollection
 
-from coconut_ds.analysis.plots import comparison
+from coconut_ds.analysis import comparison
+from coconut_ds.analysis.plots.comparison import draw
 from coconut_ds.commands import compare
 from coconut_ds.config.run_config import RunConfig
 
@@ -152,7 +153,7 @@ def test_one_group_alone(tmp_path, capsys):
     ],
 )
 def test_a_group_is_the_name_less_its_seed(name, seed, group):
-    assert compare.group_of(RunConfig(name=name, seed=seed)) == group
+    assert comparison.group_of(RunConfig(name=name, seed=seed)) == group
 
 
 def test_labels(tmp_path, runs, capsys):
@@ -317,7 +318,7 @@ def test_markdown(runs, capsys):
 
 
 def drawn(runs: list[str]):
-    return comparison.draw(compare.compare(compare.grouped([compare.read_run(run) for run in runs])))
+    return draw(comparison.compare(comparison.grouped([comparison.read_run(run) for run in runs])))
 
 
 def test_a_picture_of_accuracies_and_steps(runs):

@@ -9,6 +9,7 @@ import pytest
 import recorded
 
 from coconut_ds.analysis import report_tables
+from coconut_ds.analysis.report import named
 from coconut_ds.commands import report
 from coconut_ds.runs.records import read_run
 
@@ -64,7 +65,7 @@ def test_what_is_damaged_is_said_and_the_report_is_written(tmp_path, capsys):
 def test_runs_of_one_name_go_by_their_folder_and_none_is_taken_twice(tmp_path, capsys):
     first, second = (recorded.write_run(tmp_path / each, "same") for each in ("x", "y"))
     other = recorded.write_run(tmp_path, "other")
-    assert list(report.named([read_run(each) for each in (first, other, second)])) == [str(first), "other", str(second)]
+    assert list(named([read_run(each) for each in (first, other, second)])) == [str(first), "other", str(second)]
     assert "named more than once" in refusal([str(first), f"{first}/../same", "--out", str(tmp_path)], capsys)
 
 

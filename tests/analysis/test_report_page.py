@@ -11,6 +11,7 @@ import pytest
 import recorded
 
 from coconut_ds.analysis import report_page
+from coconut_ds.analysis.report import named
 from coconut_ds.commands import report
 from coconut_ds.runs.predictions import read_predictions
 from coconut_ds.runs.records import read_run
@@ -21,7 +22,7 @@ HOSTILE = "</script><script>window.hit = 1</script><img src=x onerror='window.hi
 
 def page_of(*folders) -> str:
     """The page of run folders, without the pictures, which take the time."""
-    runs = report.named([read_run(folder) for folder in folders])
+    runs = named([read_run(folder) for folder in folders])
     colours = [report_page.RunColour("#000000", "#ffffff")] * len(runs)
     return report_page.render(runs, colours, [], made="today")
 

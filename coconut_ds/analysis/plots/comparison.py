@@ -13,7 +13,7 @@ _WIDTH, _HEIGHT, _DPI = 12, 5, 100  # inches and dots an inch: 1200 x 500 px
 
 
 def draw(comparison: dict[str, Any]) -> Figure:
-    """The picture of what `compare.compare` returns.
+    """The picture of what `comparison.compare` returns.
 
     Left, accuracy of each group with its interval and a dot per seed. Right, accuracy by number of steps; where all
     questions have as many steps, accuracy over generated tokens; where those are the same too, nothing.
