@@ -19,22 +19,22 @@ from coconut_ds.runs.predictions import Prediction, chosen_file, cut_answers, cu
 from coconut_ds.runs.records import read_config
 
 DRAWS, BOOTSTRAP_SEED = 10_000, 0
-_FEW = 10  # differing answers below which resampling them says little
-# The records of a run and its seed: what may differ within a group.
+_FEW = 10  # with fewer differing answers a bootstrap of them says little
+# Keys that may differ within a group: seed, names and records of a run.
 _FREE_KEYS = {
     *("project", "name", "save_path", "seed", "wandb"),
     *("save_only_improve", "save_every_steps", "keep_checkpoints", "hang_limit_s", "log_every_steps"),
-    # Seeds can start from a first stage of their own; the next spell out what `method` says.
+    # Each seed can start from its own first stage; the others spell out `method`.
     *("load_model_path", "coconut", "cot", "no_cot", "no_thoughts"),
     # The same answers and, within rounding, the same steps.
     *("eval_batch_size", "deepspeed", "activation_checkpointing", "fast"),
 }
-_SPLIT_KEYS = {"batch_size_training", "gradient_accumulation_steps"}  # of a step whose size is given as a whole
+_SPLIT_KEYS = {"batch_size_training", "gradient_accumulation_steps"}  # free if `train_batch_size` sets the total
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and the answers chosen from it, in order of their index."""
+    """A run folder and the predictions chosen from it, in order of their index."""
 
     folder: Path
     group: str
@@ -56,9 +56,9 @@ Groups = Mapping[str, Sequence[Run]]
 
 
 def read_run(text: str, predictions: str | None = None) -> Run:
-    """The run that `[LABEL=]RUN` names, with its last epoch's predictions or those called `predictions`.
+    """The run that `[LABEL=]RUN` names, with the predictions of its last epoch or those named `predictions`.
 
-    Raises InputError for what is missing or damaged.
+    Raises InputError for missing or damaged files.
     """
     label, equals, rest = text.partition("=")
     # A folder's own name may hold an equals sign.
@@ -72,12 +72,12 @@ def read_run(text: str, predictions: str | None = None) -> Run:
 
 
 def group_of(config: RunConfig) -> str:
-    """The name of the run less a trailing `_seedN`, `-seedN`, `_sN` or `-sN` where N is its seed."""
+    """The name of the run without a trailing `_seedN`, `-seedN`, `_sN` or `-sN` where N is its seed."""
     return re.sub(rf"(?<=.)[_-]s(eed)?{config.seed}$", "", config.name)
 
 
 def grouped(runs: Sequence[Run]) -> Groups:
-    """Runs by group, seeds in order; raises InputError for groups that are none and for different questions."""
+    """Runs by group, in order of seeds; raises InputError for differing methods in a group or differing questions."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.group, []).append(run)
@@ -101,7 +101,8 @@ def _demand_same_method(run: Run, other: Run) -> None:
     pair = f"{run.group}: {run.folder} and {other.folder}"
     if differing:
         values = ", ".join(f"{key} ({first[key]} and {second[key]})" for key in differing)
-        raise InputError(f"{pair} are no seeds of one method, they differ in {values}; label them apart with LABEL=RUN")
+        rule = f"are not seeds of one method: they differ in {values}"
+        raise InputError(f"{pair} {rule}; label them apart with LABEL=RUN")
     if run.epoch != other.epoch:
         raise InputError(
             f"{pair}: the last predictions are of epochs {run.epoch} and {other.epoch}; finish the runs, or name an "
@@ -116,7 +117,7 @@ def _demand_same_questions(run: Run, other: Run) -> None:
         raise InputError(f"{pair} have {len(run.answers)} and {len(other.answers)} answers; {rule}")
     for first, second in zip(run.answers, other.answers):
         if first.index != second.index:
-            raise InputError(f"{pair}: index {min(first.index, second.index)} stands in one of them only; {rule}")
+            raise InputError(f"{pair}: index {min(first.index, second.index)} is in one of them only; {rule}")
         for key in ("question", "expected", "n_steps"):
             if getattr(first, key) != getattr(second, key):
                 raise InputError(f"{pair} differ first at index {first.index}, in `{key}`; {rule}")
@@ -210,7 +211,7 @@ def _mcnemar(first: Sequence[Run], second: Sequence[Run]) -> list[dict[str, Any]
 
 
 def _notes(groups: Groups, described: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> list[str]:
-    """What a reader of the numbers has to know, a line each."""
+    """What a reader of the numbers has to know, one line each."""
     notes = [
         "Intervals are meant to cover 95%. Of a run: Wilson score. Of a group and of a difference: percentile "
         f"bootstrap, {DRAWS:,} draws of seeds and, crossed with them, of questions."
@@ -220,17 +221,17 @@ def _notes(groups: Groups, described: list[dict[str, Any]], pairs: list[dict[str
         notes.append(f"One seed only, so the bootstrap intervals leave out the spread over seeds: {', '.join(alone)}.")
     if any(1 < len(runs) <= 10 for runs in groups.values()):
         notes.append(
-            "Few seeds make the bootstrap too narrow: where their spread dominates it covers about 50% with 2 seeds, "
+            "Few seeds make the bootstrap too narrow: if their spread dominates, it covers about 50% with 2 seeds, "
             "75% with 3, 83% with 5, 89% with 10."
         )
     flat = [each["group"] for each in described if each["accuracy"] in (0, 1)]
     if flat:
         notes.append(
-            f"All answers right, or all wrong, so the bootstrap has nothing to vary, read Wilson: {', '.join(flat)}."
+            f"All answers right, or all wrong, so the bootstrap has nothing to vary; read Wilson: {', '.join(flat)}."
         )
     differing = [test["only_first"] + test["only_second"] for pair in pairs for test in pair["mcnemar"]]
     if any(count < _FEW for count in differing):
-        notes.append(f"Where fewer than {_FEW} answers differ, trust McNemar and not the interval of the difference.")
+        notes.append(f"If fewer than {_FEW} answers differ, trust McNemar and not the interval of the difference.")
     if any(pair["mcnemar"] for pair in pairs):
         notes.append("McNemar compares two trained models on these questions, not two methods.")
     apart = [f"{pair['first']} and {pair['second']}" for pair in pairs if not pair["mcnemar"]]

@@ -1,4 +1,4 @@
-"""How sure an accuracy or a difference of two is: intervals and tests on arrays of right and wrong answers."""
+"""Intervals and tests of accuracies and their differences, from arrays of right and wrong answers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.95
-_DRAWS_AT_ONCE = 1000  # weights of so many draws are in memory together: 8 MB for 1000 questions
+_DRAWS_AT_ONCE = 1000  # their weights are in memory together: 8 MB for 1000 questions
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
     """The 95% Wilson score interval of a share (Newcombe 1998, method 3); `total` is at least 1."""
-    # Here, because scipy belongs to an extra and takes a second to load.
+    # Imported here, because scipy belongs to an extra and takes a second to load.
     from scipy.stats import binomtest
 
     interval = binomtest(correct, total).proportion_ci(LEVEL, method="wilson")
@@ -25,10 +25,10 @@ def bootstrap(
 ) -> dict[str, NDArray[np.float64]]:
     """Mean accuracies of resampled groups, (draws,) each; or means of other numbers.
 
-    `hits` are (seeds, questions) of each group, the same questions in the same order. Every draw takes as many
-    questions and, crossed with them, as many seeds of each group as there are, with replacement (Owen 2007, the
-    pigeonhole bootstrap). All groups get the same questions, so draws of two groups can be subtracted; seeds are drawn
-    for each group by itself. A group's draws do not depend on the other groups.
+    `hits` are (seeds, questions) of each group, the same questions in the same order. Every draw resamples the
+    questions and, crossed with them, the seeds of each group, with replacement (Owen 2007, the pigeonhole bootstrap).
+    All groups get the same questions, so draws of two groups can be subtracted; seeds are drawn for each group
+    separately. A group's draws do not depend on the other groups.
     """
     n_questions = next(iter(hits.values())).shape[1]
     questions = np.random.default_rng(seed)
@@ -45,12 +45,12 @@ def bootstrap(
 
 
 def _weights(rng: np.random.Generator, count: int, draws: int) -> NDArray[np.float64]:
-    """How often each of `count` things is taken in a draw of `count` with replacement, (draws, count)."""
+    """How often each of `count` items is taken in a draw of `count` with replacement, (draws, count)."""
     return rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(float)
 
 
 def percentile_interval(draws: NDArray[np.float64]) -> tuple[float, float]:
-    """What the middle 95% of the draws lie between."""
+    """The ends of the middle 95% of the draws."""
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
@@ -58,8 +58,8 @@ def percentile_interval(draws: NDArray[np.float64]) -> tuple[float, float]:
 def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tuple[int, int, float]:
     """Questions that only `first` and only `second` answered right, and the two-sided exact p-value (McNemar 1947).
 
-    Under the null hypothesis a question on which the two models differ is as likely to be won by either. Without such
-    a question p is 1.
+    Under the null hypothesis either model is equally likely to be right on a question on which they differ. Without
+    such a question p is 1.
     """
     from scipy.stats import binomtest
 
@@ -69,7 +69,7 @@ def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tuple[int, i
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for all of them being looked at (Holm 1979), in the given order."""
+    """P-values adjusted for multiple tests (Holm 1979), in the given order."""
     values = np.asarray(p_values, dtype=float)
     order = np.argsort(values)
     stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))

@@ -1,4 +1,4 @@
-"""Writes the report of runs: its page and its pictures."""
+"""Writes a report of runs: its page and its plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coconut_ds.runs.records import RunRecords
 
 
 def named(runs: Sequence[RunRecords]) -> dict[str, RunRecords]:
-    """Runs by their name, or by their folder where names are the same; raises InputError for a folder given twice."""
+    """Runs by their name, or by their folder if names are the same; raises InputError for a folder given twice."""
     folders = Counter(run.folder.resolve() for run in runs)
     twice = [str(folder) for folder, count in folders.items() if count > 1]
     if twice:
@@ -24,12 +24,12 @@ def named(runs: Sequence[RunRecords]) -> dict[str, RunRecords]:
 
 
 def write_report(runs: Mapping[str, RunRecords], folder: Path) -> Path:
-    """Write `report.html` and a PNG for each picture to `folder`, and return the former's path.
+    """Write `report.html` and a PNG per plot to `folder`, and return the path of the page.
 
-    `runs` go by the names they are shown with. A picture of an earlier report that has nothing to draw now is removed.
-    Raises InputError for more runs than there are colours, and where something cannot be written.
+    `runs` by the names they are shown with. A PNG of an earlier report is removed if its plot has no data now. Raises
+    InputError for more runs than colours, and for files that cannot be written.
     """
-    # Loaded here, so that a missing matplotlib can be said in one line.
+    # Imported here, so that a missing matplotlib is reported in one line.
     from coconut_ds.analysis.plots.canvas import DARK, LIGHT, png
     from coconut_ds.analysis.plots.training import pictures
 

@@ -1,6 +1,6 @@
-"""The page of a run report: records and pictures become one HTML text that needs nothing else.
+"""The page of a run report: records and plots as one self-contained HTML file.
 
-What a run has recorded is text from outside. The template escapes it, and the page's script only sets it as text.
+Records of a run are untrusted text. The template escapes them, and the page's script only sets them as text.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from coconut_ds.runs.predictions import Prediction
 from coconut_ds.runs.records import RunRecords
 
 ROWS_PER_FILE = 1000
-"""Predictions of one file that a page holds at most; wrong ones come first."""
+"""Most predictions of one file in a page; wrong ones come first."""
 
 
 @dataclass(frozen=True)
 class PagePicture:
-    """A picture as PNGs for light and dark pages; None where there was nothing to draw, which `caption` explains."""
+    """A plot as PNGs for light and dark pages; None if there was nothing to draw, which `caption` explains."""
 
     title: str
     caption: str
@@ -43,7 +43,7 @@ class RunColour:
 def render(
     runs: Mapping[str, RunRecords], colours: Sequence[RunColour], pictures: Sequence[PagePicture], made: str
 ) -> str:
-    """The page of `runs`, by the names they are shown with; `made` is the time it was made, for its foot."""
+    """The page of `runs`, by the names they are shown with; `made` is the time of creation, for the footer."""
     environment = Environment(
         loader=PackageLoader("coconut_ds", "analysis/report_template"),
         autoescape=True,
@@ -73,9 +73,9 @@ def _data_address(png: bytes) -> str:
 
 
 def _examples(runs: Mapping[str, RunRecords]) -> dict[str, Any]:
-    """What the page's script shows: `rows` that name their run and file by place, and `left_out` as sentences."""
+    """Data of the page's script: `rows` with their run and file as indices, and `left_out` as sentences."""
     files = list(dict.fromkeys(file for run in runs.values() for file in run.predictions))
-    # Last epochs count as one file, so that what several runs answered to one question stands together.
+    # Last epochs count as one file, so that the answers of several runs to one question are next to each other.
     order = {file: 0 if epoch_of(file) is not None else 1 + place for place, file in enumerate(files)}
     rows: list[dict[str, Any]] = []
     left_out = []
@@ -90,7 +90,7 @@ def _examples(runs: Mapping[str, RunRecords]) -> dict[str, Any]:
 
 
 def chosen(predictions: Sequence[Prediction], limit: int = ROWS_PER_FILE) -> list[Prediction]:
-    """At most `limit` predictions in order of their index: wrong ones, then right ones, the first of each."""
+    """At most `limit` predictions in order of their index; the first wrong ones are kept before right ones."""
     kept = sorted(predictions, key=lambda each: each.correct)[:limit]
     return sorted(kept, key=lambda each: each.index)
 

@@ -1,4 +1,4 @@
-"""What the tables of a run report say, as text: the head, accuracy by stage, configuration, environment, other sets."""
+"""Tables of a run report as text: the head, accuracy by stage, configuration, environment, other sets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOTHING = "\N{EN DASH}"
 
 @dataclass(frozen=True)
 class Head:
-    """How a run went, in words a person reads at a glance."""
+    """Summary of a run for a reader at a glance."""
 
     name: str
     status: str
@@ -33,7 +33,7 @@ class Head:
     epochs: str
     steps: str
     skipped: str
-    """How many of the steps fp16 skipped; empty for none."""
+    """Steps that fp16 skipped; empty for none."""
     time: str
     time_parts: str
     parameters: str
@@ -69,7 +69,7 @@ def head(name: str, run: RunRecords) -> Head:
 
 
 def verdict(runs: Sequence[RunRecords]) -> str:
-    """How one run or several went, in one sentence."""
+    """The outcome of one run or several, in one sentence."""
     if len(runs) == 1:
         return _verdict(runs[0])
     n_finished = sum(run.is_finished for run in runs)
@@ -89,14 +89,14 @@ def _verdict(run: RunRecords) -> str:
     correct = f"{last.accuracy:.1%} of {last.n_total:,} validation questions were answered correctly"
     sentence = f"After epoch {last.epoch}, {correct}"
     if best.accuracy > last.accuracy:
-        # A stage with visible steps is easier, so a better accuracy there is no loss since.
+        # A stage with visible steps is easier, so a better accuracy there does not mean that it fell since.
         where = f"epoch {best.epoch}" if best.stage == last.stage else f"epoch {best.epoch}, in stage {best.stage}"
         return f"{sentence}; {best.accuracy:.1%} at best, after {where}."
     return f"{sentence}, the best so far." if not run.is_finished else f"{sentence}, the best of the run."
 
 
 def _seconds(run: RunRecords) -> dict[str, float]:
-    """Seconds by what they were spent on; steps that are not recorded count as the mean of those that are."""
+    """Seconds by activity; steps that were not recorded count with the mean of the recorded ones."""
     steps = [step.step_time_s for step in run.metrics.steps]
     return {
         "steps": sum(steps) / len(steps) * run.steps_done if steps else 0.0,
@@ -159,11 +159,11 @@ class StageRow:
     best: str
     tokens: str
     cut: str
-    """Answers of its last evaluation that `max_new_tokens` ended."""
+    """Answers of its last evaluation that reached `max_new_tokens`."""
 
 
 def stage_rows(run: RunRecords) -> list[StageRow]:
-    """A row for each stage that has been evaluated."""
+    """A row per evaluated stage."""
     thoughts = {start.stage: str(start.n_thoughts) for start in run.metrics.stages}
     rows = []
     for stage, group in groupby(run.metrics.evaluations, key=lambda each: each.stage):
@@ -184,7 +184,7 @@ def stage_rows(run: RunRecords) -> list[StageRow]:
 
 
 def other_sets(run: RunRecords) -> list[tuple[str, str, str, str]]:
-    """Name, accuracy, numbers of questions and of cut answers of each set that checkpoints were evaluated on."""
+    """Name, accuracy, numbers of questions and of cut answers of each other set that was evaluated."""
     rows = []
     for name, answers in run.predictions.items():
         if epoch_of(name) is None:
@@ -195,7 +195,7 @@ def other_sets(run: RunRecords) -> list[tuple[str, str, str, str]]:
 
 
 def warnings(runs: Mapping[str, RunRecords]) -> list[str]:
-    """What the numbers of runs have to be read with, a sentence each."""
+    """Caveats of the numbers, one sentence each."""
     return [f"{name}: {text}." for name, run in runs.items() for text in _warnings(run)]
 
 
@@ -208,7 +208,7 @@ def _warnings(run: RunRecords) -> list[str]:
         found.append(f"epoch {last.epoch}: {cut_warning(last.n_cut, last.n_total, run.config.max_new_tokens)}")
     for name, answers in run.predictions.items():
         cut = cut_answers(answers)
-        # Those of the last epoch are those of the last evaluation.
+        # Cut answers of the last epoch are counted in the last evaluation.
         if epoch_of(name) is None and cut and cut.count:
             found.append(f"{name}: {cut_warning(cut.count, len(answers), max(cut.limits))}")
     return found
@@ -224,7 +224,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Settings:
-    """A table of settings: `first` is what a reader looks for, under `title`; the rest is folded away."""
+    """A table of settings: `first` is shown under `title`, `rest` is folded away."""
 
     title: str
     first_title: str
@@ -234,7 +234,7 @@ class Settings:
 
 
 def configuration(runs: Mapping[str, RunRecords]) -> Settings:
-    """What differs between runs comes first; of one run, what is not left at its default."""
+    """Differences between runs come first; for one run, keys that are not at their default."""
     dumped = [_flat(run.config.model_dump(mode="json")) for run in runs.values()]
     if len(dumped) > 1:
         return _compared("Configuration", dumped)
@@ -244,7 +244,7 @@ def configuration(runs: Mapping[str, RunRecords]) -> Settings:
 
 
 def environments(runs: Mapping[str, RunRecords]) -> Settings:
-    """What differs between runs comes first; of one run, everything."""
+    """Differences between runs come first; for one run, everything."""
     flat = [_flat(run.environment) for run in runs.values()]
     if len(flat) > 1:
         return _compared("Environment", flat)

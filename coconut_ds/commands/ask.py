@@ -3,12 +3,12 @@
     python -m coconut_ds ask CHECKPOINT [QUESTION] [--file FILE] [--sample] [--thoughts N] [--show-thoughts] [--json]
 
 CHECKPOINT is a checkpoint of a run, an exported folder or a hub id. Without QUESTION and FILE questions are read from
-the terminal, or one a line from a pipe. FILE is a data file (`.json`: its questions are asked, and its answers stand
-beside those given), or text with one question a line; `-` is standard input.
+the terminal, or from a pipe with one question per line. FILE is a data file (`.json`: its questions are asked, and each
+answer is printed with the expected one), or text with one question per line; `-` is standard input.
 
-The prompt is that of the evaluation: as many thoughts as in the stage of the weights, for a record of a data file also
-by its number of steps. Answers are greedy unless `--sample` is given, and are printed while they are generated where
-stdout is a terminal.
+The prompt is that of the evaluation: its number of thoughts is that of the stage of the weights, and for a record of a
+data file depends on its number of steps, too. Answers are greedy unless `--sample` is given. If stdout is a terminal
+they are printed while they are generated.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from coconut_ds.model.thoughts import Readings
 from coconut_ds.runs.terminal import quiet_libraries
 
 _PROMPT = "> "
-_LISTED = 10  # cut answers that are named by their number
+_LISTED = 10  # cut answers whose numbers are listed
 _JSON_STARTS = re.compile(r'\s*(\[\s*(\{|$)|\{\s*("|$))')
 
 _ROOM = "--max-new-tokens N allows more, as far as the model has positions"
@@ -53,29 +53,29 @@ _RANGES = {
 
 
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} ask") -> int:
-    """0 when all questions were answered; other statuses as `run_command` says."""
+    """0 if all questions were answered; other statuses as `run_command` says."""
     parser = new_parser(prog, __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("question", nargs="?", metavar="QUESTION")
-    parser.add_argument("--file", metavar="FILE", help="a data file, or text with one question a line; - is stdin")
+    parser.add_argument("--file", metavar="FILE", help="a data file, or text with one question per line; - is stdin")
     parser.add_argument("--thoughts", type=int, metavar="N", help="thoughts in the prompt (default: as evaluated)")
     parser.add_argument("--sample", action="store_true", help="draw the answer instead of taking the best tokens")
     parser.add_argument("--temperature", type=float, metavar="T", help="with --sample: above 0 (default: 1)")
     parser.add_argument(
         "--top-p", type=float, metavar="P", help="with --sample: draw from the best tokens that sum to P"
     )
-    parser.add_argument("--seed", type=int, metavar="S", help="with --sample: the same answers again")
+    parser.add_argument("--seed", type=int, metavar="S", help="with --sample: repeats the same answers")
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="default: as evaluated, or what the remaining positions allow"
     )
-    parser.add_argument("--show-thoughts", action="store_true", help="what the LM head reads in each thought")
+    parser.add_argument("--show-thoughts", action="store_true", help="print what the LM head reads in each thought")
     parser.add_argument("--json", action="store_true", help="one JSON object per line and nothing else on stdout")
     parser.add_argument("--no-stream", action="store_true", help="print an answer when it is complete")
     return run_command(_ask, parser, arguments)
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise InputError for options that say nothing together, and for values out of range."""
+    """Raise InputError for options that contradict each other and for values out of range."""
     if options.question is not None and options.file is not None:
         raise InputError("a question and --file: give one of them")
     for name in ("temperature", "top_p", "seed"):
@@ -95,7 +95,7 @@ def _ask(options: argparse.Namespace) -> None:
     quiet_libraries()
     _check(options)
     is_loop = options.question is None and options.file is None and sys.stdin.isatty()
-    # Opened before the model is loaded: what is wrong with a file is said at once.
+    # Opened before the model is loaded, so that problems of a file are reported at once.
     questions = [] if is_loop else _questions(options)
     trained = _load(options)
     streams = sys.stdout.isatty() and not options.no_stream and not options.json
@@ -126,12 +126,12 @@ def _load(options: argparse.Namespace) -> TrainedModel:
 
 
 def sampled(temperature: float = 1.0, top_p: float = 1.0) -> Mapping[str, Any]:
-    """Options of `decode` that draw from all tokens, where transformers by itself keeps to the 50 best."""
+    """Options of `decode` that draw from all tokens, where the default of transformers keeps only the 50 best."""
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
 def _questions(options: argparse.Namespace) -> Iterable[Question]:
-    """A list, or from standard input one after another, so that a pipe is answered while it is written."""
+    """A list; from standard input an iterator, so that a pipe is answered while it is written."""
     if options.question is not None:
         return [Question(options.question, n_thoughts=options.thoughts)]
     if options.file in (None, "-"):
@@ -144,7 +144,7 @@ def _questions(options: argparse.Namespace) -> Iterable[Question]:
     except OSError as error:
         raise InputError(f"--file {options.file}: cannot be read: {error.strerror}; name a file of questions") from None
     if not questions:
-        raise InputError(f"--file {options.file}: is empty; write one question a line")
+        raise InputError(f"--file {options.file}: is empty; write one question per line")
     return questions
 
 
@@ -156,7 +156,7 @@ def _lines(file: Iterable[str], name: str, n_thoughts: int | None) -> Iterator[Q
     try:
         for line in file:
             if _JSON_STARTS.match(line):
-                raise InputError(f"{name} holds JSON and no lines of text: name a data file FILE.json with --file")
+                raise InputError(f"{name} holds JSON instead of lines of text: name a data file FILE.json with --file")
             if line.strip():
                 yield Question(line.strip(), n_thoughts=n_thoughts)
     except UnicodeDecodeError as error:
@@ -178,7 +178,7 @@ class Page:
         trained = self.trained
         stage = "" if trained.stage is None else f", stage {trained.stage}"
         n_thoughts = trained.thoughts_of(Question("", n_thoughts=self.options.thoughts))
-        thoughts = "" if trained.tokens.latent is None else f", {n_thoughts} thoughts a question"
+        thoughts = "" if trained.tokens.latent is None else f", {n_thoughts} thoughts per question"
         return f"{trained.curriculum.method}{stage}{thoughts}, {'sampled' if self.options.sample else 'greedy'}"
 
     def room(self, question: Question) -> int:
@@ -196,7 +196,7 @@ class Page:
         new_tokens, tokenizer, options = self.room(question), self.trained.tokenizer, self.options
         if words := ", ".join(map(repr, unknown_words(question.text, tokenizer))):
             stand_in = tokenizer.unk_token
-            print(f"warning: the model knows no {words} and reads {stand_in} in place of it", file=sys.stderr)
+            print(f"warning: the model does not know {words} and reads {stand_in} instead", file=sys.stderr)
         if self.repeats_questions and not options.json:
             print(f"{_PROMPT}{question.text}", flush=True)
         # It decodes as `Reply` does, so that a person sees what a script is given.
@@ -212,7 +212,7 @@ class Page:
             return reply
         lines = [] if self.streams else [reply.text]
         print("".join(f"{line}\n" for line in [*lines, *_remarks(reply, thoughts)]), end="", flush=True)
-        # Of several they are counted at the end.
+        # If several questions are asked, cut answers are counted at the end.
         if reply.cut and not self.repeats_questions:
             print(f"warning: cut off after {_tokens(reply.n_new_tokens)}, before its end; {_ROOM}", file=sys.stderr)
         return reply
@@ -262,7 +262,7 @@ def _remarks(reply: Reply, thoughts: Readings | None) -> Iterator[str]:
 
 
 def _loop(page: Page) -> None:
-    """Questions from a terminal until Ctrl-D. Ctrl-C leaves the line or the answer under way, not the loop."""
+    """Questions from a terminal until Ctrl-D. Ctrl-C abandons the current line or answer, not the loop."""
     with contextlib.suppress(ImportError):  # some builds of Python lack it
         import readline  # noqa: F401  # gives `input` editing and a history
     print(f"{page.description}; Ctrl-D ends", file=sys.stderr)
@@ -283,6 +283,6 @@ def _loop(page: Page) -> None:
 def _read_line(page: Page) -> str:
     if sys.stdout.isatty() and not page.options.json:
         return input(_PROMPT)
-    # `input` writes its prompt to stdout, which is for answers alone here.
+    # `input` writes its prompt to stdout, which is only for answers here.
     print(_PROMPT, end="", file=sys.stderr, flush=True)
     return input()

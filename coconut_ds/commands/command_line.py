@@ -1,4 +1,4 @@
-"""Shared by all commands: the parser, and how a command ends."""
+"""Shared by all commands: the parser, the exit status, and output files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INTERRUPTED = 130
 
 
 def new_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser that shows `description`, a module's docstring, with its line breaks; `prog` is how it was called."""
+    """A parser that shows `description`, a module's docstring, with its line breaks; `prog` is the command as typed."""
     return argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,7 +33,7 @@ def run_command(
     """Parse `arguments` (None: those of the process), call `command` with them and return the exit status.
 
     The status is what `command` returns (None: 0), 2 after an InputError, whose message goes to stderr, 130 after
-    Ctrl-C, and 1 if nobody reads stdout any more, as with `head`. Options may stand between positional arguments.
+    Ctrl-C, and 1 if the reader of stdout is gone, as with `head`. Options may stand between positional arguments.
     """
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -45,7 +45,7 @@ def run_command(
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # The rest of the buffer would fail once more when the interpreter ends.
+        # Otherwise the rest of the buffer fails again when the interpreter exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status or 0

@@ -1,24 +1,24 @@
-"""Compare runs by what they answered.
+"""Compare runs by their answers.
 
     python -m coconut_ds compare [LABEL=]RUN [[LABEL=]RUN ...] [--predictions NAME] [--json FILE] [--png FILE]
 
-RUN is a run folder. Runs with one label are one group, the seeds of one method; without a label the group is the run's
-name less its seed: `demo_seed1`, `demo-seed1` and `demo_s1` with seed 1 belong to `demo`. All runs must have answered
-the same questions. What the numbers mean, and what they take for granted:
+RUN is a run folder. Runs with the same label are a group: the seeds of one method. Without a label the group is the
+run's name without its seed: `demo_seed1`, `demo-seed1` and `demo_s1` with seed 1 belong to `demo`. All runs must have
+answered the same questions. Meaning and assumptions of the numbers:
 
 accuracy     Share of right answers; of a group, the mean over its seeds.
 Wilson       95% score interval of one run: what this trained model would reach on more questions drawn like these. It
-             knows nothing of other seeds.
+             ignores the spread over seeds.
 bootstrap    95% percentile interval of a group, 10,000 draws of seeds and, crossed with them, of questions: what the
-             method would reach with other seeds on other questions, both taken for independent draws. With few seeds
-             it is coarse and too narrow: where their spread dominates, and is normal, it covers about 50% with 2
+             method would reach with other seeds on other questions, assuming that both are independent draws. With few
+             seeds it is coarse and too narrow: if their spread dominates and is normal, it covers about 50% with 2
              seeds, 75% with 3, 83% with 5, 89% with 10. With one seed only questions are drawn.
-difference   Mean accuracy of one group less that of another in percentage points, with the same bootstrap: both groups
-             get the same questions in a draw, each its own seeds. Too narrow also where few answers differ.
-McNemar      Exact test of two models of the same seed, on the questions that only one of them answered right. It asks
+difference   Mean accuracy of one group minus that of another in percentage points, with the same bootstrap: a draw
+             takes the same questions for both groups, and seeds of each. Too narrow also if few answers differ.
+McNemar      Exact test of two models of the same seed, on the questions that only one of them answered right. It tests
              whether these two trained models differ on questions like these, not whether the methods do.
-p, Holm      The same p-values, adjusted for all of them being printed together.
-tokens       Thoughts plus generated tokens before the end of the answer, mean per question; then thoughts alone.
+p, Holm      The same p-values, adjusted for the number of tests printed.
+tokens       Mean thoughts plus generated tokens per question, before the end of the answer; then thoughts alone.
 cut          Answers that reached `max_new_tokens` before their end; the column appears only if there are any.
 """
 
@@ -34,14 +34,14 @@ from coconut_ds.errors import demand_libraries
 
 
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} compare") -> int:
-    """0 with a comparison; other statuses as `run_command` says."""
+    """0 if the comparison was printed; other statuses as `run_command` says."""
     parser = new_parser(prog, __doc__)
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="run folder, save_path/name")
     parser.add_argument(
         "--predictions",
         metavar="NAME",
         help="file of predictions/ to compare, such as eval_prosqa_test (default: each run's last epoch); an eval_ "
-        "file does not say which checkpoint it is of",
+        "file does not name its checkpoint",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, shares from 0 to 1")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw accuracies; needs matplotlib")

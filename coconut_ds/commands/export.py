@@ -3,8 +3,8 @@
     python -m coconut_ds export CHECKPOINT OUT [--model-id MODEL] [--no-markers] [--push-to-hub REPO_ID [--private]]
 
 CHECKPOINT is a checkpoint of a run, an HF folder, or a published `.pt` state dict, whose shape comes from MODEL. OUT
-gets safetensors in fp32, configuration, tokenizer with the marker tokens and, if the checkpoint has latent settings,
-`coconut.json` and a model card. It can be uploaded as it is, which `--push-to-hub` does.
+gets safetensors in fp32, the configuration, the tokenizer with the marker tokens and, if the checkpoint has latent
+settings, `coconut.json` and a model card. It can be uploaded as it is, which `--push-to-hub` does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from coconut_ds.runs.terminal import quiet_libraries
 
 
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} export") -> int:
-    """0 when OUT is written; other statuses as `run_command` says."""
+    """0 if OUT was written; other statuses as `run_command` says."""
     parser = new_parser(prog, __doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("out", type=Path)
@@ -46,17 +46,17 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def export(checkpoint: str, out: Path, model_id: str, with_markers: bool = True) -> None:
-    """Write `out`, whole or not at all: until it is whole it is `OUT.unfinished`, which the next export replaces.
+    """Write `out` atomically: until it is complete it is `OUT.unfinished`, which the next export replaces.
 
     Raises InputError for a damaged checkpoint, weights that do not fit, and an `out` that exists, is being written by
     another process, or cannot be written.
     """
     _demand_new(out)
     with output_held(out):
-        # The process that was writing it may have ended just now.
+        # Another process may have finished writing it just now.
         _demand_new(out)
         settings = stored_settings(checkpoint)
-        # A model that was saved outside of a run names no method.
+        # A model saved outside of a run names no method.
         method = (settings or {}).get("method")
         has_thoughts = with_markers if method is None else METHODS[method].thoughts != "none"
         backbone, window = load_initial(model_id, checkpoint, has_thoughts), stored_window(checkpoint)
@@ -71,7 +71,7 @@ def _demand_new(out: Path) -> None:
 
 @contextlib.contextmanager
 def _unfinished(out: Path) -> Iterator[Path]:
-    """A folder to write, which becomes `out` at the end; an error removes it."""
+    """A folder to write to, renamed to `out` at the end and removed after an error."""
     folder = out.with_name(f"{out.name}.unfinished")
     try:
         if folder.exists():

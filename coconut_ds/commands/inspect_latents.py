@@ -1,20 +1,20 @@
-"""Look at the thoughts of a trained model.
+"""Inspect the thoughts of a trained model.
 
     python -m coconut_ds inspect CHECKPOINT --data FILE --index I [--top-k 5] [--json OUT] [--png OUT]
     python -m coconut_ds inspect CHECKPOINT --data FILE --all [--intervene] [--json OUT] [--png OUT]
 
 CHECKPOINT is a checkpoint of a run, an exported folder or a hub id; FILE a data file. Prompts are those of the
-evaluation: as many thoughts as in the stage of the weights.
+evaluation, with the number of thoughts of the stage of the weights.
 
-thought      The tokens the LM head finds most probable in it, the entropy of that distribution, the L2 norm of what was
-             fed beside the norms of the question's token embeddings, and the share each earlier state has in it.
-next step    Of ProsQA questions, which carry their graph: the model is stopped after k thoughts, and the probability
-             that its next step starts from a node is read (arXiv 2412.06769, section 5), and of its answer the node it
-             names; analysis/inspection/next_steps.py has the formulas. The picture is the graph. Where a record's
-             keys (edges, root, target ..) and its question differ, there is no graph and one line says why.
---all        The same averaged over the questions of the file, with 95% intervals: bootstrap over questions.
---intervene  Every thought by itself, and all of them, replaced by zero, by the mean thought of the file, and by another
-             question's, and what that does to the answers. Thoughts that come later are made from what was fed.
+thought      The most probable tokens under the LM head, the entropy of that distribution, the L2 norm of the vector fed
+             in, next to the norms of the question's token embeddings, and the share of each earlier state in it.
+next step    For ProsQA questions, which carry their graph: the model is stopped after k thoughts, and the probability
+             is read that its next step starts from each node (arXiv 2412.06769, section 5), and that its answer names
+             each node; analysis/inspection/next_steps.py has the formulas. The plot is the graph. If a record's keys
+             (edges, root, target ..) and its question differ, there is no graph, and one line says why.
+--all        Averages over the questions of the file, with 95% intervals: bootstrap over questions.
+--intervene  How the answers change if a thought, or all of them, is replaced by zero, by the mean thought of the file,
+             or by that of another question. Later thoughts are computed from the replacement.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from coconut_ds.runs.terminal import quiet_libraries
 
 
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} inspect") -> int:
-    """0 when everything is shown and written; other statuses as `run_command` says."""
+    """0 if everything was printed and written; other statuses as `run_command` says."""
     parser = new_parser(prog, __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--data", metavar="FILE", required=True, help="JSON list of records")
@@ -45,13 +45,13 @@ def main(arguments: list[str] | None = None, prog: str = f"{PROG} inspect") -> i
     which.add_argument("--all", action="store_true", help="averages over the file")
     parser.add_argument("--limit", type=int, metavar="N", help="with --all: the first N records")
     parser.add_argument("--intervene", action="store_true", help="with --all: replace thoughts")
-    parser.add_argument("--seed", type=int, default=0, help="of which question's thoughts replace which (default: 0)")
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens of a thought (default: 5)")
-    parser.add_argument("--thoughts", type=int, metavar="N", help="thoughts of every question (default: as evaluated)")
+    parser.add_argument("--seed", type=int, default=0, help="with --intervene: pairs questions (default: 0)")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens listed per thought (default: 5)")
+    parser.add_argument("--thoughts", type=int, metavar="N", help="thoughts per question (default: as evaluated)")
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="default: as evaluated, or what the remaining positions allow"
     )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows at once (default: 16)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions per batch (default: 16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, shares from 0 to 1")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the graph, with --all the averages")
     return run_command(_inspect, parser, arguments)
@@ -70,7 +70,7 @@ def _inspect(options: argparse.Namespace) -> None:
     found = {"checkpoint": options.checkpoint, "data": options.data, **found}
     try:
         print(file_tables(found) if options.all else question_tables(found, bool(options.png)), flush=True)
-    finally:  # files are written even if nobody reads the tables
+    finally:  # files are written even if the reader of stdout is gone
         _write_files(options, found)
 
 
@@ -87,7 +87,7 @@ def _check(options: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
     for name in ("json", "png"):
         path = getattr(options, name)
-        # Of pathlib's own is_dir a folder that may not be looked into makes an error.
+        # pathlib's is_dir raises for a folder without read permission.
         if path and not os.path.isdir(path.parent):
             raise InputError(f"--{name} {path}: there is no folder {path.parent}; make it, or name another")
         if path and os.path.isdir(path):
@@ -103,7 +103,7 @@ def _records(options: argparse.Namespace) -> Records:
             raise InputError(f"--index {options.index}: {options.data} has records 0 to {len(records) - 1}")
         return [records[options.index]]
     if options.intervene and len(records) < 2:
-        raise InputError("--intervene: needs two questions or more, to put thoughts of one in place of another's")
+        raise InputError("--intervene: needs two questions or more, to replace the thoughts of one by those of another")
     return records
 
 

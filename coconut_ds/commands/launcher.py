@@ -1,7 +1,7 @@
-"""Starts the trainer on every GPU, or on CPU ranks without one, and passes signals on to the ranks.
+"""Starts the trainer on every GPU, or on CPU ranks without one, and forwards signals to the ranks.
 
-DeepSpeed's launcher kills its ranks when it gets a signal. Here it runs in a session of its own, where neither Ctrl-C
-on a terminal nor a signal to the caller's process group reaches it, and only the ranks are asked to stop.
+DeepSpeed's launcher kills its ranks when it gets a signal. Here it runs in a new session, where neither Ctrl-C on a
+terminal nor a signal to the caller's process group reaches it, and only the ranks are asked to stop.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TRAINER = Path(__file__).resolve().parent.parent / "train.py"
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say how ranks are started; `trainer_command` reads them."""
+    """Options for starting ranks, read by `trainer_command`."""
     parser.add_argument(
         "--ranks", metavar="N", help="default: RANKS, else every GPU; without a GPU 2, or 1 on a single core"
     )
@@ -50,9 +50,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def trainer_command(
     run_file: str | Path, overrides: Sequence[str], options: argparse.Namespace, most_ranks: int | None = None
 ) -> list[str]:
-    """The words that start a run by DeepSpeed's launcher, from `deepspeed` on.
+    """The command line of DeepSpeed's launcher for a run, from `deepspeed` on.
 
-    Raises InputError for numbers of ranks and ports that are not numbers.
+    Raises InputError for a number of ranks or a port that is not a whole number above 0.
     """
     ranks = _number("--ranks", options.ranks, "RANKS") or gpu_count() or min(2, os.cpu_count() or 1)
     words = ["deepspeed", "--num_gpus", str(min(ranks, most_ranks or ranks))]
@@ -65,7 +65,7 @@ def trainer_command(
 
 
 def gpu_count() -> int:
-    """The GPUs of this machine, counted by the driver's tool: to import torch takes seconds."""
+    """The GPUs of this machine, counted with nvidia-smi because importing torch takes seconds."""
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
@@ -88,10 +88,10 @@ def _number(option: str, given: str | None, variable: str) -> int | None:
 
 
 class Launcher:
-    """Runs `trainer_command`s one after another; a context manager, inside of which signals are for the ranks.
+    """Runs `trainer_command`s one after another; a context manager that forwards signals to the ranks.
 
-    The first signal asks the ranks to stop, which they do after the step under way, with a checkpoint; while there are
-    no ranks yet it ends the launcher. The second one kills all of it.
+    The first signal asks the ranks to stop, which they do after the current step, with a checkpoint; before there are
+    ranks it ends the launcher. The second one kills everything.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class Launcher:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Launcher:
-        # What the caller ignores stays ignored: SIGHUP under nohup, SIGINT in a background job of a script.
+        # Signals that the caller ignores stay ignored: SIGHUP under nohup, SIGINT in a background job of a script.
         heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         self._handlers = {number: signal.signal(number, self._pass_on) for number in heeded}
         return self
@@ -114,13 +114,13 @@ class Launcher:
         return self._n_signals > 0
 
     def run(self, words: Sequence[str]) -> int:
-        """The exit status of a `trainer_command`, as a shell gives it: 128 + N for a process that signal N ended."""
+        """The exit status of a `trainer_command`, as in a shell: 128 + N for a process that signal N ended."""
         if "--quiet" not in words:
             print(f"+ {shlex.join(words)}", flush=True)
         environment = dict(os.environ)
         if gpu_count() == 0:
             environment.setdefault("DS_ACCELERATOR", "cpu")
-        # By this interpreter: the first `deepspeed` on PATH may belong to another environment.
+        # With this interpreter, because the first `deepspeed` on PATH may belong to another environment.
         command = [sys.executable, "-m", "deepspeed.launcher.runner", *words[1:]]
         self._running = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
         if self._n_signals:  # it came while the process was being started
@@ -147,7 +147,7 @@ class Launcher:
 
 
 def _ranks_in(session: int) -> Iterator[psutil.Process]:
-    """The processes that DeepSpeed's launcher has started with a number of their own."""
+    """The ranks that DeepSpeed's launcher has started."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if os.getsid(process.pid) == session and any(

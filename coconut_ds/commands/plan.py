@@ -2,10 +2,9 @@
 
     python -m coconut_ds plan --run RUN.yaml --memory GIB [--ranks N] [key=value ...]
 
-Reads the run's data and the shape of its model (of a folder or hub id config.json and the tokenizer, no weights),
-measures the activations of every stage on tensors that have shapes and no data (about ten seconds a stage for GPT-2 on
-2 CPU cores), and prints what a card of that size holds: per stage with the run's DeepSpeed file, and for every file of
-`ds_configs/`.
+Reads the run's data and the shape of its model (of a folder or hub id only config.json and the tokenizer), measures the
+activations of every stage on tensors without data (about ten seconds per stage for GPT-2 on 2 CPU cores), and prints
+what fits on a card of that size: per stage with the run's DeepSpeed file, and for every file of `ds_configs/`.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from coconut_ds.memory.model_states import ModelStates, bucket_note, model_state
 from coconut_ds.runs.terminal import quiet_libraries
 from coconut_ds.training.setup import Setup, load_setup
 
-# The plan is for the card that is named, not for the machine it is made on.
+# The plan is for the card given by --memory, not for this machine.
 _CARD = Device(kind="cuda", has_bf16=True, has_fp16=True)
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: its longest micro-batch, and what a forward and backward over it costs."""
+    """One stage: its longest sequence, and the memory that a forward and backward over it costs."""
 
     stage: int
     thoughts: int
@@ -47,7 +46,7 @@ class StagePlan:
 
 
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} plan") -> int:
-    """0 with a plan; other statuses as `run_command` says."""
+    """0 if a plan was printed; other statuses as `run_command` says."""
     parser = new_parser(prog, __doc__)
     parser.add_argument("--run", required=True, help="run YAML, see run_configs/")
     parser.add_argument("--memory", type=float, required=True, help="memory of one card in GiB")
@@ -71,8 +70,8 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def plan_stages(config: RunConfig, setup: Setup) -> list[StagePlan]:
-    """Measure every stage of the run that has a layout of its own, in the precision it trains in."""
-    # On a CPU bf16 stands for fp16: what counts is its width.
+    """Measure every distinct stage of the run, in the precision of its training."""
+    # On a CPU fp16 is measured as bf16, which has the same width.
     dtype = torch.float32 if resolve_precision(config, _CARD) == "fp32" else torch.bfloat16
     setup.model.to(dtype)
     plans = []
@@ -133,6 +132,6 @@ def _states(path: str, config: RunConfig, setup: Setup, ranks: int) -> ModelStat
 
 
 def _resolved(raw: dict[str, Any], config: RunConfig, ranks: int) -> dict[str, Any]:
-    # Batch sizes do not matter to memory between steps, and a ds JSON that names them may be for other ranks.
+    # Batch sizes do not affect memory between steps, and those in a DeepSpeed file may be for other ranks.
     free = {key: value for key, value in raw.items() if "batch" not in key and key != "gradient_accumulation_steps"}
     return resolve_ds_config(free, config, BatchSizes(1, 1, ranks), _CARD)

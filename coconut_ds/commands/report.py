@@ -1,9 +1,9 @@
-"""Make a report of runs: one HTML file that opens from disk without a network, and its pictures as PNGs.
+"""Write a report of runs: one HTML file that needs no network, and its plots as PNGs.
 
     python -m coconut_ds report RUN [RUN ...] [--out FOLDER]
 
-RUN is a run folder, finished, still training or interrupted. Several runs, at most seven, are drawn into the same
-pictures, one colour each. The report is `report.html` in FOLDER, by default `RUN/report`; for several runs name FOLDER.
+RUN is a run folder, finished, still training or interrupted. Several runs, at most seven, share the plots, one colour
+each. The report is `report.html` in FOLDER, by default `RUN/report`; for several runs name FOLDER.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from coconut_ds.runs.records import read_run
 
 
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} report") -> int:
-    """0 with a report written; other statuses as `run_command` says."""
+    """0 if the report was written; other statuses as `run_command` says."""
     parser = new_parser(prog, __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, save_path/name")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to write to (default: RUN/report)")

@@ -4,8 +4,8 @@
 
 FILE has one run per line, `RUN.yaml key=value ...`; empty lines and text after a `#` are ignored. Before the first run
 starts, all problems of all lines are reported together: wrong keys and values, missing data and DeepSpeed files,
-finished runs that were trained with other settings than their line says, and run folders that another process is
-writing to. A run that fails does not stop the sweep (exit status 1 at its end). A signal stops the run under way, which
+finished runs that were trained with other settings than those of their line, and run folders that another process is
+writing to. A run that fails does not stop the sweep (exit status 1 at its end). A signal stops the current run, which
 saves, and no other run starts; the same command resumes.
 """
 
@@ -30,7 +30,7 @@ from coconut_ds.runs.lock import holder_text, run_folder_is_held
 
 
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} sweep") -> int:
-    """0 when every run is finished or the sweep was stopped, 1 if a run failed; else as `run_command` says."""
+    """0 if every run is finished or the sweep was stopped, 1 if a run failed; else as `run_command` says."""
     parser = new_parser(prog, __doc__)
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--list", action="store_true", help="only print the unfinished runs, quoted for a shell")
@@ -66,7 +66,7 @@ def _train_all(runs: Sequence[list[str]], options: argparse.Namespace) -> int:
 
 
 def read_sweep(path: Path) -> list[tuple[list[str], RunConfig]]:
-    """The runs of a sweep file in order, each as its words and its configuration.
+    """The runs of a sweep file in order, each as the words of its line and its configuration.
 
     Raises InputError for a file without runs, runs that cannot be started, and two that share a run folder.
     """
@@ -98,7 +98,7 @@ def read_sweep(path: Path) -> list[tuple[list[str], RunConfig]]:
 
 
 def _checked(words: list[str]) -> RunConfig:
-    """The run of a line; raises InputError for what is wrong with it and can be seen without its model."""
+    """The run of a line; raises InputError for problems that can be found without loading its model."""
     if not words[0].endswith((".yaml", ".yml")):
         raise InputError(f"{words[0]}: a run file ends in .yaml or .yml")
     config = load_run_config(words[0], words[1:])
@@ -106,7 +106,7 @@ def _checked(words: list[str]) -> RunConfig:
     missing = [path for path in (config.train_path, config.val_path) if path and not Path(path).is_file()]
     if missing:
         raise InputError(f"{', '.join(missing)}: not there; data/README.md says how to get or make the data")
-    if _is_finished(config) and (keys := _trained_otherwise(config)):
+    if _is_finished(config) and (keys := _differing_keys(config)):
         raise InputError(f"{config.run_folder} is finished and was trained with another {', '.join(keys)}; rename one")
     if not _is_finished(config) and run_folder_is_held(config.run_folder):
         lock = RunFolder(config.run_folder).lock
@@ -119,10 +119,10 @@ def _is_finished(config: RunConfig) -> bool:
     return records.is_file() and read_metrics(records).is_finished(config.num_epochs)
 
 
-def _trained_otherwise(config: RunConfig) -> list[str]:
-    """Keys whose value in the run folder is not that of `config`, and data files whose content is another now.
+def _differing_keys(config: RunConfig) -> list[str]:
+    """Keys whose value in the run folder differs from that in `config`, and data files whose content has changed.
 
-    What is resolved when a run starts does not count, nor that it was trained for more epochs.
+    Keys that are resolved when a run starts and the number of epochs do not count.
     """
     folder = config.run_folder
     keys = [key for key in changed_keys(folder, config) if key not in ("activation_checkpointing", "num_epochs")]

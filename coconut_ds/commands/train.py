@@ -2,7 +2,7 @@
 
     python -m coconut_ds train --run RUN.yaml [--dry-run] [--ranks N] [--master-port N] [--verbose] [key=value ...]
 
-Starts DeepSpeed's launcher on the trainer. Ctrl-C or SIGTERM stops the run after the step under way, with a checkpoint;
+Starts DeepSpeed's launcher on the trainer. Ctrl-C or SIGTERM stops the run after the current step, with a checkpoint;
 the same command resumes it. A second signal kills it. The exit status is the trainer's: 0 complete or stopped as
 requested, 2 if there is something to fix first, else 1.
 """

@@ -97,7 +97,7 @@ def test_tables_of_known_numbers(runs, capsys):
     assert row_of(text, "ours, control") == ["ours, control", "0", "3", "1", "0.62", "0.62"]
     assert "One seed only, so the bootstrap intervals leave out the spread over seeds: control." in text
     assert "75% with 3" in text
-    assert "Where fewer than 10 answers differ, trust McNemar" in text
+    assert "If fewer than 10 answers differ, trust McNemar" in text
 
 
 def test_json_has_the_numbers_of_the_tables(runs, tmp_path, capsys):
@@ -134,7 +134,7 @@ def test_p_values_are_adjusted_over_all_pairs(tmp_path, capsys):
 def test_one_group_alone(tmp_path, capsys):
     text = printed([write_run(tmp_path, "a", 0, "xxxx")], capsys)
     assert row_of(text, "a ")[3:5] == ["100.0%", "100.0% to 100.0%"]
-    assert "so the bootstrap has nothing to vary, read Wilson: a." in text
+    assert "so the bootstrap has nothing to vary; read Wilson: a." in text
     assert "McNemar" not in text
     assert "difference of" not in text
 
@@ -215,7 +215,7 @@ def refusal(arguments: list[str], capsys) -> str:
     ("second", "message"),
     [
         ({"seed": 1, "batch_size_training": 16}, "they differ in batch_size_training (32 and 16)"),
-        ({"seed": 1, "lr": 0.5}, "no seeds of one method, they differ in lr (0.0001 and 0.5); label them apart"),
+        ({"seed": 1, "lr": 0.5}, "not seeds of one method: they differ in lr (0.0001 and 0.5); label them apart"),
         ({"seed": 0}, "both have seed 0; name one of them"),
         ({"seed": 1, "epoch": 1}, "the last predictions are of epochs 2 and 1; finish the runs"),
     ],
@@ -230,7 +230,7 @@ def test_a_group_has_seeds_of_one_method(second, message, tmp_path, capsys):
     ("rows", "message"),
     [
         ([prediction(0, True)], "have 2 and 1 answers"),
-        ([prediction(0, True), prediction(2, True)], "index 1 stands in one of them only"),
+        ([prediction(0, True), prediction(2, True)], "index 1 is in one of them only"),
         ([prediction(0, True), prediction(1, True, question="?")], "differ first at index 1, in `question`"),
         ([prediction(0, True, expected="?"), prediction(1, True)], "differ first at index 0, in `expected`"),
         ([prediction(0, True, n_steps=9), prediction(1, True)], "differ first at index 0, in `n_steps`"),

@@ -144,7 +144,7 @@ def test_without_a_graph_one_line_says_why(checkpoint, tmp_path, capsys):
     for which in (("--index", "0"), ("--all",)):
         assert run(checkpoint, file, *which, "--png", str(tmp_path / f"{which[0]}.png")) == 0
         consequence = "; so no picture was drawn" if which[0] == "--index" else ""
-        assert f"for want of a graph: record 0 has no key idx_to_symbol{consequence}.\n" in capsys.readouterr().out
+        assert f"there is no graph: record 0 has no key idx_to_symbol{consequence}.\n" in capsys.readouterr().out
     assert not (tmp_path / "--index.png").exists()
     assert size_of(tmp_path / "--all.png")[0] > 1000
 
@@ -157,7 +157,7 @@ def test_a_graph_that_is_not_the_questions_gives_no_tables_and_is_counted(checkp
     file.write_text(json.dumps(records))
     assert run(checkpoint, file, "--all") == 0
     output = capsys.readouterr().out
-    assert "for want of a graph: record 2 edges: '" in output
+    assert "because there is no graph: record 2 edges: '" in output
     assert "is not in the question (2 of 6 records have none).\n" in output
     assert "Next step after" not in output
 

@@ -234,7 +234,7 @@ def test_unknown_words_are_named_in_one_line_beside_the_answer(checkpoint, recor
     assert ask.main([checkpoint, records[0]["question"] + " perhaps, maybe perhaps", "--json"]) == 0
     captured = capsys.readouterr()
     (warning,) = captured.err.splitlines()
-    assert warning == "warning: the model knows no 'perhaps', ',', 'maybe' and reads <|unknown|> in place of it"
+    assert warning == "warning: the model does not know 'perhaps', ',', 'maybe' and reads <|unknown|> instead"
     json.loads(captured.out)
 
 
@@ -258,7 +258,7 @@ REFUSED = {
     "no tokens": (["q", "--max-new-tokens", "0"], "--max-new-tokens 0: must be from 1 to"),
     "no file": (["--file", "nowhere.txt"], "--file nowhere.txt: cannot be read: No such file or directory"),
     "no data file": (["--file", "nowhere.json"], "nowhere.json: cannot be read: No such file or directory"),
-    "empty file": (["--file", os.devnull], "--file /dev/null: is empty; write one question a line"),
+    "empty file": (["--file", os.devnull], "--file /dev/null: is empty; write one question per line"),
     "no question": ([" "], "the question is empty; write one"),
     "no text": (["caf\udce9"], "is not UTF-8 text; encode it so"),
     "a marker": (
@@ -293,7 +293,7 @@ def test_what_cannot_be_asked_is_said_in_one_line(checkpoint, capsys, arguments,
 def test_json_in_a_pipe_is_not_taken_for_questions(checkpoint, capsys, monkeypatch, first_line):
     monkeypatch.setattr(sys, "stdin", io.StringIO(first_line + "\n"))
     assert ask.main([checkpoint]) == 2
-    assert "standard input holds JSON and no lines of text: name a data file FILE.json" in capsys.readouterr().err
+    assert "standard input holds JSON instead of lines of text: name a data file FILE.json" in capsys.readouterr().err
 
 
 def test_a_question_too_long_is_refused_before_the_first_of_its_file_is_answered(checkpoint, tmp_path, capsys):
@@ -424,7 +424,7 @@ def test_a_person_asks_from_a_terminal(checkpoint, records, capsys):
     (expected,) = objects(capsys, checkpoint, question)
     terminal = Terminal([*command(checkpoint), "--max-new-tokens", str(NEW_TOKENS)])
     try:
-        assert terminal.wait_for("> ") == "coconut, stage 4, 3 thoughts a question, greedy; Ctrl-D ends\n> "
+        assert terminal.wait_for("> ") == "coconut, stage 4, 3 thoughts per question, greedy; Ctrl-D ends\n> "
         terminal.type(f"{question}\n")
         assert expected["cut"], "by random weights"
         warning = f"warning: cut off after {NEW_TOKENS} tokens, before its end; --max-new-tokens N allows more"

@@ -1,1 +1,1 @@
-"""What is inside the thoughts of a trained model: readings, next steps in ProsQA's graphs, interventions."""
+"""What is in the thoughts of a trained model? Readings, next steps in ProsQA's graphs, interventions."""

@@ -1,4 +1,4 @@
-"""Averages over the questions of a file, each with its 95% interval: percentile bootstrap over questions."""
+"""Averages over the questions of a file, each with a 95% interval: percentile bootstrap over questions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Average = dict[str, float]
 
 
 def averages(quantities: Mapping[str, Sequence[float]]) -> dict[str, Average]:
-    """The average of each quantity over the same questions, of which there is at least one."""
+    """The average of each quantity over the same questions, at least one."""
     arrays: dict[str, Any] = {name: np.array(values)[None] for name, values in quantities.items()}
     draws = bootstrap(arrays, DRAWS, SEED)
     found = {}
@@ -31,7 +31,7 @@ def averages(quantities: Mapping[str, Sequence[float]]) -> dict[str, Average]:
 
 
 def average_readings(readings: Sequence[QuestionReading]) -> dict[str, Any]:
-    """Accuracy, cut answers, embedding norms, and by thought what is read in it, of the questions that have it."""
+    """Accuracy, cut answers and embedding norms; the readings of each thought over the questions that have it."""
     whole = averages(
         {
             "accuracy": [each.correct for each in readings],
@@ -46,7 +46,7 @@ def average_readings(readings: Sequence[QuestionReading]) -> dict[str, Any]:
 def _thought(readings: Sequence[QuestionReading], place: int) -> dict[str, Any]:
     these = [each.thoughts[place] for each in readings if place < len(each.thoughts)]
     reach = max(len(each.window) for each in these)
-    # A row that ends its window early has no state there: a share of 0.
+    # A shorter window has no state there: a share of 0.
     shares = {f"window_{back + 1}": [_share(each, back) for each in these] for back in range(reach)}
     found = averages(
         {
@@ -65,7 +65,7 @@ def _share(reading: ThoughtReading, back: int) -> float:
 
 
 def average_next_steps(graphs: Sequence[ProsqaGraph], steps: Sequence[Sequence[NextStep]]) -> list[dict[str, Any]]:
-    """By k the masses that `describe` gives each question."""
+    """For each k the averages of the masses in `describe`."""
     most = max(len(each) for each in steps)
     return [_after(graphs, steps, place) for place in range(most)]
 
@@ -94,7 +94,7 @@ def _after(graphs: Sequence[ProsqaGraph], steps: Sequence[Sequence[NextStep]], p
 def describe(graph: ProsqaGraph, step: NextStep) -> dict[str, Any]:
     """The distributions of one question after k thoughts, with their masses.
 
-    `node_shares` are the masses if every node were as likely as any other: what a model that knows nothing has.
+    `node_shares` are the masses of a uniform distribution over the nodes: of a model that ignores the graph.
     """
     return {
         **asdict(step),

@@ -1,6 +1,6 @@
-"""Probabilities of given texts after prompts with thoughts and after their beginnings, every prompt run once.
+"""Probabilities of given texts after prompts with thoughts and after prefixes of them, with one pass per prompt.
 
-Shapes: B prompts of T columns, R rows of continuations, L tokens of the longest one, V vocabulary, D hidden size.
+Shapes: B prompts of T columns, R continuations of at most L tokens, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from coconut_ds.model.masks import causal_mask, columns_of
 
 
 class Continuation(NamedTuple):
-    """Tokens after the prompt in `row`, less the last `n_dropped` columns of it."""
+    """Tokens after the prompt in `row` without its last `n_dropped` columns."""
 
     row: int
     n_dropped: int
@@ -31,7 +31,7 @@ class Continuation(NamedTuple):
         return self._replace(tokens=self.tokens[:-1])
 
     def begins(self, other: Continuation) -> bool:
-        """Whether the other one is this one and goes on, or is the same."""
+        """Whether the other one starts with this one, or is the same."""
         return self[:2] == other[:2] and self.tokens == other.tokens[: len(self.tokens)]
 
 
@@ -43,13 +43,13 @@ def token_log_probs(
     continuations: Iterable[Continuation],
     rows_at_once: int,
 ) -> dict[Continuation, list[float]]:
-    """Natural logarithms of the probabilities of the tokens of each continuation but the first, which is given.
+    """Log probabilities (natural) of the tokens of each continuation after the first, which is given.
 
-    The prompts (B, T) are left-padded and run once, whatever is dropped of them, for the keys and values of a column
-    do not depend on later ones; `rows_at_once` limits R. Continuations have two tokens or more.
+    The prompts (B, T) are left-padded. They are run once whatever is dropped, because the keys and values of a column
+    do not depend on later columns. `rows_at_once` limits R. Continuations have at least two tokens.
     """
     wanted = list(continuations)
-    # Layers that keep every column, also of models whose own caches keep a window only.
+    # DynamicLayer keeps every column, also for models whose caches keep only a sliding window.
     cache = Cache(layers=[DynamicLayer() for _ in range(model.base_causallm.config.num_hidden_layers)])
     model.encode(input_ids, attention_mask, cache=cache)
     longest = _longest_heads(each.head for each in wanted)
@@ -62,7 +62,7 @@ def token_log_probs(
         chunk = heads[start : start + rows_at_once]
         states = _states_after(model, cache, attention_mask, chunk)
         for head, row in zip(chunk, states):
-            # Doubles, because sums of many probabilities are taken from 1.
+            # In fp64, because sums of many probabilities are subtracted from 1.
             log_probs = model.lm_head(row[: len(head.tokens)]).double().log_softmax(dim=-1)  # (L, V)
             for each in by_head[head]:
                 found[each] = [float(log_probs[place, token]) for place, token in enumerate(each.tokens[1:])]
@@ -70,10 +70,10 @@ def token_log_probs(
 
 
 def _longest_heads(heads: Iterable[Continuation]) -> dict[Continuation, Continuation]:
-    """For each head the longest one that it begins, whose states are its own as well."""
+    """For each head the longest one that starts with it, whose states include its states."""
     found: dict[Continuation, Continuation] = {}
     following = None
-    # What begins another one stands right before one that it begins.
+    # In sorted order a head is next to one that starts with it.
     for head in sorted(set(heads), reverse=True):
         found[head] = found[following] if following is not None and head.begins(following) else head
         following = head
@@ -83,16 +83,16 @@ def _longest_heads(heads: Iterable[Continuation]) -> dict[Continuation, Continua
 def _states_after(
     model: Coconut, cache: Cache, attention_mask: torch.Tensor, heads: Sequence[Continuation]
 ) -> torch.Tensor:
-    """Hidden states (R, L, D) of the heads' tokens, each after its prompt in `cache`, which stays as it is."""
+    """Hidden states (R, L, D) of the heads' tokens, each after its prompt in `cache`, which is not changed."""
     device = attention_mask.device
     rows = torch.tensor([each.row for each in heads], device=device)[:, None]
     dropped = torch.tensor([each.n_dropped for each in heads], device=device)[:, None]
     length = max(len(each.tokens) for each in heads)
-    # Shorter heads are filled up on the right, which no token of theirs sees.
+    # Shorter heads are padded on the right, where none of their tokens attends.
     ids = torch.tensor(
         [[*each.tokens, *each.tokens[:1] * (length - len(each.tokens))] for each in heads], device=device
     )
-    # What is left of a prompt moves to the right, so that its continuation stands next to it.
+    # The columns kept of a prompt move to the right, next to the continuation.
     n_columns = attention_mask.shape[1]
     columns = torch.arange(n_columns, device=device) - dropped  # (R, T)
     is_there = columns >= 0
@@ -113,9 +113,9 @@ def _states_after(
 
 
 def exclusive_probabilities(log_probs: Mapping[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
-    """Probability that what is written starts with each sequence of tokens, and with no longer one of them.
+    """Probability that a text starts with each sequence of tokens and with none of the longer ones.
 
-    `log_probs` are those of starting with it, longer ones included: "n1" may go on to "n12". The events exclude each
+    `log_probs` are those of starting with it, longer ones included: "n1" may continue to "n12". The events exclude each
     other, so their probabilities sum to 1 at most.
     """
     exclusive = {tokens: math.exp(value) for tokens, value in log_probs.items()}
@@ -124,5 +124,5 @@ def exclusive_probabilities(log_probs: Mapping[tuple[int, ...], float]) -> dict[
         nearest = next((start for start in shorter if start in log_probs), None)
         if nearest is not None:
             exclusive[nearest] -= math.exp(value)
-    # Rounding may leave a trifle below 0 where a sequence always goes on.
+    # Rounding may give a value slightly below 0 if a sequence always continues to a longer one.
     return {tokens: max(0.0, value) for tokens, value in exclusive.items()}

@@ -1,4 +1,4 @@
-"""Everything an inspection finds, of one question or averaged over a file."""
+"""The findings of an inspection, for one question or averaged over a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Records = Sequence[tuple[int, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Inspection:
-    """Questions to a trained model; `batch_size` of them are run at once."""
+    """Questions to a trained model, answered in batches of `batch_size`."""
 
     trained: TrainedModel
     records: Records
@@ -48,7 +48,7 @@ class Inspection:
         return cls(trained, records, questions, trained.room(questions, new_tokens), batch_size, top_k)
 
     def of_question(self) -> dict[str, Any]:
-        """What is found in the first question."""
+        """The findings for the first question."""
         graphs, why_no_graph = self._graphs()
         readings, _, _ = self._answer()
         steps = self._next_steps(graphs)
@@ -61,7 +61,7 @@ class Inspection:
         return found
 
     def of_file(self, seed: int | None = None) -> dict[str, Any]:
-        """Averages over all questions; interventions if there is a `seed`, which pairs questions."""
+        """Averages over all questions; with interventions if there is a `seed`, which pairs questions."""
         graphs, why_no_graph = self._graphs()
         readings, replies, fed = self._answer()
         steps = self._next_steps(graphs)
@@ -92,7 +92,7 @@ class Inspection:
         return [], f"{first}{count}"
 
     def _answer(self) -> tuple[list[QuestionReading], list[Reply], list[torch.Tensor]]:
-        """By question what is read in its thoughts, the reply, and what was fed for its thoughts, (thoughts, D)."""
+        """For each question the readings, the reply, and the vectors fed for its thoughts, (thoughts, D)."""
         readings: list[QuestionReading] = []
         replies: list[Reply] = []
         fed: list[torch.Tensor] = []
@@ -113,7 +113,7 @@ class Inspection:
 
 
 def questions_of(trained: TrainedModel, records: Records, n_thoughts: int | None = None) -> list[Question]:
-    """The records as questions with `n_thoughts` thoughts each, by default as many as in the evaluation.
+    """The records as questions with `n_thoughts` thoughts each, by default the number of the evaluation.
 
     Raises InputError for a model, or a stage, without thoughts.
     """

@@ -1,4 +1,4 @@
-"""What becomes of the answers when thoughts are replaced: by zero, by their mean, by those of another question.
+"""How answers change when thoughts are replaced: by zero, by their mean, by those of another question.
 
 Shapes: N questions, B of them in a batch, K thoughts of the question with the most, D hidden size.
 """
@@ -23,9 +23,9 @@ DRAWS = 10_000
 
 @dataclass(frozen=True)
 class Outcome:
-    """Answers with one thought replaced, or all of them, beside those without; shares from 0 to 1.
+    """Answers with one thought, or all of them, replaced, compared with the original answers; shares from 0 to 1.
 
-    Everything is over the questions that have the thought.
+    Over the questions that have the thought.
     """
 
     by: str
@@ -41,13 +41,13 @@ class Outcome:
     """Right before and wrong after."""
     n_gained: int
     n_changed: int
-    """Other answers than before, right or wrong."""
+    """Different answers, right or wrong."""
     n_cut: int
-    """Answers that were ended by the most tokens that they might have."""
+    """Answers ended by the limit of new tokens."""
 
 
 def replacing(replacements: torch.Tensor, thought: int | None = None) -> Intervention:
-    """Feed `replacements` (B, K, D) in place of the `thought`-th thoughts, from 0, of each row; None: of all."""
+    """Feed `replacements` (B, K, D) instead of thought number `thought`, from 0, of each row; None: of all thoughts."""
     rows = torch.arange(len(replacements), device=replacements.device)
 
     def intervene(number: torch.Tensor, fed: torch.Tensor) -> torch.Tensor:
@@ -58,15 +58,15 @@ def replacing(replacements: torch.Tensor, thought: int | None = None) -> Interve
 
 
 def stacked(fed: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(N, K, D) from the thoughts of each question, (its thoughts, D); NaN where a question has no such thought."""
+    """(N, K, D) from the thoughts of each question, (thoughts, D); NaN for thoughts that a question does not have."""
     return torch.nn.utils.rnn.pad_sequence(list(fed), batch_first=True, padding_value=torch.nan)
 
 
 def replacements(by: str, fed: torch.Tensor, seed: int) -> torch.Tensor:
-    """(N, K, D), what stands in for the thoughts `fed` (N, K, D).
+    """(N, K, D), replacements of the thoughts `fed` (N, K, D).
 
-    `zero`; `mean`, of all questions that have the thought; `other`: the thought of the same number of another question,
-    in an order drawn from `seed` the next one that has it. A question that alone has a thought keeps it.
+    `zero`; `mean`, over all questions that have the thought; `other`: the same thought of another question, the next
+    one that has it in an order drawn from `seed`. If only one question has a thought, it keeps it.
     """
     if by == "zero":
         return torch.zeros_like(fed)

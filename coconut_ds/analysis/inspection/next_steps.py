@@ -1,18 +1,18 @@
-"""Which node of a ProsQA graph the model would go on from after 0..k thoughts (arXiv 2412.06769, section 5).
+"""The node of a ProsQA graph that the model would continue from after 0..k thoughts (arXiv 2412.06769, section 5).
 
-The model is stopped after k thoughts and `<|end-latent|>`, and its own distribution of what comes next is read:
+The model is stopped after k thoughts and `<|end-latent|>`, and its distribution of the following text is read:
 
     p_k(v) = P(the next step starts from node v)    product of the probabilities of the tokens that begin such a step
     a_k(v) = P(the answer names node v)             the same for its name, after "### " (in sentences "### Alex is a")
 
 A step from a concept begins with "Every jompus", from an entity with "Alex"; in the symbolic form with the node's word;
-where a word is an edge, p_k(v) sums over all words "v>...". k counts steps' worth of thoughts: step k + 1 of a solution
-starts k edges away from the root, so that in every form, and from k = 0 on, the frontier is at distance k. What is left
-of 1 is on no node: "###", with which an answer begins, and everything else.
+if a word is an edge, p_k(v) sums over all words "v>...". k counts steps' worth of thoughts: step k + 1 of a solution
+starts k edges away from the root, so that in every form, from k = 0, the frontier is at distance k. The rest of the
+probability is on no node: "###", with which an answer begins, and everything else.
 
-A model made to begin a step has p_k(v) / sum_u p_k(u). The paper's p(v | "Every") is the same where the model knows
-which concepts the question names, and where it starts from a concept. No step starts from a leaf, as the target and the
-distractor are, so what the model knows of them shows in a_k.
+A model forced to begin a step has p_k(v) / sum_u p_k(u). The paper's p(v | "Every") is the same if the model knows
+which concepts the question names and starts from a concept. No step starts from a leaf, such as the target and the
+distractor, so knowledge about them shows in a_k.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from coconut_ds.model.backbone import n_positions
 
 @dataclass(frozen=True)
 class NextStep:
-    """The distributions after so many thoughts, over the nodes in the graph's order; they need not sum to 1."""
+    """The distributions after `n_thoughts` thoughts, over the nodes in the graph's order; they need not sum to 1."""
 
     n_thoughts: int
     n_replaced: int
-    """k, the steps that so many thoughts stand for."""
+    """k, the steps that these thoughts replace."""
     step: list[float]
     answer: list[float]
 
 
 @dataclass(frozen=True)
 class Masses:
-    """What a distribution has on sets of nodes; `reachable`, `unreachable` and `no_node` sum to 1."""
+    """Probability of sets of nodes; `reachable`, `unreachable` and `no_node` sum to 1."""
 
     reachable: float
-    """From the root, itself included."""
+    """From the root, which is included."""
     frontier: float
     """At distance k exactly."""
     leading: float
@@ -75,7 +75,7 @@ def masses(graph: ProsqaGraph, probabilities: Sequence[float], distance: int) ->
 
 
 def among_nodes(probabilities: Sequence[float]) -> list[float]:
-    """The distribution once a node is taken for granted: the model is made to begin a step, or to answer."""
+    """The distribution given that there is a node: the model is forced to begin a step, or to answer."""
     total = sum(probabilities)
     return [each / total if total else 0.0 for each in probabilities]
 
@@ -85,7 +85,7 @@ def next_steps(
 ) -> list[list[NextStep]]:
     """For each graph the distributions after 0, c_thought, 2 c_thought .. `n_thoughts` thoughts.
 
-    The questions are run at once, `batch_size` limits the rows of texts after them. Raises InputError where these need
+    All questions run in one batch; `batch_size` limits the rows of texts after them. Raises InputError if these need
     more positions than the model has.
     """
     inputs = trained.prompts([graph.question for graph in graphs], n_thoughts).inputs
@@ -93,7 +93,7 @@ def next_steps(
     texts = [_Texts.of(graph, trained) for graph in graphs]
     _check_positions(trained, prompts[1], texts)
     a_step = trained.curriculum.thoughts_per_step
-    # Of each graph every k, and how many thoughts are left out for it.
+    # For each graph every k, and the number of thoughts dropped for it.
     stops = [[(k, most - k * a_step) for k in range(most // a_step + 1)] for most in n_thoughts]
     wanted = [
         Continuation(row, n_dropped, tokens)
@@ -123,7 +123,7 @@ def _check_positions(trained: TrainedModel, attention_mask: torch.Tensor, texts:
 
 @dataclass(frozen=True)
 class _Texts:
-    """Tokens of the texts that begin a step, and of those that answer, with the node each belongs to.
+    """Tokens of the texts that begin a step, and of the answers, with the node of each.
 
     All of them start with `<|end-latent|>`.
     """
@@ -143,7 +143,7 @@ class _Texts:
             return end_latent, *tokenizer(text, add_special_tokens=False)["input_ids"]
 
         def known(texts: Sequence[tuple[int, str]]) -> dict[tuple[int, ...], int]:
-            # A word that has no token cannot be written.
+            # The model cannot write a word without a token.
             tokens = {ids(text): node for node, text in texts}
             return {each: node for each, node in tokens.items() if tokenizer.unk_token_id not in each}
 

@@ -1,15 +1,15 @@
-"""The graph a ProsQA record asks about: distances from its root, and the texts that begin a step or name a node.
+"""The graph of a ProsQA record: distances from its root, and the texts that begin a step or name a node.
 
-A record has a graph only where its question says the same: the same edges, root and options.
+A record has a graph only if its question states the same edges, root and options.
 
-Three forms: sentences as published ("Every jompus is a zhorpus."), one word a node ("n3 n7"), one word an edge
+Three forms: sentences as published ("Every jompus is a zhorpus."), one word per node ("n3 n7"), one word per edge
 ("n3>n7"). No torch here.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -40,25 +40,25 @@ class ProsqaGraph(BaseModel):
 
     @property
     def form(self) -> Form:
-        """How steps are written, which the question tells."""
+        """How steps are written, as seen from the question."""
         if self.question.rstrip().endswith("?"):
             return "text"
         return "edges" if ">" in self.question else "symbolic"
 
     @cached_property
     def distances(self) -> dict[int, int]:
-        """Edges on a shortest path from the root, of every node that can be reached from it."""
-        return _distances(self.root, self.edges)
+        """Length of a shortest path from the root, for every node that can be reached from it."""
+        return distances([self.root], self.edges)
 
     @cached_property
     def leads_to_target(self) -> frozenset[int]:
-        """Nodes from which the target can be reached, itself included."""
-        return frozenset(_distances(self.target, [(child, parent) for parent, child in self.edges]))
+        """Nodes from which the target can be reached, including the target."""
+        return frozenset(distances([self.target], [(child, parent) for parent, child in self.edges]))
 
     def step_beginnings(self) -> list[tuple[int, str]]:
-        """Node and text: a step that starts from the node begins with one of its texts.
+        """Pairs of node and text: a step that starts from the node begins with one of its texts.
 
-        A word that is an edge cannot be begun only, so in that form there is a text for every pair of nodes.
+        In the form with one word per edge a step is a whole word, so there is a text for every pair of nodes.
         """
         names = list(enumerate(self.idx_to_symbol))
         if self.form == "edges":
@@ -66,7 +66,7 @@ class ProsqaGraph(BaseModel):
         return names if self.form == "symbolic" else [(node, self._subject(node)) for node, _ in names]
 
     def _subject(self, node: int) -> str:
-        """What a sentence about a node starts with: published files write nodes without parents as persons."""
+        """The subject of a sentence about a node: published files write nodes without parents as persons."""
         return f"Every {self.idx_to_symbol[node]}" if node in self.children else self.idx_to_symbol[node]
 
     @cached_property
@@ -75,12 +75,12 @@ class ProsqaGraph(BaseModel):
         return frozenset(child for _, child in self.edges)
 
     def answers(self) -> tuple[str, list[tuple[int, str]]]:
-        """What every answer begins with, and for each node that text with the node's name after it."""
+        """The text that every answer begins with, and for each node the whole answer."""
         opening = f"### {self.idx_to_symbol[self.root]} is a" if self.form == "text" else "###"
         return opening, [(node, f"{opening} {name}") for node, name in enumerate(self.idx_to_symbol)]
 
     def difference_to_question(self) -> str | None:
-        """Why the question asks about another graph; None where it has these edges, this root and these options."""
+        """Why the question is about another graph; None if it states these edges, this root and these options."""
         name = self.idx_to_symbol
         twice = next((each for each in name if name.count(each) > 1), None)
         if twice is not None:
@@ -113,7 +113,7 @@ _ENDINGS: dict[Form, str] = {"text": "Is {} a {} or {}?", "symbolic": "? {} {} {
 
 
 def _facts(form: Form, text: str) -> set[str]:
-    """The facts of a question without its ending, in whatever order."""
+    """The facts of a question without its ending, in any order."""
     if form == "edges":
         return set(text.split())
     if form == "symbolic":
@@ -121,8 +121,9 @@ def _facts(form: Form, text: str) -> set[str]:
     return {f"{sentence}." for sentence in text.removesuffix(".").split(". ")} - {"."}
 
 
-def _distances(start: int, edges: Sequence[tuple[int, int]]) -> dict[int, int]:
-    found, waiting = {start: 0}, deque([start])
+def distances(starts: Sequence[int], edges: Collection[Sequence[int]]) -> dict[int, int]:
+    """Edges on a shortest path from one of `starts`, for every node that can be reached from them."""
+    found, waiting = dict.fromkeys(starts, 0), deque(starts)
     while waiting:
         node = waiting.popleft()
         for parent, child in edges:
@@ -133,7 +134,7 @@ def _distances(start: int, edges: Sequence[tuple[int, int]]) -> dict[int, int]:
 
 
 def graph_of(record: Mapping[str, Any]) -> ProsqaGraph | str:
-    """The graph of a record, or why it has none: keys that are missing or wrong, or a question about another graph."""
+    """The graph of a record, or why it has none: missing or wrong keys, or a question about another graph."""
     try:
         graph = ProsqaGraph.model_validate(record)
         return graph.difference_to_question() or _difference_to_answer(graph, record.get("answer")) or graph

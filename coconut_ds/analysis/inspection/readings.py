@@ -1,4 +1,4 @@
-"""What is read in each thought of questions that a trained model has answered."""
+"""Readings of each thought of questions that a trained model has answered."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from coconut_ds.model.thoughts import Thoughts, vocabulary_reading
 
 @dataclass(frozen=True)
 class ThoughtReading:
-    """What is read in one thought."""
+    """The readings of one thought."""
 
     norm: float
-    """L2 norm of what was fed in its place."""
+    """L2 norm of the vector fed in its column."""
     entropy_bits: float
     """Of the LM head's distribution over the vocabulary."""
     top: list[tuple[str, float]]
     """The most probable tokens of that distribution."""
     window: list[tuple[str, float]]
-    """The earlier states, newest first: the token or thought each stands at, and its share, 0 where its weight is."""
+    """The earlier states, newest first: the token or thought in the column of each, and its share."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class QuestionReading:
     given: str
     correct: bool
     n_new_tokens: int
-    """Generated before the end of the answer."""
+    """Generated before EOS."""
     cut: bool
-    """Whether it was ended by the most tokens that it might have, without an EOS."""
+    """Whether the limit of new tokens ended it, without an EOS."""
     embedding_norms: dict[str, float]
     """Mean, min and max L2 norm of the token embeddings of the question, without markers."""
     thoughts: list[ThoughtReading]
@@ -93,7 +93,7 @@ def _window(
     ids: list[int] = answered.inputs["input_ids"][row].tolist()
     thought = trained.tokens.thought
     column = [place for place, token in enumerate(ids) if token == thought][number]
-    # Zeros at the end may be states that the row does not have.
+    # Zeros at the end may stand for states that the row does not have.
     reach = max((back for back, share in enumerate(shares, start=1) if share > 0), default=0)
     window = []
     for back, share in enumerate(shares[:reach], start=1):

@@ -1,4 +1,4 @@
-"""What an inspection found, as text for a terminal."""
+"""The findings of an inspection, as text for a terminal."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _MASSES = {
     "no_node": "no node",
 }
 _ABOUT_STEP = "Next step after k steps' worth of thoughts: probability that it starts from"
-_ABOUT_AMONG_NODES = "The same, made to start a step from some node; below each k the share of the nodes that are such"
+_ABOUT_AMONG_NODES = "The same, given that it starts from some node; below each k the share of nodes of that kind"
 _ABOUT_ANSWER = "Answer after k steps' worth of thoughts, begun for the model: probability that it names"
 
 
 def question_tables(found: dict[str, Any], misses_picture: bool = False) -> str:
     """One question: the answer, its thoughts, the next steps.
 
-    With `misses_picture` the line that says why there is no graph says also that there is no picture of it.
+    With `misses_picture` the line that explains why there is no graph adds that no picture was drawn.
     """
     cut = f", cut off after {found['n_new_tokens']} tokens" if found["cut"] else ""
     verdict = f"{'right' if found['correct'] else 'wrong'}{cut}"
@@ -47,7 +47,7 @@ def _flush_left(text: str) -> str:
 def _thought_lines(found: dict[str, Any]) -> str:
     norms = found["embedding_norms"]
     lines = [
-        "Norms are L2 of what was fed; token embeddings of the question have "
+        "Norms are L2 of the vectors fed in; token embeddings of the question have "
         f"{norms['mean']:.3g} on average, {norms['min']:.3g} to {norms['max']:.3g}. Entropies are in bits."
     ]
     for number, thought in enumerate(found["thoughts"], start=1):
@@ -101,7 +101,7 @@ def _thought_rows(thoughts: Sequence[dict[str, Any]]) -> Rows:
 
 def _next_step_tables(found: dict[str, Any], cell: Callable[[Any], str], consequence: str = "") -> list[str]:
     if found["why_no_graph"]:
-        return [f"No next steps, for want of a graph: {found['why_no_graph']}{consequence}."]
+        return [f"No next steps, because there is no graph: {found['why_no_graph']}{consequence}."]
     steps, nodes = found["next_steps"], list(_MASSES)[:-1]
     return [
         f"{_ABOUT_STEP}\n{_mass_table(steps, 'step_masses', list(_MASSES), cell)}",

@@ -1,1 +1,1 @@
-"""Pictures, a module for each command that draws. The only importer of matplotlib."""
+"""Plots, one module per command that draws. The only importer of matplotlib."""

@@ -1,4 +1,4 @@
-"""What all pictures share: a canvas without a screen, colours, the look of a panel, saving."""
+"""Shared by all plots: a canvas without a screen, colours, the style of a panel, saving."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MARKERS = "osD^vP"
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a picture: its background, its text, lines that stay behind, and one for each thing shown."""
+    """Colours of a plot: background, text, faint lines, and one per data series."""
 
     background: str
     text: str
@@ -23,12 +23,12 @@ class Theme:
     series: tuple[str, ...]
 
     def look(self, index: int) -> tuple[str, str]:
-        """Colour and marker of the thing at `index`; 7 and 6 of them make 42 pairs before one comes back."""
+        """Colour and marker of series `index`; 7 colours and 6 markers make 42 different pairs."""
         return self.series[index % len(self.series)], MARKERS[index % len(MARKERS)]
 
 
-# Okabe and Ito's colours, told apart with any colour vision; the yellow is left out, too faint on white. On black their
-# blue and green are made lighter, and white takes the place of black.
+# Okabe and Ito's colours, distinct for any colour vision, without the yellow, which is too faint on white. On a dark
+# background blue and green are lighter, and white replaces black.
 LIGHT = Theme(
     background="#ffffff",
     text="#30363d",
@@ -53,7 +53,7 @@ def new_figure(width: float, height: float, dpi: int) -> Figure:
 
 
 def panel(theme: Theme, more_height: float = 0.0) -> tuple[Figure, Axes]:
-    """A figure of 960 x 600 px with one pair of axes; it can be read on a phone. `more_height` is in inches."""
+    """A figure of 960 x 600 px with one pair of axes; readable on a phone. `more_height` in inches."""
     width, height = _PANEL_INCHES
     figure = new_figure(width, height + more_height, _PANEL_DPI)
     figure.set_facecolor(theme.background)
@@ -77,5 +77,5 @@ def png(figure: Figure) -> bytes:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG; raises OSError where it cannot be written."""
+    """Write a PNG; raises OSError if it cannot be written."""
     path.write_bytes(png(figure))

@@ -1,4 +1,4 @@
-"""The picture of a comparison."""
+"""The plot of a comparison."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from matplotlib.figure import Figure
 
 from coconut_ds.analysis.plots.canvas import LIGHT, new_figure
 
-_WIDTH, _HEIGHT, _DPI = 12, 5, 100  # inches and dots an inch: 1200 x 500 px
+_WIDTH, _HEIGHT, _DPI = 12, 5, 100  # inches and dots per inch: 1200 x 500 px
 
 
 def draw(comparison: dict[str, Any]) -> Figure:
-    """The picture of what `comparison.compare` returns.
+    """The plot of what `comparison.compare` returns.
 
-    Left, accuracy of each group with its interval and a dot per seed. Right, accuracy by number of steps; where all
-    questions have as many steps, accuracy over generated tokens; where those are the same too, nothing.
+    Left, accuracy of each group with its interval and a dot per seed. Right, accuracy by number of steps; if all
+    questions have the same number, accuracy over generated tokens; if that is the same too, nothing.
     """
     groups = comparison["groups"]
     figure = new_figure(_WIDTH, _HEIGHT, _DPI)
@@ -32,14 +32,14 @@ def draw(comparison: dict[str, Any]) -> Figure:
 
 
 def _draw_accuracies(axes: Axes, groups: list[dict[str, Any]]) -> None:
-    # Groups lie below each other, so that long names can be read.
+    # One group per row, so that long names can be read.
     for row, group in enumerate(groups):
         colour, marker = LIGHT.look(row)
         accuracy, (low, high) = 100 * group["accuracy"], group["interval"]
         spread = [[max(0, accuracy - 100 * low)], [max(0, 100 * high - accuracy)]]
         axes.errorbar(accuracy, row, xerr=spread, fmt=marker, color=colour, capsize=5, markersize=8)
         shares = [100 * run["accuracy"] for run in group["runs"]]
-        # Each seed a little lower, or equal ones would hide each other.
+        # Each seed a little lower, so that equal ones do not hide each other.
         heights = [row + 0.18 + 0.3 * place / len(shares) for place in range(len(shares))]
         axes.scatter(shares, heights, s=28, facecolors="none", edgecolors=colour, linewidths=1.2)
     axes.set_yticks(range(len(groups)), [group["group"] for group in groups])
@@ -53,7 +53,7 @@ def _draw_steps(axes: Axes, groups: list[dict[str, Any]]) -> None:
     for index, group in enumerate(groups):
         colour, marker = LIGHT.look(index)
         shares = [100 * group["accuracy_by_steps"][each]["accuracy"] for each in steps]
-        # Side by side, or equal accuracies would hide each other.
+        # Side by side, so that equal accuracies do not hide each other.
         places = [place + 0.06 * (index - (len(groups) - 1) / 2) for place in range(len(steps))]
         axes.plot(places, shares, marker=marker, color=colour, markersize=7, linewidth=1.2, label=group["group"])
     counts = [groups[0]["accuracy_by_steps"][each]["examples"] for each in steps]
@@ -65,7 +65,7 @@ def _draw_steps(axes: Axes, groups: list[dict[str, Any]]) -> None:
 def _draw_tokens(axes: Axes, groups: list[dict[str, Any]]) -> None:
     for index, group in enumerate(groups):
         colour, marker = LIGHT.look(index)
-        # Hollow and of falling size: groups in the same place stay visible.
+        # Hollow and of decreasing size, so that groups at the same point stay visible.
         axes.plot(
             group["mean_tokens"],
             100 * group["accuracy"],

@@ -1,4 +1,4 @@
-"""Curves over the optimizer steps of several runs: averages, evaluations, marks of stages, the legend."""
+"""Curves over the optimizer steps of several runs: averages, evaluations, stage lines, the legend."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from coconut_ds.runs.records import RunRecords
 Runs = Mapping[str, RunRecords]
 """Runs by the name they are shown with; their colours follow this order."""
 
-_POINTS = 120  # of a curve: more could not be told apart in a picture of this size
-_LARGE_MARKS = 20  # with more evaluations the marks would run together
+_POINTS = 120  # per curve: more cannot be distinguished in a plot of this size
+_LARGE_MARKS = 20  # with more evaluations the marks would overlap
 _LONGEST_NAME, _LEGEND_ROW_INCHES = 26, 0.2
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is drawn of training steps."""
+    """A quantity of training steps to draw."""
 
     of_step: Callable[[TrainStep], float | None]
-    """None where its record does not have it."""
+    """None if its record does not have it."""
     weight: Callable[[TrainStep], float] = lambda step: 1.0
-    """What a step counts for in the mean of its block."""
+    """Weight of a step in the mean of its block."""
     of_block: str = "means of {} recorded steps"
 
 
@@ -48,9 +48,9 @@ class Curve:
 
 
 def averaged(steps: Sequence[int], values: Sequence[float], weights: Sequence[float], size: int) -> Curve:
-    """Blocks of `size` values, the last one of what is left; a block stands at the mean of its steps.
+    """Means of blocks of `size` values, of which the last may be smaller; a block is drawn at the mean of its steps.
 
-    A block that holds a value that is not finite is NaN, which is drawn as a gap.
+    A block with a value that is not finite is NaN, which is drawn as a gap.
     """
     starts = np.arange(0, len(values), size)
     counts = np.diff([*starts, len(values)])
@@ -65,7 +65,7 @@ def averaged(steps: Sequence[int], values: Sequence[float], weights: Sequence[fl
 
 
 def draw_training(axes: Axes, runs: Runs, quantity: Quantity, theme: Theme) -> None:
-    """One averaged curve a run, interrupted where a stage ends, since values jump there."""
+    """One averaged curve per run, interrupted at stage boundaries, where values jump."""
     size = _block_size(runs)
     for index, run in enumerate(runs.values()):
         colour, _ = theme.look(index)
@@ -81,23 +81,23 @@ def draw_training(axes: Axes, runs: Runs, quantity: Quantity, theme: Theme) -> N
 
 
 def how_averaged(runs: Runs, quantity: Quantity) -> str:
-    """What a point of `draw_training` is, as the end of a sentence."""
+    """Explains a point of `draw_training`, as the end of a sentence."""
     size = _block_size(runs)
     if size == 1:
-        return "one point a recorded step"
+        return "one point per recorded step"
     band = ", in a band from the lowest to the highest" if len(runs) == 1 else ""
     return f"{quantity.of_block.format(size)}{band}"
 
 
 def _block_size(runs: Runs) -> int:
-    """Recorded steps in a block, the same for all runs so that their curves are equally smooth."""
+    """Recorded steps per block, the same for all runs so that their curves are equally smooth."""
     return max(1, *(math.ceil(len(run.metrics.steps) / _POINTS) for run in runs.values()))
 
 
 def draw_evaluations(
     axes: Axes, steps: Sequence[int], values: Sequence[float], look: tuple[str, str], line_width: float
 ) -> None:
-    """A filled mark an evaluation, joined by a line where `line_width` is not 0; in points.
+    """A filled mark per evaluation, joined by a line if `line_width`, in points, is not 0.
 
     `look` is the colour and the marker.
     """
@@ -116,19 +116,19 @@ def draw_evaluations(
 
 
 def stage_starts(run: RunRecords) -> list[tuple[int, int]]:
-    """Optimizer steps done and stage, for every stage entered; a reset within a stage is none."""
+    """Optimizer steps done and stage, for every stage entered; resets within a stage do not count."""
     starts = [(mark.step, mark.stage) for mark in run.metrics.stages]
     return starts[:1] + [mark for before, mark in pairwise(starts) if mark[1] != before[1]]
 
 
 def share_stages(runs: Runs) -> bool:
-    """Whether the stages of all runs begin at the same steps, as far as each run has come."""
+    """Whether the stages of all runs begin at the same steps, up to the last stage of each run."""
     longest, *others = sorted((stage_starts(run) for run in runs.values()), key=len, reverse=True)
     return all(longest[: len(each)] == each for each in others)
 
 
 def how_marked(runs: Runs) -> str:
-    """What the vertical lines are, as a sentence."""
+    """Explains the vertical lines in a sentence."""
     if share_stages(runs):
         return "Vertical lines: a new stage."
     return "Vertical lines: a new stage of the run of that colour."
@@ -152,7 +152,7 @@ def _mark_stages(axes: Axes, runs: Runs, theme: Theme) -> None:
 def steps_panel(runs: Runs, theme: Theme, has_kinds: bool = False) -> tuple[Figure, Axes]:
     """A panel over optimizer steps with its marks and legend.
 
-    `has_kinds`: it shows training and validation, which the legend has to tell apart.
+    `has_kinds`: it shows training and validation, which the legend distinguishes.
     """
     figure, axes = panel(theme, legend_inches(runs, has_kinds))
     furthest = max(1, *(run.steps_done for run in runs.values()))
@@ -189,13 +189,13 @@ def add_legend(figure: Figure, runs: Runs, theme: Theme, has_kinds: bool = False
 
 
 def legend_inches(runs: Runs, has_kinds: bool = False) -> float:
-    """What a legend adds to the height of a panel, so that the axes keep theirs."""
+    """Height of the legend, which a panel adds so that the axes keep theirs."""
     entries = (len(runs) if len(runs) > 1 else 0) + 2 * has_kinds
     return _LEGEND_ROW_INCHES * math.ceil(entries / 2)
 
 
 def _shortened(name: str) -> str:
-    """Runs are told apart by the ends of their names, so the middle goes."""
+    """A long name without its middle, because names of runs differ at their ends."""
     if len(name) <= _LONGEST_NAME:
         return name
     half = (_LONGEST_NAME - 1) // 2

@@ -1,4 +1,4 @@
-"""Pictures of an inspection: a question's graph after 0..k thoughts, and the averages over a file."""
+"""Plots of an inspection: a question's graph after 0..k thoughts, and averages over a file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from coconut_ds.analysis.inspection.prosqa_graph import distances
 from coconut_ds.analysis.plots.canvas import LIGHT, new_figure
 
 _DPI = 150
@@ -53,33 +54,23 @@ def _marks() -> list[Patch]:
 
 
 def layered(graph: Mapping[str, Any]) -> dict[int, Place]:
-    """Column and layer of every node, from 0: reachable nodes by distance from the root, the others beside them.
+    """Column and layer of every node, from 0: reachable nodes by distance from the root, the others next to them.
 
-    An unreachable node lies as many layers down as it is away from the nearest unreachable one without parents.
+    The layer of an unreachable node is its distance from the nearest unreachable node without parents.
     """
     n_nodes, edges = len(graph["idx_to_symbol"]), graph["edges"]
-    distances = {int(node): layer for node, layer in graph["distances"].items()}
-    others = [node for node in range(n_nodes) if node not in distances]
+    layers = {int(node): layer for node, layer in graph["distances"].items()}
+    others = [node for node in range(n_nodes) if node not in layers]
     children = {child for _, child in edges}
-    away = _layers(edges, [node for node in others if node not in children])
-    reached = _spread_out(distances, edges)
+    away = distances([node for node in others if node not in children], edges)
+    reached = _spread_out(layers, edges)
     beside = _spread_out({node: away.get(node, 0) for node in others}, edges)
     shift = 1 + max(x for x, _ in reached.values())
     return reached | {node: (x + shift, y) for node, (x, y) in beside.items()}
 
 
-def _layers(edges: Sequence[Sequence[int]], starts: Sequence[int]) -> dict[int, int]:
-    found = dict.fromkeys(starts, 0)
-    waiting = list(starts)
-    for node in waiting:
-        new = [child for parent, child in edges if parent == node and child not in found]
-        found |= dict.fromkeys(new, found[node] + 1)
-        waiting += dict.fromkeys(new)
-    return found
-
-
 def _spread_out(layer_of: Mapping[int, int], edges: Sequence[Sequence[int]]) -> dict[int, Place]:
-    """Each layer centred, its nodes in the order of the mean place of their parents, so that fewer edges cross."""
+    """Each layer centred, its nodes ordered by the mean place of their parents, so that fewer edges cross."""
     layers: dict[int, list[int]] = defaultdict(list)
     for node, layer in layer_of.items():
         layers[layer].append(node)
@@ -176,7 +167,7 @@ def _line(
 
 
 def _set_ticks(axes: Axes, places: Sequence[int], names: Sequence[Any], counts: Sequence[int]) -> None:
-    """Name the places, with the number of questions each is of where it is not the same for all."""
+    """Label the places, with their numbers of questions if these differ."""
     differ = len(set(counts)) > 1
     axes.set_xticks(places, [f"{name}\nn={count}" if differ else str(name) for name, count in zip(names, counts)])
 

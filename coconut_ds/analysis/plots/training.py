@@ -1,4 +1,4 @@
-"""The pictures of a run report: how runs went over their optimizer steps, several runs in one picture."""
+"""The plots of a run report: metrics over optimizer steps, several runs in one plot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from coconut_ds.analysis.plots.curves import (
 from coconut_ds.runs.events import TrainStep
 from coconut_ds.runs.folder import epoch_name
 
-_LOG_FROM = 20  # largest loss over smallest, from which a linear scale would hide the end of a run
+_LOG_FROM = 20  # ratio of largest to smallest loss from which a linear scale would hide the end of a run
 _LABELLED_BARS = 10
 _NO_STEP = "No optimizer step has been recorded yet."
 _NO_EVALUATION = "No evaluation yet: the first one comes at the end of the first epoch."
@@ -34,17 +34,17 @@ _NO_EVALUATION = "No evaluation yet: the first one comes at the end of the first
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a report: the stem of its file, its title, what a reader should know, and the drawing."""
+    """One plot of a report: the stem of its file name, its title, its caption, and the drawing."""
 
     name: str
     title: str
     caption: str
-    """How to read it; where nothing is drawn, why."""
+    """How to read it, or why nothing is drawn."""
     draw: Callable[[Theme], Figure] | None
 
 
 def pictures(runs: Runs) -> list[Picture]:
-    """All pictures of a report of at least one run, those without anything to draw included."""
+    """All plots of a report of at least one run, including those without data."""
     return [
         _loss(runs),
         _accuracy(runs),
@@ -107,7 +107,7 @@ def _draw_accuracy(runs: Runs, theme: Theme) -> Figure:
             place = ([run.best.step], [100 * run.best.accuracy])
             axes.scatter(*place, s=90, facecolors="none", edgecolors=look[0], linewidths=1.4, zorder=4, clip_on=False)
         lowest = min([lowest, *shares])
-    # From a round number below the lowest one: a scale from 0 would hide how a good run gets better.
+    # From a round number below the lowest value, because a scale from 0 would hide small improvements.
     axes.set_ylim(max(0, 10 * math.floor((lowest - 2) / 10)), 101)
     axes.set_ylabel("accuracy (%)")
     return figure
@@ -138,7 +138,7 @@ def _draw_accuracy_by_steps(runs: Runs, theme: Theme) -> Figure:
             axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8, color=theme.text)
     counts = _questions_by_steps(runs)
     axes.set_xticks(range(len(lengths)), [f"{each}\nn = {counts[each]}" if counts else each for each in lengths])
-    # Room for three places at least, or the bars of one would fill the picture.
+    # Room for at least three places, so that a single one does not fill the plot.
     room = max(0, 3 - len(lengths)) / 2
     axes.set_xlim(-0.5 - room, len(lengths) - 0.5 + room)
     axes.set_ylim(0, 108)
@@ -150,7 +150,7 @@ def _draw_accuracy_by_steps(runs: Runs, theme: Theme) -> Figure:
 
 
 def _questions_by_steps(runs: Runs) -> Counter[str]:
-    """How many questions of each length the last evaluations had; empty where not known or not the same."""
+    """Numbers of questions by length in the last evaluations; empty if unknown or different between runs."""
     counts = []
     for run in runs.values():
         rows = run.predictions.get(epoch_name(run.epochs_done), ())
@@ -175,7 +175,7 @@ def _padding_percent(step: TrainStep) -> float | None:
 _LOSS = Quantity(lambda step: step.loss)
 _MEMORY = Quantity(lambda step: step.peak_memory_gib)
 _PADDING = Quantity(_padding_percent)
-# By their time, or slow steps would hardly count: so it is all tokens over all seconds.
+# Weighted by time, so that a block is all its tokens over all its seconds.
 _SPEED = Quantity(
     _tokens_per_s,
     weight=lambda step: step.step_time_s,

@@ -29,7 +29,7 @@
   };
 
   const token = ([word, probability]) => {
-    // The space that many vocabularies put before a word says nothing here.
+    // Many vocabularies put a space before a word, which carries no information here.
     const chip = make("span", "token", word.trim() || JSON.stringify(word));
     if (probability !== null) chip.append(" ", make("span", "", `${(100 * probability).toFixed(0)}%`));
     return chip;
@@ -38,7 +38,7 @@
   const detail = (row) => {
     const box = make("details", "question");
     box.append(make("summary", "", row.question));
-    // Filled when it is opened: a page of closed ones stays small.
+    // Filled when opened, so that the page stays small.
     box.addEventListener("toggle", () => {
       if (!box.open || box.childElementCount > 1) return;
       const cut = row.cut ? ", where max_new_tokens cut it off" : "";
@@ -125,7 +125,7 @@
   for (const field of fields) field.addEventListener("input", search);
   element("filter").addEventListener("submit", (event) => event.preventDefault());
   element("more").addEventListener("click", showMore);
-  // A reload keeps what was typed before.
+  // A reload keeps the text of the filter.
   search();
   element("browse").hidden = false;
   element("unscripted").hidden = true;
