@@ -1,18 +1,8 @@
-"""Names and paths of everything in a run folder. No other module spells them. Needs the standard library only.
-
-run_config.yaml  ds_config.json  environment.json     what the run was last started with
-metrics.jsonl                                         its events
-predictions/NAME.jsonl                                NAME: epoch_0003, or eval_ and the name of another set
-checkpoints/epoch_0003/                               after the third epoch; .tmp while it is written
-checkpoints/epoch_0003_step_00000420/                 within the fourth epoch, after optimizer step 420
-checkpoints/latest                                    a line with the name of the newest checkpoint
-run.log  run.lock  tensorboard/  wandb_run_id.txt  report/
-"""
+"""Names and paths of everything in a run folder. No other module spells them. Needs the standard library only."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 UNFINISHED, REMOVED, DAMAGED = ".tmp", ".removed", ".damaged"
@@ -38,73 +28,39 @@ def is_within_epoch(checkpoint: Path) -> bool:
     return _STEP in checkpoint.name
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The folder `path`, `save_path/name` of the run file; nothing in it needs to exist."""
 
-    path: Path
+    def __init__(self, path: Path):
+        self.path = path
+        # What the run was last started with
+        self.run_config = path / "run_config.yaml"
+        self.ds_config = path / "ds_config.json"
+        self.environment = path / "environment.json"
+        # What it leaves
+        self.metrics = path / "metrics.jsonl"
+        self.log = path / "run.log"
+        self.lock = path / "run.lock"
+        self.tensorboard = path / "tensorboard"
+        self.wandb_id = path / "wandb_run_id.txt"
+        self.report = path / "report"  # of this run alone
+        self.predictions = path / "predictions"
+        self.checkpoints = path / "checkpoints"
+        self.latest = self.checkpoints / "latest"  # a line with the name of the newest checkpoint
 
     def __str__(self) -> str:
         return str(self.path)
 
-    @property
-    def run_config(self) -> Path:
-        return self.path / "run_config.yaml"
-
-    @property
-    def ds_config(self) -> Path:
-        return self.path / "ds_config.json"
-
-    @property
-    def environment(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "run.log"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / "run.lock"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def wandb_id(self) -> Path:
-        return self.path / "wandb_run_id.txt"
-
-    @property
-    def report(self) -> Path:
-        """Where the report of this run alone is written."""
-        return self.path / "report"
-
-    @property
-    def predictions(self) -> Path:
-        return self.path / "predictions"
-
     def predictions_file(self, name: str) -> Path:
+        """`name` is an epoch's, or `eval_` and the name of another set."""
         return self.predictions / f"{name}.jsonl"
 
     def prediction_names(self) -> list[str]:
         """Names of the predictions files, sorted, without their ending."""
         return sorted(path.stem for path in self.predictions.glob("*.jsonl"))
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def latest(self) -> Path:
-        return self.checkpoints / "latest"
-
     def checkpoint(self, epochs: int, step: int | None = None) -> Path:
-        """After `epochs` whole epochs, or within the next one after optimizer step `step` of the run."""
+        """`epoch_0003` after 3 whole epochs; `epoch_0003_step_00000420` within the next, after optimizer step 420."""
         within = "" if step is None else f"{_STEP}{step:08d}"
         return self.checkpoints / f"{epoch_name(epochs)}{within}"
 
