@@ -9,22 +9,53 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
 
 from coconut_ds.config.methods import METHODS, Method, Traits
 from coconut_ds.config.sections import (
     ActivationCheckpointingConfig,
-    AutoBatchSize,
     IcotConfig,
     LatentContextConfig,
-    OffIsZero,
-    OrOff,
     ScratchModelConfig,
     Section,
 )
 
 PUBLISHED_SWITCHES = ("cot", "no_cot", "no_thoughts", "coconut")
 """The published spellings of `method`."""
+
+
+def _positive_or_auto(value: Any) -> Any:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError("must be a whole number of at least 1, or auto")
+    return value
+
+
+def _switch(value: Any) -> Any:
+    """True or False for what switches something on or off, in YAML's words or spelled out; any other value as it is."""
+    if isinstance(value, str) and value.lower() in ("enabled", "disabled", "none", "null"):
+        return value.lower() == "enabled"
+    try:
+        return value is not None and TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return value
+
+
+def _wandb_mode(value: Any) -> Any:
+    mode = _switch(value)
+    if isinstance(mode, bool):
+        return "online" if mode else "disabled"
+    return mode.lower() if isinstance(mode, str) else mode
+
+
+# Other words for a value. YAML reads true, on and yes as True, and false, off and no as False.
+_OrOff = BeforeValidator(lambda value: None if value is False else value)
+_OffIsZero = BeforeValidator(lambda value: 0 if value is None else value)
+_OffIsNone = BeforeValidator(lambda value: "none" if value in (None, False) else value)
+_OffIsOff = BeforeValidator(lambda value: "off" if value is False else value)
+_OnIsStage = BeforeValidator(lambda value: "stage" if value is True else False if value in (None, "none") else value)
+_OnIsEnabled = BeforeValidator(lambda value: {"enabled": value} if isinstance(value, bool) else value)
+
+_AutoBatchSize = Annotated[int | Literal["auto"], PlainValidator(_positive_or_auto)]
 
 
 class RunConfig(Section):
@@ -56,25 +87,25 @@ class RunConfig(Section):
     """Beyond the last latent stage every example gets the same number of thoughts."""
     uniform_prob: float = Field(0.0, ge=0, le=1)
     """Probability with which a training example draws its stage uniformly."""
-    latent_context: Annotated[LatentContextConfig | None, OrOff] = None
+    latent_context: Annotated[LatentContextConfig | None, _OrOff] = None
     """Null is plain Coconut."""
-    latent_norm: Literal["none", "rms", "embedding"] = "none"
+    latent_norm: Annotated[Literal["none", "rms", "embedding"], _OffIsNone] = "none"
     """Every thought is scaled to a root mean square of 1, or to the mean norm of its question's token embeddings."""
-    icot: Annotated[IcotConfig | None, OrOff] = None
+    icot: Annotated[IcotConfig | None, _OrOff] = None
     """For `method: icot`; null is its defaults."""
 
     # Model
     model_id: str = "openai-community/gpt2"
     """Hub id, folder, or `scratch`."""
     model: ScratchModelConfig | None = None
-    load_model_path: Annotated[str | None, OrOff] = None
+    load_model_path: Annotated[str | None, _OrOff] = None
     """Weights to start from: a checkpoint, an HF folder or hub id, or a published `.pt` state dict."""
 
     # Data
     train_path: str | None = None
     val_path: str | None = None
     test_path: str | None = None
-    shuffle_facts: Annotated[str | None, OrOff] = None
+    shuffle_facts: Annotated[str | None, _OrOff] = None
     """The token that ends a fact of a question; a training question's facts stand in another order every epoch."""
 
     # Optimisation
@@ -82,7 +113,7 @@ class RunConfig(Section):
     resume: int = Field(0, ge=0)
     """First epoch, from 0, of a run that starts from `load_model_path`; with `only_eval` it selects the stage."""
     num_epochs: int = Field(1, ge=1)
-    batch_size_training: AutoBatchSize = 32
+    batch_size_training: _AutoBatchSize = 32
     """Micro-batch: examples per rank in one forward; `auto` is the largest that fits and divides `train_batch_size`."""
     gradient_accumulation_steps: int | None = Field(None, ge=1)
     """Micro-batches per optimizer step and rank; worked out from `train_batch_size` if that is given, else 1."""
@@ -91,12 +122,12 @@ class RunConfig(Section):
     lr: float = Field(1e-4, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: Annotated[float, OffIsZero] = Field(0.0, ge=0)
+    max_grad_norm: Annotated[float, _OffIsZero] = Field(0.0, ge=0)
     """Gradients are clipped to this norm; 0 is off, as published."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps."""
-    reset_optimizer: Literal[False, "stage", "epoch"] = False
+    reset_optimizer: Annotated[Literal[False, "stage", "epoch"], _OnIsStage] = False
     """`true` means `stage`, what the paper describes; `epoch` is what the published code does."""
     loss_normalization: Literal["token", "micro_batch"] = "token"
     group_by_length: bool = True
@@ -104,71 +135,41 @@ class RunConfig(Section):
 
     # Memory strategy and precision
     deepspeed: str = "ds_configs/zero2_offload.json"
-    precision: Annotated[Literal["fp32", "bf16", "fp16", "auto"] | None, OrOff] = None
+    precision: Annotated[Literal["fp32", "bf16", "fp16", "auto"] | None, _OrOff] = None
     """Null follows `bf16`; `auto` is bf16 if the device has it, else fp16 on CUDA, else fp32."""
     bf16: bool = False
-    fast: Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)] = "auto"
+    fast: Annotated[Literal["auto", "off"], _OffIsOff] = "auto"
     """`off` trains without the speed layer of `model/fast`: same numbers up to rounding, more time and memory."""
-    activation_checkpointing: ActivationCheckpointingConfig | None = None
+    activation_checkpointing: Annotated[ActivationCheckpointingConfig | None, _OnIsEnabled] = None
     """Null keeps all activations, unless the `deepspeed` file has an `activation_checkpointing` block."""
 
     # Evaluation
-    eval_batch_size: AutoBatchSize = 16
+    eval_batch_size: _AutoBatchSize = 16
     """Examples per rank in one decoding batch; `auto` is what the free memory holds."""
     max_new_tokens: int = Field(128, ge=1)
 
     # Records
     save_only_improve: bool = False
-    save_every_steps: Annotated[int | None, OrOff] = Field(None, ge=1)
+    save_every_steps: Annotated[int | None, _OrOff] = Field(None, ge=1)
     """Optimizer steps between checkpoints within an epoch; null saves at the end of epochs only."""
-    keep_checkpoints: Annotated[int | None, OrOff] = Field(None, ge=1)
+    keep_checkpoints: Annotated[int | None, _OrOff] = Field(None, ge=1)
     """How many checkpoints stay on disk, the best one always among them; null keeps one for every epoch."""
     hang_limit_s: int = Field(1800, ge=1)
     """Seconds that an optimizer step, a batch of an evaluation or a part of a checkpoint may take."""
     log_every_steps: int = Field(1, ge=1)
-    wandb: Literal["online", "offline", "disabled"] = "disabled"
+    wandb: Annotated[Literal["online", "offline", "disabled"], BeforeValidator(_wandb_mode)] = "disabled"
     """Neither wandb nor TensorBoard ever stops a run. A resumed run continues its wandb run."""
-    tensorboard: bool = False
+    tensorboard: Annotated[bool, BeforeValidator(_switch)] = False
     """Event files in `tensorboard/` of the run folder; needs the extra `tensorboard`."""
-
-    @field_validator("reset_optimizer", mode="before")
-    @classmethod
-    def _true_means_stage(cls, value: Any) -> Any:
-        if value is None or value in ("None", "none"):
-            return False
-        return "stage" if value is True else value
-
-    @field_validator("wandb", mode="before")
-    @classmethod
-    def _switch_of_wandb(cls, value: Any) -> Any:
-        is_on = _switch(value)
-        if is_on is None:
-            return value.lower() if isinstance(value, str) else value
-        return "online" if is_on else "disabled"
-
-    @field_validator("tensorboard", mode="before")
-    @classmethod
-    def _switch_of_tensorboard(cls, value: Any) -> Any:
-        is_on = _switch(value)
-        return value if is_on is None else is_on
-
-    @field_validator("latent_norm", mode="before")
-    @classmethod
-    def _no_norm(cls, value: Any) -> Any:
-        return "none" if value in (None, "None", False) else value
-
-    @field_validator("activation_checkpointing", mode="before")
-    @classmethod
-    def _switch_of_checkpointing(cls, value: Any) -> Any:
-        return {"enabled": value} if isinstance(value, bool) else value
 
     @model_validator(mode="before")
     @classmethod
     def _method_of_published_switches(cls, values: Any) -> Any:
         if not isinstance(values, dict) or "method" in values:
             return values
-        # Published runs of no_thoughts may set `coconut` as well, which therefore comes last.
-        chosen = [name for name in PUBLISHED_SWITCHES if _is_on(values.get(name))]
+        # Published runs of no_thoughts may set `coconut` as well, which therefore comes last. A value that is no switch
+        # is reported where the key is checked.
+        chosen = [name for name in PUBLISHED_SWITCHES if _switch(values.get(name)) is True]
         return values | {"method": chosen[0]} if chosen else values
 
     @property
@@ -185,19 +186,3 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def _switch(value: Any) -> bool | None:
-    """Whether a value switches something on or off, in YAML's words or spelled out; None for any other value."""
-    if value is None:
-        return False
-    if isinstance(value, str) and value.lower() in ("enabled", "disabled", "none", "null"):
-        return value.lower() == "enabled"
-    try:
-        return TypeAdapter(bool).validate_python(value)
-    except ValidationError:
-        return None
-
-
-def _is_on(value: Any) -> bool:
-    return _switch(value) is True  # a value that is not a switch is reported where the key is checked

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from coconut_ds import strict_json
 from coconut_ds.config.foreign_keys import known_elsewhere
 from coconut_ds.config.rules import ConfigError, Problem, contradictions
 from coconut_ds.config.run_config import RunConfig
-from coconut_ds.config.sections import (
-    ActivationCheckpointingConfig,
-    IcotConfig,
-    LatentContextConfig,
-    ScratchModelConfig,
-)
+from coconut_ds.config.sections import Section
 from coconut_ds.errors import InputError, did_you_mean
 
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "latent_context": LatentContextConfig,
-    "icot": IcotConfig,
-    "model": ScratchModelConfig,
-    "activation_checkpointing": ActivationCheckpointingConfig,
+_SECTIONS = {
+    key: section
+    for key, field in RunConfig.model_fields.items()
+    for section in get_args(field.annotation)
+    if isinstance(section, type) and issubclass(section, Section)
 }
 
 

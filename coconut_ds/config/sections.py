@@ -1,30 +1,12 @@
-"""The sections of a run file, and the spellings that all of its keys may have."""
+"""The sections of a run file."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Scope = Literal["sequence", "last_pass"]
-
-
-def _positive_or_auto(value: Any) -> Any:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError("must be a whole number of at least 1, or auto")
-    return value
-
-
-def _off_is_null(value: Any) -> Any:
-    return None if value is False else value
-
-
-# YAML reads false, off and no as False, the natural words for a part that is not wanted.
-OrOff = BeforeValidator(_off_is_null)
-
-OffIsZero = BeforeValidator(lambda value: 0 if value is None else value)
-
-AutoBatchSize = Annotated[int | Literal["auto"], PlainValidator(_positive_or_auto)]
 
 
 class Section(BaseModel):
