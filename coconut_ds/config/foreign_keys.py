@@ -8,28 +8,6 @@ from __future__ import annotations
 
 from coconut_ds.errors import plain_spelling
 
-_SUBSET = "there is no setting for a part of a set; write the records wanted to a file of their own and name that"
-_LORA = "LoRA is not supported, all weights are trained; merge an adapter into its model first and set model_id"
-_LOSS_MIX = "the loss has one term and nothing to weigh; remove the key"
-_PER_STEPS = "evaluations come at the end of every epoch; remove the key"
-_RANKS = "the number of processes is the launcher's: deepspeed --num_gpus N, or RANKS=N ./launch.sh; remove the key"
-_LENGTH = "nothing is cut: an example longer than the model's positions is named; remove the key"
-_COMPILE = "the model is not compiled; remove the key"
-_ATTENTION = "the attention is chosen by the trainer; remove the key"
-_WINDOW = "what a thought is made of is set by latent_context and latent_norm"
-_QUANTISED = "weights are trained in fp32, bf16 or fp16; set precision, and deepspeed=ds_configs/zero2_offload.json"
-_OPTIMIZER = "the optimizer is AdamW; remove the key"
-_PADDING = "padding follows from the batch, and group_by_length keeps it small; remove the key"
-_TEMPLATE = "there are no chat templates; put the text they would make into `question` of the data"
-_WORKERS = "batches are made by the training process; remove the key"
-_WANDB = "set project, name and wandb (online, offline, disabled)"
-_HUB = "upload a finished run with python -m coconut_ds.export CHECKPOINT OUT --push-to-hub REPO_ID; remove the key"
-_STAGE_0 = (
-    "every stage has epochs_per_stage epochs; for a longer stage 0 train a run with method: cot, and start this one "
-    "from its checkpoint with load_model_path (and resume, the first epoch)"
-)
-_SHAPE = "the shape is the model's own, from its config.json; a model from scratch has its shape in model.n_layer etc."
-
 
 def _here(key: str, note: str = "") -> str:
     return f"here it is {key}{note}"
@@ -40,22 +18,29 @@ _TEXTS: dict[str, str] = {}
 
 for _text, _keys in {
     # Forks of the published code
-    _STAGE_0: "stage_0_epochs stage0_epochs epochs_stage_0 num_epochs_stage_0 initial_epochs first_stage_epochs",
-    _SUBSET: """max_size train_size val_size valid_size test_size eval_size debug_val_size debug_train_size
-        num_eval_samples num_train_samples max_train_samples max_eval_samples max_val_samples max_samples max_examples
-        subset_size n_train n_val num_samples val_set_size test_split_size data_fraction""",
+    "every stage has epochs_per_stage epochs; for a longer stage 0 train a run with method: cot, and start this one "
+    "from its checkpoint with load_model_path (and resume, the first epoch)": """stage_0_epochs stage0_epochs
+        epochs_stage_0 num_epochs_stage_0 initial_epochs first_stage_epochs""",
+    "there is no setting for a part of a set; write the records wanted to a file of their own and name that": """
+        max_size train_size val_size valid_size test_size eval_size debug_val_size debug_train_size num_eval_samples
+        num_train_samples max_train_samples max_eval_samples max_val_samples max_samples max_examples subset_size
+        n_train n_val num_samples val_set_size test_split_size data_fraction""",
     "steps are replaced from the first on; there is no reversed curriculum": "reversed reverse reverse_curriculum",
-    _LOSS_MIX: """alpha beta gamma multi_mode multimode mode_weights loss_weights aux_loss_weight explain_loss_factor
-        distill_loss_factor ce_loss_factor distill_loss_div_std kl_coef kl_coeff distillation label_smoothing
-        label_smoothing_factor neftune_noise_alpha""",
-    _WINDOW: "replacement_method feedback thought_source context_window window_size context_weights window_weights",
-    _COMPILE: "torch_compile compile use_compile torch_compile_backend torch_compile_mode jit_mode_eval torchdynamo",
-    _RANKS: """distributed_training distributed use_ddp ddp fsdp use_fsdp fsdp_config ddp_backend local_rank num_gpus
-        n_gpus gpus num_processes world_size nproc_per_node accelerator devices num_nodes""",
-    _LORA: """use_lora lora lora_r lora_alpha lora_dropout lora_rank lora_target_modules lora_modules_to_save
+    "the loss has one term and nothing to weigh; remove the key": """alpha beta gamma multi_mode multimode mode_weights
+        loss_weights aux_loss_weight explain_loss_factor distill_loss_factor ce_loss_factor distill_loss_div_std kl_coef
+        kl_coeff distillation label_smoothing label_smoothing_factor neftune_noise_alpha""",
+    "what a thought is made of is set by latent_context and latent_norm": """replacement_method feedback thought_source
+        context_window window_size context_weights window_weights""",
+    "the model is not compiled; remove the key": """torch_compile compile use_compile torch_compile_backend
+        torch_compile_mode jit_mode_eval torchdynamo""",
+    "the number of processes is the launcher's: deepspeed --num_gpus N, or RANKS=N ./launch.sh; remove the key": """
+        distributed_training distributed use_ddp ddp fsdp use_fsdp fsdp_config ddp_backend local_rank num_gpus n_gpus
+        gpus num_processes world_size nproc_per_node accelerator devices num_nodes""",
+    "LoRA is not supported, all weights are trained; merge an adapter into its model first and set model_id": """
+        use_lora lora lora_r lora_alpha lora_dropout lora_rank lora_target_modules lora_modules_to_save
         lora_target_linear lora_bias use_peft use_dora adapter peft peft_config lora_config lora_init qlora""",
-    _here("c_thought"): """num_thoughts n_latent num_latent num_latents n_latent_tokens num_latent_tokens
-        latent_length thoughts_per_step""",
+    _here("c_thought"): """num_thoughts n_latent num_latent num_latents n_latent_tokens num_latent_tokens latent_length
+        thoughts_per_step""",
     _here("max_latent_stage"): "max_stage max_stages num_stages n_stages scheduled_to",
     _here("load_model_path"): """checkpoint_path load_path pretrained_path ckpt_path ckpt init_from checkpoint
         load_checkpoint lora_model_dir adapter_name_or_path""",
@@ -66,57 +51,59 @@ for _text, _keys in {
         per_device_batch_size""",
     "the examples of one rank in one forward are batch_size_training, those of an optimizer step over all ranks "
     "train_batch_size": "batch_size bs effective_batch_size global_batch_size total_batch_size batchsize",
-    _here("eval_batch_size"): "per_device_eval_batch_size batch_size_eval batch_size_val "
-    "per_gpu_eval_batch_size test_batch_size",
-    _here("gradient_accumulation_steps"): "grad_accum gradient_accumulation accumulate_grad_batches grad_accum_steps "
-    "accumulation_steps grad_accumulation",
+    _here("eval_batch_size"): """per_device_eval_batch_size batch_size_eval batch_size_val per_gpu_eval_batch_size
+        test_batch_size""",
+    _here("gradient_accumulation_steps"): """grad_accum gradient_accumulation accumulate_grad_batches grad_accum_steps
+        accumulation_steps grad_accumulation""",
     _here("num_epochs"): "num_train_epochs epochs n_epochs max_epochs total_epochs train_epochs epoch",
-    "a run has a length in epochs; set num_epochs": "max_steps num_steps total_steps train_steps num_training_steps "
-    "max_train_steps num_train_steps",
+    "a run has a length in epochs; set num_epochs": """max_steps num_steps total_steps train_steps num_training_steps
+        max_train_steps num_train_steps""",
     "set warmup_steps, in optimizer steps": "warmup_ratio warmup_epochs warmup num_warmup_steps warmup_proportion",
-    _here("lr_schedule", ": constant, linear or cosine"): "lr_scheduler_type lr_scheduler scheduler scheduler_type "
-    "learning_rate_scheduler lr_decay_style cosine_min_lr_ratio lr_scheduler_kwargs lr_decay",
+    _here("lr_schedule", ": constant, linear or cosine"): """lr_scheduler_type lr_scheduler scheduler scheduler_type
+        learning_rate_scheduler lr_decay_style cosine_min_lr_ratio lr_scheduler_kwargs lr_decay""",
     "the run folder is save_path/name": """output_dir save_dir out_dir output_path output run_dir run_folder log_dir
         checkpoint_dir ckpt_dir logging_dir logdir save_folder default_root_dir results_dir experiment_dir""",
     _here("name"): "run_name wandb_name exp_name experiment_name wandb_run_name job_name wandb_run_id exp_id expt_name",
     "set precision: fp16 (or bf16, fp32, auto)": """fp16 half mixed_precision fp16_full_eval bf16_full_eval dtype
         torch_dtype model_dtype use_fp16 use_bf16 half_precision float16 bfloat16 fp32 tf32 amp use_amp pure_bf16""",
-    _here("log_every_steps"): "logging_steps log_steps log_interval log_every log_every_n_steps log_freq "
-    "logging_interval",
+    _here("log_every_steps"): """logging_steps log_steps log_interval log_every log_every_n_steps log_freq
+        logging_interval""",
     _here("save_every_steps", ", between the checkpoints that every epoch ends with"): """save_steps checkpoint_steps
         checkpointing_steps save_interval save_every saves_per_epoch save_freq save_strategy save_every_n_steps""",
     _here("keep_checkpoints"): "save_total_limit max_checkpoints keep_last keep_last_n num_checkpoints_to_keep",
     "no run stops early; save_only_improve keeps the checkpoints with a better accuracy": """load_best_model_at_end
         save_best save_best_only early_stopping early_stopping_patience metric_for_best_model greater_is_better""",
-    _PER_STEPS: """eval_steps evaluation_strategy eval_strategy evals_per_epoch eval_interval eval_every do_eval
-        eval_freq val_check_interval eval_on_start eval_delay do_train""",
+    "evaluations come at the end of every epoch; remove the key": """do_eval eval_steps evaluation_strategy
+        eval_strategy evals_per_epoch eval_interval eval_every eval_freq val_check_interval eval_on_start eval_delay
+        do_train""",
     _here("max_grad_norm"): "grad_clip gradient_clipping clip_grad clip_grad_norm gradient_clip_val max_norm grad_norm",
     _here("adam_betas", ", both in one list"): "adam_beta1 adam_beta2 beta1 beta2 betas",
     "eps of AdamW is 1e-8; remove the key": "adam_epsilon adam_eps eps epsilon",
     _here("weight_decay"): "wd adam_weight_decay",
-    _OPTIMIZER: "optim optimizer optimizer_name optimizer_type optim_args use_8bit_adam adam8bit opt",
+    "the optimizer is AdamW; remove the key": """optim optimizer optimizer_name optimizer_type optim_args use_8bit_adam
+        adam8bit opt""",
     _here("activation_checkpointing", ": {enabled: true}"): """gradient_checkpointing use_gradient_checkpointing
         gradient_checkpointing_kwargs grad_checkpointing recompute use_checkpointing""",
     _here("seed"): "random_seed data_seed manual_seed rng_seed",
     _here("model_id"): """model_name_or_path model_name base_model model_path model_dir pretrained_model
-        pretrained_model_name        hf_model base_model_config llm_path""",
-    "the tokenizer is that of model_id; remove the key": "tokenizer tokenizer_name tokenizer_path "
-    "tokenizer_name_or_path "
-    "tokenizer_type tokenizer_config",
+        pretrained_model_name hf_model base_model_config llm_path""",
+    "the tokenizer is that of model_id; remove the key": """tokenizer tokenizer_name tokenizer_path
+        tokenizer_name_or_path tokenizer_type tokenizer_config""",
     "the class is read from the config.json of model_id; remove the key": "model_type model_class architecture",
     _here("train_path"): "train_file train_data train_data_path train_dataset train_files",
-    "set train_path and val_path, each a JSON file": "data_path dataset_path dataset datasets data_dir dataset_name "
-    "data_name data dataset_dir",
-    _here("val_path"): "val_file valid_path valid_file validation_file eval_file eval_path eval_data val_data "
-    "validation_path dev_path dev_file eval_dataset test_datasets val_dataset",
+    "set train_path and val_path, each a JSON file": """data_path dataset_path dataset datasets data_dir dataset_name
+        data_name data dataset_dir""",
+    _here("val_path"): """val_file valid_path valid_file validation_file eval_file eval_path eval_data val_data
+        validation_path dev_path dev_file eval_dataset test_datasets val_dataset""",
     _here("test_path"): "test_file test_data test_data_path test_dataset",
-    _here("deepspeed", ", a file of ds_configs/"): "deepspeed_config ds_config zero_stage zero "
-    "deepspeed_config_file zero_config deepspeed_stage",
-    _here("max_new_tokens"): "generation_max_length max_gen_length max_generate_tokens gen_max_tokens "
-    "max_completion_length",
-    _LENGTH: """max_length max_seq_length max_seq_len sequence_len cutoff_len model_max_length block_size seq_len
-        max_position_embeddings max_tokens max_prompt_length truncation max_token_num max_source_length seq_length
-        max_target_length n_ctx context_length""",
+    _here("deepspeed", ", a file of ds_configs/"): """deepspeed_config ds_config zero_stage zero deepspeed_config_file
+        zero_config deepspeed_stage""",
+    _here("max_new_tokens"): """generation_max_length max_gen_length max_generate_tokens gen_max_tokens
+        max_completion_length""",
+    "nothing is cut: an example longer than the model's positions is named; remove the key": """max_length
+        max_seq_length max_seq_len sequence_len cutoff_len model_max_length block_size seq_len max_position_embeddings
+        max_tokens max_prompt_length truncation max_token_num max_source_length seq_length max_target_length n_ctx
+        context_length""",
     _here("resume", ", the first epoch of a run from load_model_path; an interrupted run resumes by itself"): """
         resume_from_checkpoint resume_from resume_path auto_resume resume_training resume_epoch start_epoch
         auto_resume_from_checkpoints""",
@@ -124,45 +111,51 @@ for _text, _keys in {
     _here("method"): "training_method algorithm method_name train_mode task_mode",
     _here("debug"): "debug_mode is_debug fast_dev_run",
     "it is an option and no key: --dry-run": "dry_run",
-    _WANDB: "report_to wandb_project wandb_entity wandb_mode use_wandb wandb_watch wandb_log_model wandb_enabled "
-    "no_wandb entity logger",
+    "set project, name and wandb (online, offline, disabled)": """report_to wandb_project wandb_entity wandb_mode
+        use_wandb wandb_watch wandb_log_model wandb_enabled no_wandb entity logger""",
     _here("project"): "project_name",
     _here("tensorboard"): "use_tensorboard tensorboard_dir",
-    _ATTENTION: "flash_attention use_flash_attention flash_attn attn_implementation use_flash_attn "
-    "flash_attention_2 sdp_attention xformers_attention use_cache use_liger_kernel liger",
-    _QUANTISED: "load_in_8bit load_in_4bit quantization bnb_4bit_compute_dtype load_in_8_bit quantization_config",
-    _PADDING: "packing sample_packing pad_to_sequence_len pad_to_multiple_of padding padding_side eval_packing "
-    "padding_free pad_to_max_length",
+    "the attention is chosen by the trainer; remove the key": """flash_attention use_flash_attention flash_attn
+        attn_implementation use_flash_attn flash_attention_2 sdp_attention xformers_attention use_cache use_liger_kernel
+        liger""",
+    "weights are trained in fp32, bf16 or fp16; set precision, and deepspeed=ds_configs/zero2_offload.json": """
+        load_in_8bit load_in_4bit quantization bnb_4bit_compute_dtype load_in_8_bit quantization_config""",
+    "padding follows from the batch, and group_by_length keeps it small; remove the key": """packing sample_packing
+        pad_to_sequence_len pad_to_multiple_of padding padding_side eval_packing padding_free pad_to_max_length""",
     _here("group_by_length"): "length_grouped_sampler train_sampling_strategy",
-    _TEMPLATE: "chat_template template apply_chat_template use_chat_template prompt_template system_prompt",
-    _WORKERS: """num_workers dataloader_num_workers preprocessing_num_workers dataloader_drop_last drop_last shuffle
-        dataloader_pin_memory pin_memory dataset_num_proc dataset_processes remove_unused_columns dataset_text_field""",
-    _HUB: "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo",
+    "there are no chat templates; put the text they would make into `question` of the data": """chat_template template
+        apply_chat_template use_chat_template prompt_template system_prompt""",
+    "batches are made by the training process; remove the key": """num_workers dataloader_num_workers
+        preprocessing_num_workers dataloader_drop_last drop_last shuffle dataloader_pin_memory pin_memory
+        dataset_num_proc dataset_processes remove_unused_columns dataset_text_field""",
+    "upload a finished run with python -m coconut_ds.export CHECKPOINT OUT --push-to-hub REPO_ID; remove the key": """
+        push_to_hub hub_model_id hub_token hub_strategy hub_private_repo""",
     "no code of a model's repository is run; remove the key": "trust_remote_code",
     _here("hang_limit_s"): "ddp_timeout timeout",
-    _SHAPE: "n_layer n_layers n_embd n_head num_layers hidden_size d_model vocab_size num_hidden_layers n_positions",
+    "the shape is the model's own, from its config.json; a model from scratch has its shape in model.n_layer etc.": """
+        n_layer n_layers n_embd n_head num_layers hidden_size d_model vocab_size num_hidden_layers n_positions""",
     # Sections
     _here("model.n_layer"): "model.num_hidden_layers model.num_layers model.depth model.layers",
     _here("model.n_embd"): "model.hidden_size model.d_model model.dim model.embed_dim model.hidden_dim",
     _here("model.n_head"): "model.num_attention_heads model.num_heads model.heads",
-    _here("model.n_positions"): "model.max_position_embeddings model.n_ctx model.block_size model.max_length "
-    "model.max_seq_len model.context_length",
+    _here("model.n_positions"): """model.max_position_embeddings model.n_ctx model.block_size model.max_length
+        model.max_seq_len model.context_length""",
     _here("model.architecture"): "model.type model.model_type model.arch model.family",
-    _here("model.dropout"): "model.attention_dropout model.resid_pdrop model.attn_pdrop model.embd_pdrop "
-    "model.dropout_p",
+    _here("model.dropout"): """model.attention_dropout model.resid_pdrop model.attn_pdrop model.embd_pdrop
+        model.dropout_p""",
     "the vocabulary is made of the words of the training set; remove the key": "model.vocab_size",
-    "the MLP is 4 times as wide as the states in gpt2, 3 times in llama; remove the key": "model.intermediate_size "
-    "model.n_inner",
-    _here("latent_context.window"): "latent_context.size latent_context.window_size latent_context.m latent_context.n "
-    "latent_context.length",
+    "the MLP is 4 times as wide as the states in gpt2, 3 times in llama; remove the key": """model.intermediate_size
+        model.n_inner""",
+    _here("latent_context.window"): """latent_context.size latent_context.window_size latent_context.m latent_context.n
+        latent_context.length""",
     _here("latent_context.learned"): "latent_context.learnable latent_context.trainable",
     _here("latent_norm", ", a key of the run"): "latent_context.norm latent_context.latent_norm",
-    _here("activation_checkpointing.offload"): "activation_checkpointing.cpu_checkpointing "
-    "activation_checkpointing.cpu_offload",
+    _here("activation_checkpointing.offload"): """activation_checkpointing.cpu_checkpointing
+        activation_checkpointing.cpu_offload""",
     # DeepSpeed's JSON, where training values are the run file's
     "set activation_checkpointing in the run YAML": "ds.gradient_checkpointing",
-    "set lr, weight_decay or adam_betas in the run YAML": "ds.lr ds.learning_rate ds.weight_decay ds.betas "
-    "ds.adam_betas",
+    "set lr, weight_decay or adam_betas in the run YAML": """ds.lr ds.learning_rate ds.weight_decay ds.betas
+        ds.adam_betas""",
     "set batch_size_training in the run YAML": "ds.micro_batch_size ds.batch_size ds.train_micro_batch_size",
     "set max_grad_norm in the run YAML": "ds.max_grad_norm ds.grad_clip ds.clip_grad",
     "DeepSpeed has no such section; remove it": "ds.comms_config ds.monitor_config",
