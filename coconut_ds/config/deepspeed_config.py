@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from coconut_ds.config.batch_sizes import BatchSizes
 from coconut_ds.config.deepspeed_file import MEMORY_KEYS, schema_problems, unknown_keys, without_auto
-from coconut_ds.config.ds_json import DeepSpeedConfigError
+from coconut_ds.config.ds_json import DeepSpeedConfigError, leaves
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.sections import ActivationCheckpointingConfig
 from coconut_ds.errors import did_you_mean, problem_list
@@ -30,27 +30,15 @@ _CHECKPOINTING_REFUSED = {
     "profile": "it times DeepSpeed's own checkpoint function, which is not used; see benchmarks/train_step.py",
 }
 
-_FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
 _REPLACED = {
     "cpu_offload": 'write offload_optimizer: {"device": "cpu"}',
     "cpu_offload_param": 'write offload_param: {"device": "cpu"}',
     "cpu_offload_use_pin_memory": "write pin_memory inside offload_optimizer and offload_param",
 }
 
-_AUTO_KEYS = (
-    "optimizer",
-    "optimizer.params",
-    "optimizer.params.adam_w_mode",
-    "optimizer.params.torch_adam",
-    "scheduler",
-    "scheduler.params",
-    "scheduler.params.warmup_min_lr",
-    "scheduler.params.warmup_max_lr",
-    "scheduler.params.warmup_num_steps",
-    "scheduler.params.warmup_type",
-    "scheduler.params.total_num_steps",
-    "scheduler.params.last_batch_iteration",
-)
+_AUTO_KEYS = """optimizer optimizer.params optimizer.params.adam_w_mode optimizer.params.torch_adam scheduler
+    scheduler.params scheduler.params.warmup_min_lr scheduler.params.warmup_max_lr scheduler.params.warmup_num_steps
+    scheduler.params.warmup_type scheduler.params.total_num_steps scheduler.params.last_batch_iteration""".split()
 """Keys of training values that are the run's in any case, so that only "auto" can stand there."""
 
 DEFAULT_BUCKETS = {
@@ -103,7 +91,7 @@ def resolve_ds_config(
     Raises DeepSpeedConfigError listing unknown keys, clashes between the two files, and combinations known to break.
     """
     precision = resolve_precision(config, device)
-    zero = _as_deepspeed_reads(_with_small_buckets(raw.get("zero_optimization", {})))
+    zero = _as_deepspeed_reads(raw.get("zero_optimization", {}))
     problems = [
         *unknown_keys(raw),
         *_clashes(raw, config, sizes, precision, run_file),
@@ -162,22 +150,15 @@ def _offload_device(zero: dict[str, Any], section: str) -> str:
     return settings.get("device", "none") if isinstance(settings, dict) else "none"
 
 
-def _with_small_buckets(zero: Any) -> Any:
-    if not isinstance(zero, dict):
-        return zero
-    return without_auto(
-        {key: _AUTO_VALUES.get(key, value) if value == "auto" else value for key, value in zero.items()}
-    )
-
-
 _ZERO_ALIASES = {name: field.alias for name, field in DeepSpeedZeroConfig.model_fields.items() if field.alias}
 
 
 def _as_deepspeed_reads(zero: Any) -> Any:
-    """Keys under the names that stand in most files, numbers and switches written as text as what they are."""
+    """With "auto" resolved, keys under the names that stand in most files, and text read as the value it stands for."""
     if not isinstance(zero, dict):
         return zero
-    named = {_ZERO_ALIASES.get(key, key): value for key, value in zero.items() if value is not None}
+    sized = {key: _AUTO_VALUES.get(key, value) if value == "auto" else value for key, value in zero.items()}
+    named = {_ZERO_ALIASES.get(key, key): value for key, value in without_auto(sized).items() if value is not None}
     return {key: _of_text(value) if isinstance(value, str) else value for key, value in named.items()}
 
 
@@ -209,7 +190,7 @@ def _clashes(
         "optimizer.params.weight_decay": config.weight_decay,
         "scheduler.type": ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR"),
     }
-    for key, value in _leaves(raw):
+    for key, value in leaves(raw):
         section = key.split(".")[0]
         if key in owned:
             wanted = owned[key]
@@ -249,14 +230,6 @@ def _checkpointing_problems(raw: dict[str, Any], config: RunConfig, run_file: st
         )
 
 
-def _leaves(raw: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in raw.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def _broken_combinations(zero: Any, raw: dict[str, Any], precision: Precision) -> Iterator[str]:
     if not isinstance(zero, dict):
         yield f"zero_optimization: {zero!r} must be an object with a stage"
@@ -287,9 +260,8 @@ def _broken_combinations(zero: Any, raw: dict[str, Any], precision: Precision) -
             "zero_optimization.round_robin_gradients: on several ranks DeepSpeed 0.19.8 then hands out the fp32 "
             "weights of other parameters, so an exported bf16 or fp16 model would be wrong; set it to false"
         )
-    data_types = raw.get("data_types")
-    accumulation_dtype = data_types.get("grad_accum_dtype") if isinstance(data_types, dict) else None
-    if offload != "none" and precision == "fp16" and accumulation_dtype in _FP32_NAMES:
+    sums_in_fp32 = dict(leaves(raw)).get("data_types.grad_accum_dtype") in ("fp32", "float32", "float", "torch.float32")
+    if offload != "none" and precision == "fp16" and sums_in_fp32:
         yield (
             "data_types.grad_accum_dtype: fp32 with fp16 and an offloaded optimizer never recovers from an overflow in "
             "DeepSpeed 0.19.8; remove it"

@@ -25,16 +25,9 @@ MEMORY_KEYS = frozenset(
 )
 """Top-level keys of DeepSpeed that may stand in a ds JSON beside those owned by the run YAML."""
 
-_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 OWNED_KEYS = frozenset(
-    (
-        *_BATCH_KEYS,
-        "gradient_clipping",
-        "optimizer",
-        "scheduler",
-        "managed_gradient_accumulation",
-        "activation_checkpointing",
-    )
+    """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer scheduler
+    managed_gradient_accumulation activation_checkpointing""".split()
 )
 
 
@@ -51,16 +44,8 @@ _SCHEMAS: dict[str, type[BaseModel]] = {
     "comms_logger": CommsLoggerConfig,
 }
 _KEYS_WITHOUT_SCHEMA = {
-    "data_types": ("grad_accum_dtype",),
-    "flops_profiler": (
-        "enabled",
-        "recompute_fwd_factor",
-        "profile_step",
-        "module_depth",
-        "top_modules",
-        "detailed",
-        "output_file",
-    ),
+    "data_types": ["grad_accum_dtype"],
+    "flops_profiler": "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file".split(),
 }
 
 _REFUSED_KEYS = {
@@ -102,36 +87,27 @@ def _against_schema(section: str, schema: type[BaseModel], values: dict[str, Any
     try:
         schema(**values)
     except ValidationError as error:
+        # Of fields with two names the one that stands in most files.
+        names = [field.alias or name for name, field in schema.model_fields.items()]
         for item in error.errors():
             key = ".".join((section, *map(str, item["loc"])))
             if item["type"] == "extra_forbidden":
-                yield f"{key}: unknown key{did_you_mean(str(item['loc'][-1]), _known_names(schema))}"
+                yield f"{key}: unknown key{did_you_mean(str(item['loc'][-1]), names)}"
             else:
                 yield f"{key}: {item['input']!r}: {item['msg']}"
     except DeepSpeedError as error:
         yield f"{section}: {error}"
 
 
-def _known_names(schema: type[BaseModel]) -> list[str]:
-    """Of fields with two names the one that stands in most files."""
-    return [field.alias or name for name, field in schema.model_fields.items()]
-
-
-def _is_off(section: Any) -> bool:
-    """Whether it is there for completeness only, as in JSONs for the HF Trainer: switched off, or left to the run."""
-    return isinstance(section, dict) and section.get("enabled") in (False, "auto")
-
-
 def unknown_keys(raw: dict[str, Any]) -> Iterator[str]:
-    for key in raw:
-        if key in _REFUSED_KEYS and not _is_off(raw[key]):
+    known = MEMORY_KEYS | OWNED_KEYS
+    for key, value in raw.items():
+        # As in JSONs for the HF Trainer, which list sections for completeness: switched off, or left to the run.
+        is_off = isinstance(value, dict) and value.get("enabled") in (False, "auto")
+        if key in _REFUSED_KEYS and not is_off:
             yield f"{key}: refused: {_REFUSED_KEYS[key]}"
-        elif key not in MEMORY_KEYS | OWNED_KEYS | _REFUSED_KEYS.keys():
-            yield f"{key}: unknown key, which DeepSpeed would ignore{_hint(key)}"
-
-
-def _hint(key: str) -> str:
-    """For an unknown key at the top level."""
-    if key in DeepSpeedZeroConfig.model_fields:
-        return "; it belongs in zero_optimization"
-    return known_elsewhere(key, "ds") or did_you_mean(key, MEMORY_KEYS | OWNED_KEYS)
+        elif key not in known | _REFUSED_KEYS.keys():
+            hint = known_elsewhere(key, "ds") or did_you_mean(key, known)
+            if key in DeepSpeedZeroConfig.model_fields:
+                hint = "; it belongs in zero_optimization"
+            yield f"{key}: unknown key, which DeepSpeed would ignore{hint}"

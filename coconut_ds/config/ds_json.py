@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,12 @@ def read_ds_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise DeepSpeedConfigError(f"deepspeed file {path} must hold a JSON object, found {type(raw).__name__}")
     return raw
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested objects by their key, `section.key`."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from coconut_ds import strict_json
+from coconut_ds.config.ds_json import leaves
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config
 from coconut_ds.errors import InputError
@@ -125,19 +126,12 @@ def _changes_of_deepspeed(folder: Path, ds_config: Mapping[str, Any]) -> list[st
     if not stored:
         return []
     sections = ("zero_optimization", "bf16", "fp16", "data_types")
-    there, here = (_flat({key: each.get(key) for key in sections}) for each in (stored, ds_config))
+    there, here = (dict(leaves({key: each.get(key) for key in sections})) for each in (stored, ds_config))
     return [
         f"deepspeed, {key}: {strict_json.dumps(there.get(key))} -> {strict_json.dumps(here.get(key))}"
         for key in sorted({*there, *here})
         if there.get(key) != here.get(key)
     ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _sha256(path: str) -> str:
