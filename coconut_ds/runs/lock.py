@@ -17,7 +17,7 @@ import socket
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -48,42 +48,22 @@ def run_folder_held(folder: Path | None) -> Iterator[None]:
     Ranks of other machines do not wait: they may see the folder late. None is a start that writes nothing. Raises
     HeldError if another process holds the folder, InputError if it cannot be written; then nothing in it was touched.
     """
-    if folder is None:
-        yield
-        return
-    if int(os.environ.get("RANK", 0)) != 0:
-        if _is_on_machine_of_rank_0():
+    with contextlib.ExitStack() as held:
+        if folder is not None and int(os.environ.get("RANK", 0)) == 0:
+            file, way_out = RunFolder(folder).lock, "set another name= or save_path="
+            held.enter_context(_held(file, folder, unwritable_save_path, "in use", way_out))
+        elif folder is not None and _is_on_machine_of_rank_0():
             _wait_for_rank_0(RunFolder(folder).lock)
         yield
-        return
-    file = RunFolder(folder).lock
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(file)
-    except OSError as error:
-        raise unwritable_save_path(folder, error) from None
-    if descriptor is None:
-        raise HeldError(f"{folder} is in use by {holder_text(file)}, or set another name= or save_path=")
-    with _released(file, descriptor):
-        yield
 
 
-@contextlib.contextmanager
-def output_held(folder: Path) -> Iterator[None]:
+def output_held(folder: Path) -> contextlib.AbstractContextManager[None]:
     """A folder to be written is held by a lock file beside it, `NAME.lock`; missing parents are made.
 
     Raises HeldError if another process is writing it, InputError if it cannot be written.
     """
     file = folder.with_name(f"{folder.name}.lock")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(file)
-    except OSError as error:
-        raise unwritable_output(folder, error) from None
-    if descriptor is None:
-        raise HeldError(f"{folder} is being written by {holder_text(file)}, or name another folder")
-    with _released(file, descriptor):
-        yield
+    return _held(file, folder, unwritable_output, "being written", "name another folder")
 
 
 def run_folder_is_held(folder: Path) -> bool:
@@ -118,20 +98,42 @@ def holder_text(file: Path) -> str:
     return f"{who}; wait until it ends, stop it ({stop})"
 
 
+@contextlib.contextmanager
+def _held(
+    file: Path, folder: Path, unwritable: Callable[[Path, OSError], InputError], use: str, way_out: str
+) -> Iterator[None]:
+    """Hold `folder` by its lock `file`; what `use` another process makes of it, and the `way_out` beside waiting."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(file)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    if descriptor is None:
+        raise HeldError(f"{folder} is {use} by {holder_text(file)}, or {way_out}")
+    key = _key(os.fstat(descriptor))
+    try:
+        yield
+    finally:
+        # Removed before it is released: whoever has opened it by then finds that the name is gone, and tries again.
+        with contextlib.suppress(OSError):
+            if _key(os.stat(file)) == key:
+                file.unlink()
+        os.close(descriptor)
+        del _held_here[key]
+
+
 def _acquire(file: Path) -> int | None:
     """A descriptor that holds the lock, the holder written; None if another process keeps it. Raises OSError."""
     give_up = time.monotonic() + _PATIENCE_S
     while True:
-        descriptor = None if _holder_here(file) else os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        if descriptor is not None:
-            try:
+        if not _holder_here(file):
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            with contextlib.ExitStack() as failed:
+                failed.callback(os.close, descriptor)
                 if _lock(descriptor, file):
                     _held_here[_key(os.fstat(descriptor))] = _write_holder(descriptor)
+                    failed.pop_all()
                     return descriptor
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
         if time.monotonic() > give_up:
             return None
         time.sleep(_POLL_S)
@@ -144,28 +146,11 @@ def _lock(descriptor: int, file: Path) -> bool:
     except OSError as error:
         if error.errno in _HELD:
             return False
-        print(
-            f"{file} cannot be locked ({error.strerror}): nothing keeps a second start out of this folder",
-            file=sys.stderr,
-            flush=True,
-        )
+        problem = f"{file} cannot be locked ({error.strerror}): nothing keeps a second start out of this folder"
+        print(problem, file=sys.stderr, flush=True)
     with contextlib.suppress(FileNotFoundError):
         return _key(os.stat(file)) == _key(os.fstat(descriptor))
     return False
-
-
-@contextlib.contextmanager
-def _released(file: Path, descriptor: int) -> Iterator[None]:
-    key = _key(os.fstat(descriptor))
-    try:
-        yield
-    finally:
-        # Removed before it is released: whoever has opened it by then finds that the name is gone, and tries again.
-        with contextlib.suppress(OSError):
-            if _key(os.stat(file)) == key:
-                file.unlink()
-        os.close(descriptor)
-        del _held_here[key]
 
 
 def _holder_here(file: Path) -> dict[str, Any] | None:
@@ -193,13 +178,10 @@ def _write_holder(descriptor: int) -> dict[str, Any]:
 
 
 def _holder(file: Path) -> dict[str, Any]:
-    if own := _holder_here(file):
-        return own
-    try:
-        holder = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
+    with contextlib.suppress(OSError, ValueError):
+        holder = _holder_here(file) or json.loads(file.read_text(encoding="utf-8"))
+        return holder if isinstance(holder, dict) else {}
+    return {}
 
 
 def _launch() -> dict[str, Any]:
@@ -219,9 +201,7 @@ def _wait_for_rank_0(file: Path) -> None:
     launch, give_up = _launch(), time.monotonic() + _RANK_0_COMES_S
     while _holder(file).get("launch") != launch:
         if time.monotonic() > give_up:
-            own = os.environ.get("RANK")
-            print(
-                f"[rank {own}] rank 0 has not locked {file} for {_RANK_0_COMES_S} s; no longer waiting", file=sys.stderr
-            )
+            problem = f"rank 0 has not locked {file} for {_RANK_0_COMES_S} s; no longer waiting"
+            print(f"[rank {os.environ.get('RANK')}] {problem}", file=sys.stderr)
             return
         time.sleep(_POLL_S)
