@@ -157,8 +157,7 @@ class Tensorboard:
         for name, value in _curves(event, values).items():
             self._writer.add_scalar(name, value, self._step)
         if event == "stage":
-            text = f"Stage {values['stage']} begins with epoch {values['epoch']}."
-            self._writer.add_text("stage", text, self._step)
+            self._writer.add_text("stage", f"Stage {values['stage']} begins with epoch {values['epoch']}.", self._step)
         if event in ("eval", "checkpoint"):
             self._writer.flush()
 
@@ -199,12 +198,9 @@ def _numbers(name: str, value: Any) -> dict[str, float]:
     """The numbers in a value; those in lists, counted from 1, and in dicts have names that begin with `name/`."""
     if isinstance(value, int | float):
         return {name: int(value) if isinstance(value, bool) else value}
-    if isinstance(value, Mapping):
-        parts = list(value.items())
-    elif isinstance(value, list | tuple):
-        parts = list(enumerate(value, start=1))
-    else:
-        return {}
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value, start=1))
+    parts = value.items() if isinstance(value, Mapping) else ()
     return {inner: number for key, part in parts for inner, number in _numbers(f"{name}/{key}", part).items()}
 
 

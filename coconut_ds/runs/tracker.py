@@ -6,8 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,9 @@ class Tracker:
         """Write one event; its numbers become curves."""
         if self._file is None:
             return
-        try:
+        with _writing(self.path):
             self._file.write(strict_json.dumps({"event": event, **values}) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise _unwritable(self.path, error) from None
         self._summary.see({"event": event, **values})
         self._draw(lambda dashboard: dashboard.log(event, values))
 
@@ -60,10 +57,8 @@ class Tracker:
         """Length of the file in bytes, all of it on the disk; 0 on ranks that write none."""
         if self._file is None:
             return 0
-        try:
+        with _writing(self.path):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _unwritable(self.path, error) from None
         return self.path.stat().st_size
 
     def rewind(self, position: int) -> None:
@@ -86,23 +81,19 @@ class Tracker:
         # Truncated, not rewritten: a process killed in between would lose the file.
         os.truncate(self.path, len(kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        self._start_dashboards(_whole_events(kept), is_new=position == 0)
-
-    def _start_dashboards(self, earlier: list[dict[str, Any]], is_new: bool) -> None:
+        earlier = _whole_events(kept)
         for event in earlier:
             self._summary.see(event)
-        if is_new:
-            _guarded("dashboards of an earlier run", partial(forget_earlier_run, self._folder))
+        if position == 0:
+            _guarded("dashboards of an earlier run", forget_earlier_run, self._folder)
         for kind in dashboards_of(self._config):
-            _guarded(_key(kind), partial(self._start, kind, earlier))
+            _guarded(_key(kind), self._start, kind, earlier)
 
     def _start(self, kind: type[Dashboard], earlier: list[dict[str, Any]]) -> None:
         self._dashboards.append(kind(self._config, earlier))
 
     def _draw(self, what: Callable[[Dashboard], None]) -> None:
-        self._dashboards = [
-            dashboard for dashboard in self._dashboards if _guarded(_key(type(dashboard)), partial(what, dashboard))
-        ]
+        self._dashboards = [each for each in self._dashboards if _guarded(_key(type(each)), what, each)]
 
     def close(self) -> None:
         if self._file is not None:
@@ -157,10 +148,10 @@ def _key(kind: type[Dashboard]) -> str:
     return kind.__name__.lower()
 
 
-def _guarded(name: str, call: Callable[[], object]) -> bool:
+def _guarded(name: str, call: Callable[..., object], *arguments: Any) -> bool:
     """Whether `call` succeeded."""
     try:
-        call()
+        call(*arguments)
     except Exception as error:  # these libraries raise many kinds, and none of them should end a run
         reason = in_one_line(error, _LONGEST_REASON)
         say(f"{name}: {reason}; the run continues without it; metrics.jsonl has everything")
@@ -170,11 +161,9 @@ def _guarded(name: str, call: Callable[[], object]) -> bool:
 
 def write_record(path: Path, text: str) -> None:
     """Write one file of a run's records; raises InputError where it cannot be written."""
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(path, error) from None
 
 
 def write_predictions(folder: RunFolder, name: str, predictions: list[dict[str, Any]]) -> None:
@@ -183,8 +172,12 @@ def write_predictions(folder: RunFolder, name: str, predictions: list[dict[str, 
     write_record(folder.predictions_file(name), lines)
 
 
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(
-        f"{path} cannot be written: {error.strerror}; fix this and rerun the same command; it resumes from the newest "
-        "checkpoint"
-    )
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written: {error.strerror}; fix this and rerun the same command; it resumes from the "
+            "newest checkpoint"
+        ) from None
