@@ -8,9 +8,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -23,15 +22,15 @@ _PLAIN_LINES_APART_S = 10
 _WEIGHT_OF_THE_LATEST = 0.1
 
 
-@dataclass(frozen=True)
-class _Streams:
+class _Streams(NamedTuple):
     """Where lines and bars go."""
 
     lines: IO[str]
     bars: IO[str]
 
 
-_diverted: _Streams | None = None
+_diverted: list[_Streams] = []
+"""Of every `libraries_to` under way, the innermost last."""
 
 
 def quiet_libraries() -> None:
@@ -65,24 +64,22 @@ def libraries_to(log: Path | None) -> Iterator[None]:
         raise unwritable_save_path(log.parent, error) from None
     with contextlib.ExitStack() as undo:
         undo.callback(_attempt, file.close)
-        before = sys.stdout, sys.stderr
-        for stream in before:
-            stream.flush()
-        streams = _divert(before, file, undo)
-        undo.callback(_set_diverted, _diverted)
-        _set_diverted(streams)
+        _diverted.append(_divert(file, undo))
+        undo.callback(_diverted.pop)
         undo.enter_context(_no_bars_of_libraries())
         yield
 
 
-def _divert(before: tuple[IO[str], IO[str]], file: IO[str], undo: contextlib.ExitStack) -> _Streams:
+def _divert(file: IO[str], undo: contextlib.ExitStack) -> _Streams:
     """Let descriptors and Python's streams lead to `file`; the streams to what they led to. `undo` takes it back.
 
     Each part by itself: where the disk of the log is full, or a reader has left, the error is still to be shown.
     """
-    kept = [os.dup(number) for number in (1, 2)]
+    before, kept = (sys.stdout, sys.stderr), [os.dup(number) for number in (1, 2)]
     for own in kept:
         undo.callback(os.close, own)
+    for stream in before:
+        stream.flush()
     streams = [_on(stream, number, own) for stream, number, own in zip(before, (1, 2), kept)]
     for stream in streams:
         if stream not in before:
@@ -92,21 +89,15 @@ def _divert(before: tuple[IO[str], IO[str]], file: IO[str], undo: contextlib.Exi
         os.dup2(file.fileno(), number)
     for stream in before:
         undo.callback(_attempt, stream.flush)
-    undo.callback(setattr, sys, "stdout", before[0])
-    undo.callback(setattr, sys, "stderr", before[1])
+    undo.enter_context(contextlib.redirect_stdout(file))
+    undo.enter_context(contextlib.redirect_stderr(file))
     undo.callback(_attempt, file.flush)
-    sys.stdout = sys.stderr = file
     return _Streams(*streams)
 
 
 def _attempt(call: Callable[[], object]) -> None:
     with contextlib.suppress(OSError, ValueError):
         call()
-
-
-def _set_diverted(streams: _Streams | None) -> None:
-    global _diverted
-    _diverted = streams
 
 
 @contextlib.contextmanager
@@ -136,7 +127,7 @@ def _on(stream: IO[str], number: int, own: int) -> IO[str]:
 
 
 def _streams() -> _Streams:
-    streams = _diverted or _Streams(sys.stdout, sys.stderr)
+    streams = _diverted[-1] if _diverted else _Streams(sys.stdout, sys.stderr)
     # On one terminal a line has to know of the bar below it, which tqdm sees to within one stream.
     return _Streams(streams.bars, streams.bars) if streams.lines.isatty() and streams.bars.isatty() else streams
 
@@ -177,11 +168,10 @@ class Pace:
         """Moving average over the latest steps."""
 
     def stepped(self, n_examples: int, seconds: float) -> None:
-        is_first = self._step_s == 0
+        weight = _WEIGHT_OF_THE_LATEST if self._step_s else 1
         self._steps -= 1
-        self._step_s = seconds if is_first else _moved(self._step_s, seconds)
-        speed = n_examples / seconds
-        self.examples_per_s = speed if is_first else _moved(self.examples_per_s, speed)
+        self._step_s += weight * (seconds - self._step_s)
+        self.examples_per_s += weight * (n_examples / seconds - self.examples_per_s)
 
     def evaluated(self, seconds: float) -> None:
         self._evaluations -= 1
@@ -193,10 +183,6 @@ class Pace:
     def seconds_left(self) -> float:
         """Of the whole run."""
         return self.seconds_for(self._steps) + self._evaluations * self._evaluation_s
-
-
-def _moved(average: float, value: float) -> float:
-    return average + _WEIGHT_OF_THE_LATEST * (value - average)
 
 
 class EpochProgress:
