@@ -15,7 +15,6 @@ from coconut_ds import strict_json
 from coconut_ds.runs.folder import DAMAGED, REMOVED, UNFINISHED
 
 MANIFEST = "manifest.json"
-_BLOCK = 1 << 20
 
 
 def begin(path: Path) -> Path:
@@ -100,8 +99,5 @@ def flush(path: Path) -> None:
 
 def fingerprint(path: Path) -> dict[str, int | str]:
     """Size and SHA-256 of a file, `bytes` and `sha256`; raises OSError."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -86,21 +86,16 @@ def read_predictions(path: Path) -> tuple[Prediction, ...]:
         raise InputError(f"{path} is not UTF-8 text; evaluate the run again") from None
     predictions: dict[int, Prediction] = {}
     for number, line in enumerate(lines, start=1):
-        prediction = _prediction(line, f"{path}, line {number}")
+        place = f"{path}, line {number}"
+        try:
+            prediction = Prediction.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = "".join(f"{part}: " for part in first["loc"])
+            raise InputError(f"{place}: {key}{first['msg']}; not a whole prediction, evaluate the run again") from None
         if prediction.index in predictions:
-            raise InputError(
-                f"{path}, line {number}: index {prediction.index} stands there twice; evaluate the run again"
-            )
+            raise InputError(f"{place}: index {prediction.index} stands there twice; evaluate the run again")
         predictions[prediction.index] = prediction
     if not predictions:
         raise InputError(f"{path} is empty; evaluate the run again")
     return tuple(predictions[index] for index in sorted(predictions))
-
-
-def _prediction(line: str, place: str) -> Prediction:
-    try:
-        return Prediction.model_validate_json(line)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = "".join(f"{part}: " for part in first["loc"])
-        raise InputError(f"{place}: {key}{first['msg']}; not a whole prediction, evaluate the run again") from None

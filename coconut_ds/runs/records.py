@@ -121,13 +121,12 @@ def _read_predictions(folder: RunFolder, metrics: Metrics, problems: list[str]) 
 def _read_environment(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            return values
+        problems.append(f"{path} holds no object of names and values")
     except (OSError, ValueError) as error:
         problems.append(f"{path} cannot be read: {error}")
-        return {}
-    if not isinstance(values, dict):
-        problems.append(f"{path} holds no object of names and values")
-        return {}
-    return values
+    return {}
 
 
 def _count_parameters(folder: RunFolder) -> int | None:

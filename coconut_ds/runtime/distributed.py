@@ -44,11 +44,6 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def barrier() -> None:
-    if has_group():
-        dist.barrier()
-
-
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """`values` summed over all ranks, in place and returned."""
     if has_group():
