@@ -1,8 +1,6 @@
 """`python -m coconut_ds.compare`, an older name of `python -m coconut_ds compare`."""
 
-import sys
-
 from coconut_ds.commands.compare import main
 
 if __name__ == "__main__":
-    sys.exit(main(prog="python -m coconut_ds.compare"))
+    raise SystemExit(main(prog="python -m coconut_ds.compare"))

@@ -1,8 +1,6 @@
 """`python -m coconut_ds.export`, an older name of `python -m coconut_ds export`."""
 
-import sys
-
 from coconut_ds.commands.export import main
 
 if __name__ == "__main__":
-    sys.exit(main(prog="python -m coconut_ds.export"))
+    raise SystemExit(main(prog="python -m coconut_ds.export"))

@@ -1,8 +1,6 @@
 """`python -m coconut_ds.inspect_latents`, an older name of `python -m coconut_ds inspect`."""
 
-import sys
-
 from coconut_ds.commands.inspect_latents import main
 
 if __name__ == "__main__":
-    sys.exit(main(prog="python -m coconut_ds.inspect_latents"))
+    raise SystemExit(main(prog="python -m coconut_ds.inspect_latents"))

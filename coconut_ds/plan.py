@@ -1,8 +1,6 @@
 """`python -m coconut_ds.plan`, an older name of `python -m coconut_ds plan`."""
 
-import sys
-
 from coconut_ds.commands.plan import main
 
 if __name__ == "__main__":
-    sys.exit(main(prog="python -m coconut_ds.plan"))
+    raise SystemExit(main(prog="python -m coconut_ds.plan"))

@@ -1,8 +1,6 @@
 """`python -m coconut_ds.report`, an older name of `python -m coconut_ds report`."""
 
-import sys
-
 from coconut_ds.commands.report import main
 
 if __name__ == "__main__":
-    sys.exit(main(prog="python -m coconut_ds.report"))
+    raise SystemExit(main(prog="python -m coconut_ds.report"))
