@@ -234,34 +234,24 @@ def _broken_combinations(zero: Any, raw: dict[str, Any], precision: Precision) -
     if not isinstance(zero, dict):
         yield f"zero_optimization: {zero!r} must be an object with a stage"
         return
-    stage = zero.get("stage", 0)
-    offload = _offload_device(zero, "offload_optimizer")
-    if stage not in (0, 1, 2, 3):
-        yield f"zero_optimization.stage: {stage!r}: must be 0, 1, 2 or 3; see ds_configs/"
-    if stage == 0 and precision == "fp16":
-        yield "zero_optimization.stage: 0 with fp16 trains on unscaled losses in DeepSpeed 0.19.8; use stage 1 or fp32"
-    if stage == 0 and offload != "none":
-        yield "zero_optimization.offload_optimizer: DeepSpeed ignores it at stage 0; use stage 1 or 2"
-    if stage != 3 and _offload_device(zero, "offload_param") != "none":
-        yield "zero_optimization.offload_param: DeepSpeed ignores it below stage 3; use stage 3 or remove it"
-    for section in ("offload_optimizer", "offload_param"):
-        if _offload_device(zero, section) == "nvme":
-            yield f"zero_optimization.{section}.device: nvme is not supported; use cpu"
-    for old, new in _REPLACED.items():
-        if old in zero:
-            yield f"zero_optimization.{old}: is deprecated in DeepSpeed; {new}"
-    if stage == 1 and zero.get("overlap_comm"):
-        yield (
-            "zero_optimization.overlap_comm: true is not possible at stage 1, since accumulation ends with the epoch "
-            "here; set it to false"
-        )
-    if zero.get("round_robin_gradients"):
-        yield (
-            "zero_optimization.round_robin_gradients: on several ranks DeepSpeed 0.19.8 then hands out the fp32 "
-            "weights of other parameters, so an exported bf16 or fp16 model would be wrong; set it to false"
-        )
+    stage, fp16 = zero.get("stage", 0), precision == "fp16"
+    offload, param = (_offload_device(zero, section) for section in ("offload_optimizer", "offload_param"))
+    refused = {
+        f"stage: {stage!r}: must be 0, 1, 2 or 3; see ds_configs/": stage not in (0, 1, 2, 3),
+        "stage: 0 with fp16 trains on unscaled losses in DeepSpeed 0.19.8; use stage 1 or fp32": stage == 0 and fp16,
+        "offload_optimizer: DeepSpeed ignores it at stage 0; use stage 1 or 2": stage == 0 and offload != "none",
+        "offload_param: DeepSpeed ignores it below stage 3; use stage 3 or remove it": stage != 3 and param != "none",
+        "offload_optimizer.device: nvme is not supported; use cpu": offload == "nvme",
+        "offload_param.device: nvme is not supported; use cpu": param == "nvme",
+        **{f"{old}: is deprecated in DeepSpeed; {new}": old in zero for old, new in _REPLACED.items()},
+        "overlap_comm: true is not possible at stage 1, since accumulation ends with the epoch here; set it to "
+        "false": stage == 1 and zero.get("overlap_comm"),
+        "round_robin_gradients: on several ranks DeepSpeed 0.19.8 then hands out the fp32 weights of other parameters, "
+        "so an exported bf16 or fp16 model would be wrong; set it to false": zero.get("round_robin_gradients"),
+    }
+    yield from (f"zero_optimization.{problem}" for problem, is_so in refused.items() if is_so)
     sums_in_fp32 = dict(leaves(raw)).get("data_types.grad_accum_dtype") in ("fp32", "float32", "float", "torch.float32")
-    if offload != "none" and precision == "fp16" and sums_in_fp32:
+    if offload != "none" and fp16 and sums_in_fp32:
         yield (
             "data_types.grad_accum_dtype: fp32 with fp16 and an offloaded optimizer never recovers from an overflow in "
             "DeepSpeed 0.19.8; remove it"
