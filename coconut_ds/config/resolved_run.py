@@ -60,7 +60,7 @@ def resolve(
     sizes = batch_sizes(config, world)
     checkpointing = resolve_checkpointing(ds_json, config)
     return DraftRun(
-        _recorded(config, activation_checkpointing=checkpointing),
+        RunConfig(**(dict(config) | {"activation_checkpointing": checkpointing})),
         resolve_precision(config, device),
         checkpointing,
         resolve_ds_config(ds_json, config, sizes, device, run_file),
@@ -76,12 +76,8 @@ def with_micro_batch(draft: DraftRun, micro: int) -> ResolvedRun:
     sizes = BatchSizes(micro, draft.sizes.total // (micro * world), world)
     known = {field.name: getattr(draft, field.name) for field in fields(_Known)}
     known |= {
-        "config": _recorded(draft.config, batch_size_training=micro),
+        "config": RunConfig(**(dict(draft.config) | {"batch_size_training": micro})),
         "ds_config": draft.ds_config | batch_keys(sizes),
         "sizes": sizes,
     }
     return ResolvedRun(**known)
-
-
-def _recorded(config: RunConfig, **resolved: Any) -> RunConfig:
-    return RunConfig(**(dict(config) | resolved))

@@ -58,12 +58,8 @@ def data_files(config: RunConfig, n_examples: Mapping[str, int]) -> dict[str, Da
     }
 
 
-def stored_environment(folder: Path) -> dict[str, Any]:
-    """`environment.json`; empty if it is missing or damaged."""
-    return _json_object(RunFolder(folder).environment)
-
-
-def _json_object(file: Path) -> dict[str, Any]:
+def _object_in(file: Path) -> dict[str, Any]:
+    """What a JSON file of a run folder holds; empty if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
         values = json.loads(file.read_text(encoding="utf-8"))
         return values if isinstance(values, dict) else {}
@@ -72,14 +68,14 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 def earlier_changes(folder: Path) -> list[Any]:
     """Changes between earlier starts, as `environment.json` lists them; none if it is damaged."""
-    found = stored_environment(folder).get("changes")
+    found = _object_in(RunFolder(folder).environment).get("changes")
     return found if isinstance(found, list) else []
 
 
 def stored_data_files(folder: Path) -> dict[str, DataFile]:
     """The files a run was trained with; empty for runs of earlier versions."""
     with contextlib.suppress(ValidationError):
-        return TypeAdapter(dict[str, DataFile]).validate_python(stored_environment(folder).get("data"))
+        return TypeAdapter(dict[str, DataFile]).validate_python(_object_in(RunFolder(folder).environment).get("data"))
     return {}
 
 
@@ -108,7 +104,7 @@ def changes(
             lines.append(change + is_same * " (the same content)")
     except InputError as error:
         lines.append(f"what else differs is not known: {error}")
-    before = stored_environment(folder).get("ranks", ranks)
+    before = _object_in(RunFolder(folder).environment).get("ranks", ranks)
     if before != ranks:
         lines.append(f"ranks: {before} -> {ranks}")
     lines += _changes_of_deepspeed(folder, ds_config) if ds_config is not None else []
@@ -122,7 +118,7 @@ def changes(
 
 def _changes_of_deepspeed(folder: Path, ds_config: Mapping[str, Any]) -> list[str]:
     """Changes of memory strategy and precision; batch sizes follow from the run and the ranks."""
-    stored = _json_object(RunFolder(folder).ds_config)
+    stored = _object_in(RunFolder(folder).ds_config)
     if not stored:
         return []
     sections = ("zero_optimization", "bf16", "fp16", "data_types")

@@ -1,6 +1,10 @@
 """A run on wandb and in TensorBoard: curves over optimizer steps, stages, predictions, configuration, summary.
 
 The only importer of both. Whatever goes wrong here is raised; `tracker.py` makes sure that the run continues.
+
+A dashboard starts when it is made; `earlier` are the events before a resumption, oldest first. `log` draws an event of
+`metrics.jsonl` at its `step`, `predictions` shows those of an evaluation; steps are optimizer steps, epochs count from
+1. `finish` shows the summary, in which `complete` says whether the run reached its end; nothing is drawn after it.
 """
 
 from __future__ import annotations
@@ -8,7 +12,7 @@ from __future__ import annotations
 import html
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from coconut_ds import strict_json
 from coconut_ds.config.run_config import RunConfig
@@ -25,27 +29,10 @@ _STAGE_CURVES = "loss_by_stage"
 Events = Sequence[Mapping[str, Any]]
 
 
-class Dashboard(Protocol):
-    """Started by its construction; `earlier` are the events before a resumption, oldest first."""
-
-    def __init__(self, config: RunConfig, earlier: Events): ...
-
-    def log(self, event: str, values: Mapping[str, Any]) -> None:
-        """Draw an event of `metrics.jsonl`; `values["step"]`, an optimizer step, is its place on the x axis."""
-
-    def predictions(self, step: int, epoch: int, stage: int, rows: Events) -> None:
-        """Show predictions of an evaluation after `step` optimizer steps; `epoch` counts from 1."""
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Show the summary, of which `complete` says whether the run reached its end; nothing is drawn after it."""
-
-
 def dashboards_of(config: RunConfig) -> list[type[Dashboard]]:
     """The dashboards a run asks for; none in debug mode."""
-    if config.debug:
-        return []
     asked: dict[type[Dashboard], bool] = {Wandb: config.wandb != "disabled", Tensorboard: config.tensorboard}
-    return [dashboard for dashboard, is_asked in asked.items() if is_asked]
+    return [dashboard for dashboard, is_asked in asked.items() if is_asked and not config.debug]
 
 
 def demand_libraries_of(config: RunConfig) -> None:
@@ -178,6 +165,9 @@ class Tensorboard:
         # `run_name` is a folder within; without one there would be another run, without curves.
         self._writer.add_hparams(settings, figures, run_name=".", global_step=self._step)
         self._writer.close()
+
+
+Dashboard = Wandb | Tensorboard
 
 
 def _curves(event: str, values: Mapping[str, Any]) -> dict[str, float]:

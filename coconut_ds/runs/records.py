@@ -5,6 +5,7 @@ A run may still be training or have been cut off: what it has not written yet is
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -135,12 +136,10 @@ def _count_parameters(folder: RunFolder) -> int | None:
     They are read from the files' headers. None if no checkpoint is complete.
     """
     for checkpoint in folder.found_checkpoints():
-        try:
-            counts = [_numbers_in(path) for path in (checkpoint / "model").glob("*.safetensors")]
-        except (OSError, SafetensorError):  # damaged, or just being removed: another one tells as much
-            continue
-        if counts:
-            return sum(counts)
+        # Damaged, or just being removed: another one tells as much.
+        with contextlib.suppress(OSError, SafetensorError):
+            if counts := [_numbers_in(path) for path in (checkpoint / "model").glob("*.safetensors")]:
+                return sum(counts)
     return None
 
 

@@ -213,24 +213,21 @@ class EpochProgress:
     def step(self, loss: float, remark: str = "") -> None:
         """Count one more step, after `pace.stepped`; `remark` is shown beside the loss."""
         self._done += 1
-        if self._is_plain:
-            self._write_line(loss, remark)
-        else:
+        if not self._is_plain:
             self._bar.set_postfix_str(self._figures(loss, remark), refresh=False)
             self._bar.update()
+            return
+        is_due = self._done % max(1, self._total // _PLAIN_LINES_PER_EPOCH) == 0 and self._done < self._total
+        now = time.monotonic()
+        if is_due and now - self._last_line >= _PLAIN_LINES_APART_S:
+            self._last_line = now
+            say(f"{self._label}: {self._done}/{self._total}, {self._figures(loss, remark)}")
 
     def _figures(self, loss: float, remark: str) -> str:
         pace = self._pace
         epoch, run = _duration(pace.seconds_for(self._total - self._done)), _duration(pace.seconds_left())
         remark = f", {remark}" if remark else ""
         return f"loss {loss:.3f}{remark}, {pace.examples_per_s:.3g} examples/s, ETA {epoch} this epoch, {run} this run"
-
-    def _write_line(self, loss: float, remark: str) -> None:
-        is_due = self._done % max(1, self._total // _PLAIN_LINES_PER_EPOCH) == 0 and self._done < self._total
-        now = time.monotonic()
-        if is_due and now - self._last_line >= _PLAIN_LINES_APART_S:
-            self._last_line = now
-            say(f"{self._label}: {self._done}/{self._total}, {self._figures(loss, remark)}")
 
 
 def _duration(seconds: float) -> str:
