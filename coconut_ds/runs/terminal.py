@@ -35,7 +35,6 @@ _diverted: list[_Streams] = []
 
 def quiet_libraries() -> None:
     """No bars of libraries (two ranks loading weights would draw over each other), no advice meant for DeepSpeed."""
-    # Imported only once their output is diverted.
     import datasets
     import transformers
 
@@ -53,42 +52,47 @@ def libraries_to(log: Path | None) -> Iterator[None]:
     File descriptors are diverted and not only Python's streams, because gloo, NCCL and compilers write by themselves.
     Raises InputError if the log cannot be written.
     """
-    if log is None:
-        with _no_bars_of_libraries():
-            yield
-        return
+    with contextlib.ExitStack() as undo:
+        if log is not None:
+            _diverted.append(_divert(log, undo))
+            undo.callback(_diverted.pop)
+        # Imported only once their output is diverted.
+        import datasets
+        import transformers
+
+        if not datasets.are_progress_bars_disabled():
+            undo.callback(datasets.enable_progress_bars)
+        if transformers.logging.is_progress_bar_enabled():
+            undo.callback(transformers.logging.enable_progress_bar)
+        quiet_libraries()
+        yield
+
+
+def _divert(log: Path, undo: contextlib.ExitStack) -> _Streams:
+    """Let descriptors and Python's streams lead to `log`; the streams to what they led to. `undo` takes it back.
+
+    Each part by itself: where the disk of the log is full, or a reader has left, the error is still to be shown.
+    """
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         file = open(log, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise unwritable_save_path(log.parent, error) from None
-    with contextlib.ExitStack() as undo:
-        undo.callback(_attempt, file.close)
-        _diverted.append(_divert(file, undo))
-        undo.callback(_diverted.pop)
-        undo.enter_context(_no_bars_of_libraries())
-        yield
-
-
-def _divert(file: IO[str], undo: contextlib.ExitStack) -> _Streams:
-    """Let descriptors and Python's streams lead to `file`; the streams to what they led to. `undo` takes it back.
-
-    Each part by itself: where the disk of the log is full, or a reader has left, the error is still to be shown.
-    """
-    before, kept = (sys.stdout, sys.stderr), [os.dup(number) for number in (1, 2)]
-    for own in kept:
-        undo.callback(os.close, own)
-    for stream in before:
+    undo.callback(_attempt, file.close)
+    streams = []
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         stream.flush()
-    streams = [_on(stream, number, own) for stream, number, own in zip(before, (1, 2), kept)]
-    for stream in streams:
-        if stream not in before:
-            undo.callback(_attempt, stream.close)
-    for number, own in zip((1, 2), kept):
+        own = os.dup(number)
+        undo.callback(os.close, own)
+        shown = stream
+        with contextlib.suppress(OSError, ValueError):  # of a stream without a descriptor
+            if stream.fileno() == number:
+                shown = open(os.dup(own), "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+                undo.callback(_attempt, shown.close)
         undo.callback(os.dup2, own, number)
         os.dup2(file.fileno(), number)
-    for stream in before:
         undo.callback(_attempt, stream.flush)
+        streams.append(shown)
     undo.enter_context(contextlib.redirect_stdout(file))
     undo.enter_context(contextlib.redirect_stderr(file))
     undo.callback(_attempt, file.flush)
@@ -98,32 +102,6 @@ def _divert(file: IO[str], undo: contextlib.ExitStack) -> _Streams:
 def _attempt(call: Callable[[], object]) -> None:
     with contextlib.suppress(OSError, ValueError):
         call()
-
-
-@contextlib.contextmanager
-def _no_bars_of_libraries() -> Iterator[None]:
-    """`quiet_libraries`, and the bars as they were afterwards."""
-    import datasets
-    import transformers
-
-    of_datasets = not datasets.are_progress_bars_disabled()
-    of_transformers = transformers.logging.is_progress_bar_enabled()
-    quiet_libraries()
-    try:
-        yield
-    finally:
-        if of_transformers:
-            transformers.logging.enable_progress_bar()
-        if of_datasets:
-            datasets.enable_progress_bars()
-
-
-def _on(stream: IO[str], number: int, own: int) -> IO[str]:
-    """A stream on the descriptor `own`; the stream itself where it does not write to descriptor `number`."""
-    with contextlib.suppress(OSError, ValueError):  # of a stream without a descriptor
-        if stream.fileno() == number:
-            return open(os.dup(own), "w", buffering=1, encoding="utf-8")
-    return stream
 
 
 def _streams() -> _Streams:
