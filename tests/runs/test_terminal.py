@@ -1,104 +1,170 @@
-"""The transcript of the demo: its block, its bars, its closing lines, and nothing else."""
+"""What a person sees, and what goes to the log: in processes of their own, since descriptors are diverted."""
 
 from __future__ import annotations
 
-import re
+import os
 import sys
+import textwrap
 
 import launching
 import pytest
-import tiny
 
-BLOCK = [
-    r"transcript",
-    r"  method    coconut, window \[0\.6, 0\.3, 0\.1\] \(sequence\)",
-    r"  model     scratch \(llama\), 0\.\d\d M parameters, fp32",
-    r"  devices   2 x cpu, ds_configs/zero2_offload\.json",
-    r"  data      128 training examples, 16 for validation",
-    r"  batch     64 examples per step = 32 per micro-batch x 1 accumulated x 2 ranks",
-    r"  stages    0 in 1, 1 in 2, 2 in 3, no step left in 4 of 4 epochs, 2 steps each",
-    r"  memory    \d\.\d\d GiB of model states \+ \d\.\d\d GiB of activations of host memory per rank, planned",
-    r"  folder    .*/transcript \(run\.log has what libraries say\)",
-]
-LENGTHS = r"\d+\.\d tokens per answer( \(\d\.\d thoughts \+ \d+\.\d generated\))?(, \d+ cut by max_new_tokens \d+)?"
-EVALUATIONS = [
-    rf"epoch {epoch}/4, stage {epoch - 1}: accuracy \d+\.\d% \(\d+/16\), loss \d+\.\d{{4}}, "
-    rf"{LENGTHS}(, best so far)?"
-    for epoch in range(1, 5)
-]
-BEST = r"accuracy \d+\.\d% \(\d+/16\) after epoch \d, stage \d"
-CLOSING = [
-    r"stage  epochs   last accuracy   best accuracy   tokens per answer  of them thoughts   cut",
-    *(rf" +{stage}  +{stage + 1}-{stage + 1} +\d+\.\d% +\d+\.\d% +\d+\.\d +\d\.\d +\d+" for stage in range(4)),
-    r"",
-    rf"  best      {BEST}",
-    rf"  last      {BEST}, the best of the last stage",
-    r"  evaluate  \./launch\.sh eval .*/transcript/checkpoints/epoch_0004 test_path=data/demo/prosqa_test\.json",
-    r"  report    python -m coconut_ds\.report .*/transcript",
-    r"report: .*/transcript/report/report\.html",
-]
-# Of a model that is trained this little answers may well not end.
-CUT = r"(warning:|  warning  ) \d+ of 16 answers reached max_new_tokens \(\d+\) before their end and are compared as .*"
-BAR = re.compile(
-    r" *|epoch \d/4, stage \d +\d+%\|.*\| \d/2(, loss \d+\.\d{3}, [\d.e+]+ examples/s, ETA \d+:\d\d this epoch, "
-    r"\d+:\d\d this run)?|evaluating, (loss|answers): .*"
-)
+from coconut_ds.errors import InputError
+from coconut_ds.runs import terminal
+from coconut_ds.runs.terminal import EpochProgress, Pace, libraries_to, say
+
+_NOISY = """
+import os, sys, warnings
+from pathlib import Path
+from coconut_ds.runs.terminal import libraries_to, say, terminal
+
+print("before")
+with libraries_to(Path(sys.argv[1]) if len(sys.argv) > 1 else None):
+    say("a line")
+    print("from Python")
+    warnings.warn("a warning", stacklevel=1)
+    os.write(2, b"from a library in C\\n")
+    os.system("echo from a compiler")
+    print("what went wrong", file=terminal())
+print("after")
+"""
 
 
-@pytest.fixture
-def command(tmp_path) -> list[str]:
-    tiny.write_symbolic(tmp_path, n_train=128, n_valid=16)
-    data = [f"train_path={tmp_path}/prosqa_train.json", f"val_path={tmp_path}/prosqa_valid.json"]
-    run = [f"save_path={tmp_path}", "name=transcript", "epochs_per_stage=1", "num_epochs=4", *data]
-    return ["./launch.sh", "demo", *run]
-
-
-def environment() -> dict[str, str]:
-    return {"VIRTUAL_ENV": sys.prefix, "RANKS": "2", "MASTER_PORT": str(launching.free_port())}
-
-
-def demand_nothing_else(lines: list[str]) -> None:
-    expected = [*BLOCK, *EVALUATIONS, *CLOSING]
-    if not any(line.startswith("  last ") for line in lines):
-        expected.remove(CLOSING[-4])
-    shown = "\n".join(lines)
-    lines = [line for line in lines if not re.fullmatch(CUT, line)]
-    assert len(lines) == len(expected), shown
-    for line, pattern in zip(lines, expected):
-        assert re.fullmatch(pattern, line), f"{line!r} is not {pattern!r} in\n{shown}"
-
-
-@pytest.mark.ranks
-def test_on_a_terminal(command, tmp_path):
-    shown = launching.on_terminal(command, **environment())
-    lines, bars = [], []
-    for line in shown.rstrip("\n").split("\n"):
-        # A bar is drawn over with carriage returns, and wiped before a line is written.
-        *drawn, last = line.split("\r")
-        bars += drawn
-        lines.append(last)
-    demand_nothing_else(lines)
-    strange = [bar for bar in bars if not BAR.fullmatch(bar)]
-    assert not strange, strange
-    for epoch in range(1, 5):
-        assert any(bar.startswith(f"epoch {epoch}/4") and "examples/s" in bar for bar in bars)
-    assert "deepspeed_shm_comm_op" in (tmp_path / "transcript" / "run.log").read_text()
-
-
-@pytest.mark.ranks
-def test_in_a_file(command, tmp_path):
-    done = launching.finish(launching.start(command, **environment()))
+def run(*arguments: str) -> str:
+    done = launching.finish(launching.start([sys.executable, "-c", _NOISY, *arguments]), 60)
     assert done.returncode == 0, done.stdout
-    demand_nothing_else(done.stdout.splitlines())
-    assert (tmp_path / "transcript" / "report" / "report.html").is_file()
+    return done.stdout
 
 
-@pytest.mark.ranks
-def test_verbose_shows_what_libraries_say(command, tmp_path):
-    done = launching.finish(launching.start([*command, "--verbose", "num_epochs=1"], **environment()))
-    shown = done.stdout
-    assert done.returncode == 0, shown
-    assert "epoch 1/1, stage 0: accuracy" in shown
-    assert "+ deepspeed --num_gpus 2" in shown
-    assert "[INFO]" in shown
-    assert not (tmp_path / "transcript" / "run.log").exists()
+def test_libraries_go_to_the_log_and_lines_to_the_person(tmp_path):
+    assert run(str(tmp_path / "run" / "run.log")).splitlines() == ["before", "a line", "what went wrong", "after"]
+    log = (tmp_path / "run" / "run.log").read_text()
+    for noise in ("from Python", "a warning", "from a library in C", "from a compiler"):
+        assert noise in log
+
+
+def test_a_second_process_adds_to_the_log(tmp_path):
+    for _ in range(2):
+        run(str(tmp_path / "run.log"))
+    assert (tmp_path / "run.log").read_text().count("from a compiler") == 2
+
+
+def test_verbose_shows_everything():
+    shown = run()
+    for noise in ("a line", "from Python", "a warning", "from a library in C", "from a compiler", "what went wrong"):
+        assert noise in shown
+
+
+def test_streams_are_put_back_after_an_error(tmp_path, capsys):
+    streams = sys.stdout, sys.stderr
+
+    def fails() -> None:
+        with libraries_to(tmp_path / "run.log"):
+            print("lost")
+            say("seen")
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fails()
+    assert (sys.stdout, sys.stderr) == streams
+    assert capsys.readouterr().out == "seen\n"
+    assert (tmp_path / "run.log").read_text() == "lost\n"
+
+
+def test_streams_are_put_back_where_the_disk_of_the_log_is_full(tmp_path, capfd):
+    (tmp_path / "run.log").symlink_to("/dev/full")
+    streams, places = (sys.stdout, sys.stderr), [os.fstat(number).st_ino for number in (1, 2)]
+
+    def prints() -> None:
+        with libraries_to(tmp_path / "run.log"):
+            print("more than the disk holds")
+
+    with pytest.raises(OSError, match="No space left on device"):
+        prints()
+    assert (sys.stdout, sys.stderr) == streams
+    assert [os.fstat(number).st_ino for number in (1, 2)] == places
+    print("seen")
+    assert capfd.readouterr().out == "seen\n"
+
+
+def test_a_log_within_a_log_gives_back_to_the_outer_one(tmp_path, capsys):
+    with libraries_to(tmp_path / "outer.log"):
+        with libraries_to(tmp_path / "inner.log"):
+            print("inner")
+        print("outer")
+        say("seen")
+    assert (tmp_path / "inner.log").read_text() == "inner\n"
+    assert (tmp_path / "outer.log").read_text() == "outer\n"
+    assert capsys.readouterr().out == "seen\n"
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(InputError, match=r"save_path: .*/file cannot be made or written to"),
+        libraries_to(tmp_path / "file" / "run.log"),
+    ):
+        pass
+
+
+_BAR = """
+import time
+
+from coconut_ds.runs.terminal import EpochProgress, Pace, progress, say
+
+pace = Pace(steps=8, evaluations=2)
+with EpochProgress("epoch 1/2, stage 0", 4, pace) as bar:
+    for _ in range(4):
+        pace.stepped(64, 0.5)
+        time.sleep(0.15)  # tqdm draws ten times a second at most
+        bar.step(1.25)
+list(progress(range(3), 3, "evaluating"))
+say("epoch 1/2, stage 0: accuracy 50.0%")
+"""
+
+
+def test_a_bar_on_a_terminal_says_loss_speed_and_time_left_and_goes():
+    shown = launching.on_terminal([sys.executable, "-c", _BAR])
+    assert "| 2/4, loss 1.250, 128 examples/s, ETA 0:01 this epoch, 0:03 this run" in shown
+    assert "evaluating" in shown
+    last = shown.rstrip("\r\n").split("\r")[-1]
+    assert last == "epoch 1/2, stage 0: accuracy 50.0%"
+
+
+def test_elsewhere_there_is_no_bar():
+    done = launching.finish(launching.start([sys.executable, "-c", textwrap.dedent(_BAR)]), 60)
+    assert done.stdout == "epoch 1/2, stage 0: accuracy 50.0%\n"
+
+
+def test_long_epochs_say_where_they_stand(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "_PLAIN_LINES_APART_S", 0)
+    pace = Pace(steps=8, evaluations=1)
+    with EpochProgress("epoch 1/1, stage 0", 8, pace) as bar:
+        for _ in range(8):
+            pace.stepped(64, 60.0)
+            bar.step(0.5)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "epoch 1/1, stage 0: 2/8, loss 0.500, 1.07 examples/s, ETA 6:00 this epoch, 6:00 this run"
+    assert [line.split()[4] for line in lines] == ["2/8,", "4/8,", "6/8,"]
+
+
+def test_before_the_first_step_nothing_is_promised():
+    assert Pace(steps=10, evaluations=2).seconds_left() == 0
+
+
+def test_steps_and_evaluations_that_are_left_take_as_long_as_the_latest():
+    pace = Pace(steps=10, evaluations=2)
+    pace.stepped(64, 2.0)
+    assert pace.examples_per_s == 32
+    assert pace.seconds_for(4) == 8
+    assert pace.seconds_left() == 9 * 2
+    pace.evaluated(5.0)
+    assert pace.seconds_left() == 9 * 2 + 1 * 5
+
+
+def test_a_slow_step_moves_the_average_by_a_tenth():
+    pace = Pace(steps=10, evaluations=0)
+    pace.stepped(64, 1.0)
+    pace.stepped(64, 2.0)
+    assert pace.seconds_for(1) == pytest.approx(1.1)
+    assert pace.examples_per_s == pytest.approx(64 - 3.2)
