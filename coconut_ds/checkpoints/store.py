@@ -54,10 +54,11 @@ class CheckpointError(InputError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands. `windows` are the optimizer steps done in the epoch under way."""
+    """Where a run stands."""
 
     epochs: int = 0
-    windows: int = 0
+    steps_in_epoch: int = 0
+    """Optimizer steps done in the epoch under way; `windows` in `progress.json`."""
     step: int = 0
     best_accuracy: float = -1.0
     best_checkpoint: str | None = None
@@ -82,7 +83,12 @@ class Stored:
 
 def read_stored(path: Path) -> Stored:
     values = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
-    return Stored(**values | {"progress": Progress(**values["progress"])})
+    progress = _renamed(values["progress"], "windows", "steps_in_epoch")
+    return Stored(**values | {"progress": Progress(**progress)})
+
+
+def _renamed(values: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    return {new if key == old else key: value for key, value in values.items()}
 
 
 class Checkpoints:
@@ -122,7 +128,7 @@ class Checkpoints:
         return None
 
     def path_for(self, progress: Progress) -> Path:
-        return self._run_folder.checkpoint(progress.epochs, progress.step if progress.windows else None)
+        return self._run_folder.checkpoint(progress.epochs, progress.step if progress.steps_in_epoch else None)
 
     def save(
         self,
@@ -254,7 +260,8 @@ def _demand_finite(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _write_progress(folder: Path, stored: Stored) -> None:
-    (folder / _PROGRESS).write_text(strict_json.dumps(asdict(stored), indent=2) + "\n", encoding="utf-8")
+    values = asdict(stored) | {"progress": _renamed(asdict(stored.progress), "steps_in_epoch", "windows")}
+    (folder / _PROGRESS).write_text(strict_json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _on_main(failed: str, action: Callable[..., Any], *arguments: Any) -> Any:

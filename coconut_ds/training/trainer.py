@@ -71,7 +71,7 @@ class Trainer:
             restore(self.newest, self.engine)
         self.tracker.rewind(stored.metrics_bytes if stored else 0)
         n_epochs = self.config.num_epochs - self.progress.epochs
-        self.pace = Pace(n_epochs * self.steps_per_epoch - self.progress.windows, n_epochs)
+        self.pace = Pace(n_epochs * self.steps_per_epoch - self.progress.steps_in_epoch, n_epochs)
         try:
             with watchdog.watching(self.config.hang_limit_s, terminal()), Interruption() as self.interruption:
                 is_complete = self._run_epochs()
@@ -98,9 +98,9 @@ class Trainer:
     def _checked(self, stored: Stored) -> Progress:
         """The progress to resume from; raises InputError if its place within an epoch means something else now."""
         total = self.run.sizes.total
-        if stored.progress.windows and stored.train_batch_size != total:
+        if stored.progress.steps_in_epoch and stored.train_batch_size != total:
             raise InputError(
-                f"{self.newest}: made within an epoch, after {stored.progress.windows} steps of "
+                f"{self.newest}: made within an epoch, after {stored.progress.steps_in_epoch} steps of "
                 f"{stored.train_batch_size} examples; this run takes {total} per step and has no such place; set "
                 f"train_batch_size: {stored.train_batch_size} without gradient_accumulation_steps"
             )
@@ -108,7 +108,7 @@ class Trainer:
 
     def _first_epoch_of_schedule(self) -> int:
         """The epoch in which the current schedule began, before a reset at the start of an epoch."""
-        start = max(self.progress.epochs - (self.progress.windows == 0), self.config.resume)
+        start = max(self.progress.epochs - (self.progress.steps_in_epoch == 0), self.config.resume)
         while start > self.config.resume and not resets_before(start, self.config, self.curriculum):
             start -= 1
         return start
@@ -130,7 +130,7 @@ class Trainer:
     def _enter_stage(self, epoch: int) -> None:
         started = time.monotonic()
         stage = self.curriculum.stage(epoch)
-        is_first, is_begun = epoch == self.config.resume, self.progress.windows > 0
+        is_first, is_begun = epoch == self.config.resume, self.progress.steps_in_epoch > 0
         resets = resets_before(epoch, self.config, self.curriculum) and not is_first and not is_begun
         if resets:
             reset_optimizer_state(self.engine)
@@ -160,7 +160,7 @@ class Trainer:
         """The rest of an epoch's steps; False if it stopped on request."""
         self.engine.train()
         self.evaluation = None
-        first, every = self.progress.windows, self.config.save_every_steps
+        first, every = self.progress.steps_in_epoch, self.config.save_every_steps
         with EpochProgress(self._place(epoch), len(self.steps) - first, self.pace) as bar:
             for batches in training_loader(self.steps, first):
                 loss = self._step(epoch, batches)
@@ -194,7 +194,8 @@ class Trainer:
                 "lower lr, or set max_grad_norm"
             )
         n_skipped = self.progress.skipped + skipped
-        self.progress = replace(self.progress, step=number, windows=self.progress.windows + 1, skipped=n_skipped)
+        in_epoch = self.progress.steps_in_epoch + 1
+        self.progress = replace(self.progress, step=number, steps_in_epoch=in_epoch, skipped=n_skipped)
         if skipped:
             log_line(
                 f"fp16: optimizer step {number} was skipped, its gradients overflowed and no weight was updated; the "
@@ -251,7 +252,7 @@ class Trainer:
             outcome = self.evaluator.run(self.curriculum.stage(epoch))
             window = self._learned_window()
         self.pace.evaluated(time.monotonic() - started)
-        self.progress = replace(self.progress, epochs=epoch + 1, windows=0)
+        self.progress = replace(self.progress, epochs=epoch + 1, steps_in_epoch=0)
         if outcome:
             self.evaluation, predictions = outcome
             self._record(epoch, self.evaluation, predictions, window)

@@ -37,7 +37,7 @@ def test_its_checkpoints_are_intact(golden):
     newest = Checkpoints(RUN, keep=None).newest_intact()
     assert newest == RUN / "checkpoints" / "epoch_0002_step_00000008"
     stored = read_stored(newest)
-    assert (stored.progress.epochs, stored.progress.windows, stored.progress.step) == (2, 2, 8)
+    assert (stored.progress.epochs, stored.progress.steps_in_epoch, stored.progress.step) == (2, 2, 8)
     assert (stored.train_batch_size, stored.updates, stored.scheduled, stored.loss_scale) == (8, 8, 8, {})
 
 
