@@ -69,18 +69,13 @@ def output_held(folder: Path) -> contextlib.AbstractContextManager[None]:
 def run_folder_is_held(folder: Path) -> bool:
     """Whether a process holds a run folder now; nothing is written. False also where it cannot be found out."""
     file = RunFolder(folder).lock
-    try:
-        if _holder_here(file):
-            return True
-        descriptor = os.open(file, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in _HELD
-    finally:
-        os.close(descriptor)
+    if _holder_here(file):
+        return True
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        try:
+            fcntl.lockf(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in _HELD
     return False
 
 

@@ -23,7 +23,10 @@ def watching(limit_s: int, file: IO[str]) -> Iterator[None]:
     A `file` without a descriptor, as a notebook has, is replaced by the standard error of the process.
     """
     global _armed
-    before, _armed = _armed, (limit_s, _descriptor(file))
+    before, descriptor = _armed, _STDERR
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        descriptor = file.fileno()
+    _armed = limit_s, descriptor
     try:
         alive()
         yield
@@ -37,10 +40,3 @@ def alive() -> None:
     if _armed is not None:
         limit_s, descriptor = _armed
         faulthandler.dump_traceback_later(limit_s, exit=True, file=descriptor)
-
-
-def _descriptor(file: IO[str]) -> int:
-    try:
-        return file.fileno()
-    except (AttributeError, OSError, ValueError):
-        return _STDERR
