@@ -11,15 +11,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = ["Coconut", "LatentContext", "RunConfig", "__version__"]
-_EXPORTS = {
-    "Coconut": "coconut_ds.model.coconut",
-    "LatentContext": "coconut_ds.model.latents",
-    "RunConfig": "coconut_ds.config.run_config",
-}
+_EXPORTS = {"Coconut": "model.coconut", "LatentContext": "model.latents", "RunConfig": "config.run_config"}
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that `import coconut_ds` loads neither torch nor transformers.
     if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
+        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

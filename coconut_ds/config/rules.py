@@ -43,8 +43,13 @@ def _method_rules(config: RunConfig) -> _Found:
         other = f"true, but method is {method}; drop one of them"
         what = "only one of them can be true" if method in switches else other
         yield ("method", *switches), f"{', '.join(switches)}: {what}"
-    if config.traits.thoughts != "none":
-        yield from _thought_rules(config)
+    has_thoughts, steps = config.traits.thoughts != "none", config.traits.steps
+    if has_thoughts and config.c_thought == 0:
+        instead = "no_thoughts" if steps == "replaced by stage" else "no_cot"
+        yield ("c_thought", method), f"c_thought: 0 with {method}: use method: {instead}, or at least 1"
+    if has_thoughts and config.max_latent_stage == 0 and steps == "dropped":
+        rule = "it stands for max_latent_stage steps; set at least 1"
+        yield ("max_latent_stage", method), f"max_latent_stage: 0 with {method}: {rule}"
     if config.traits.thoughts != "continuous":
         without = f"{method} has no continuous thoughts"
         if config.latent_context:
@@ -56,16 +61,6 @@ def _method_rules(config: RunConfig) -> _Found:
         yield ("uniform_prob", method), f"uniform_prob: {config.uniform_prob} {rule}"
     if config.icot is not None and method != "icot":
         yield ("icot", "method"), f"icot: a section for method: icot, but method is {method}; drop one of them"
-
-
-def _thought_rules(config: RunConfig) -> _Found:
-    method = config.method
-    if config.c_thought == 0:
-        instead = "no_thoughts" if config.traits.steps == "replaced by stage" else "no_cot"
-        yield ("c_thought", method), f"c_thought: 0 with {method}: use method: {instead}, or at least 1"
-    if config.max_latent_stage == 0 and config.traits.steps == "dropped":
-        rule = "it stands for max_latent_stage steps; set at least 1"
-        yield ("max_latent_stage", method), f"max_latent_stage: 0 with {method}: {rule}"
 
 
 def _model_rules(config: RunConfig) -> _Found:
