@@ -37,8 +37,8 @@ from coconut_ds.runs.predictions import cut_warning
 from coconut_ds.runs.terminal import say, terminal
 from coconut_ds.runs.tracker import Tracker, write_predictions, write_record
 from coconut_ds.runtime import distributed, watchdog
+from coconut_ds.training import summary
 from coconut_ds.training.setup import DEBUG_EXAMPLES, Setup, build_coconut, load_setup, records_if_any, tokenized
-from coconut_ds.training.summary import changed_text, closing, evaluation_text, finished, opening, skip_lines
 from coconut_ds.training.trainer import Trainer
 
 _MOST_TO_COMPARE = 32 * 2**20
@@ -80,7 +80,7 @@ def _train(run: ResolvedRun, folder: RunFolder, setup: Setup, checkpoints: Check
     engine = build_engine(model, config, run.ds_config)
     evaluator = _evaluator(run, model, setup.valid_set, setup.curriculum, setup.tokens, setup.backbone)
     if distributed.is_main():
-        say(opening(run, setup, planned))
+        say(summary.opening(run, setup, planned))
         _warn(setup.doubts)
     tracker = Tracker(config, distributed.is_main())
     try:
@@ -90,11 +90,11 @@ def _train(run: ResolvedRun, folder: RunFolder, setup: Setup, checkpoints: Check
         tracker.close()
     progress = trainer.progress
     if is_complete and distributed.is_main():
-        say(closing(config, folder, read_metrics(folder.metrics).evaluations, progress.skipped, progress.step))
+        say(summary.closing(config, folder, read_metrics(folder.metrics).evaluations, progress.skipped, progress.step))
     elif not is_complete:
         place = "the start (debug saves nothing)" if config.debug else checkpoints.found()[-1]
         stopped = f"stopped as requested; the same command resumes from {place}"
-        say("\n".join([stopped, *skip_lines(progress.skipped, progress.step)]))
+        say("\n".join([stopped, *summary.skip_lines(progress.skipped, progress.step)]))
 
 
 def _measured(draft: DraftRun, setup: Setup) -> ResolvedRun:
@@ -142,7 +142,7 @@ def _evaluate(draft: DraftRun) -> None:
     evaluation, predictions = outcome
     name = f"eval_{Path(path).stem}"
     write_predictions(folder, name, predictions)
-    say(evaluation_text(config, path, stage, evaluation))
+    say(summary.evaluation_text(config, path, stage, evaluation))
     if evaluation.n_cut:
         say(f"warning: {cut_warning(evaluation.n_cut, evaluation.n_total, config.max_new_tokens)}")
     say(f"predictions: {folder.predictions_file(name)}")
@@ -190,14 +190,17 @@ def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:
     stored = stored_settings(str(config.load_model_path))
     if stored is None:
         return curriculum.stage(config.resume)
-    asked = latent_settings(config)
     # A folder that was not written by a run knows less.
-    differing = [key for key, value in asked.items() if key in stored and stored[key] != value]
+    differing = [
+        f"{key}: trained with {stored[key]!r}, the run says {value!r}"
+        for key, value in latent_settings(config).items()
+        if key in stored and stored[key] != value
+    ]
     if differing:
-        lines = "\n".join(f"  - {key}: trained with {stored[key]!r}, the run says {asked[key]!r}" for key in differing)
+        command = " ".join(summary.evaluate_command())
         raise InputError(
-            f"{config.load_model_path} was trained with different settings than this evaluation uses; ./launch.sh eval "
-            f"CHECKPOINT takes the run file of the training, or change these:\n{lines}"
+            f"{config.load_model_path} was trained with different settings than this evaluation uses; {command} "
+            f"CHECKPOINT takes the run file of the training, or change these:\n{summary.bullets(differing)}"
         )
     return stored["stage"] if "stage" in stored and not config.resume else curriculum.stage(config.resume)
 
@@ -227,8 +230,8 @@ def _report_done(config: RunConfig, folder: RunFolder, setup: Setup, newest: Pat
     progress = read_stored(newest).progress
     changed = run_changes.changes(config, _data_files(config, setup), distributed.world_size())
     # With save_only_improve the last checkpoint may be older than the end.
-    say(finished(folder, max([progress.epochs, *(end.epochs for end in metrics.ends)]), changed))
-    say(closing(_as_trained(config, folder), folder, metrics.evaluations, progress.skipped, progress.step))
+    say(summary.finished(folder, max([progress.epochs, *(end.epochs for end in metrics.ends)]), changed))
+    say(summary.closing(_as_trained(config, folder), folder, metrics.evaluations, progress.skipped, progress.step))
 
 
 def _data_files(config: RunConfig, setup: Setup) -> dict[str, DataFile]:
@@ -259,10 +262,10 @@ def _record_start(run: ResolvedRun, folder: RunFolder, setup: Setup, newest: Pat
         progress = read_stored(newest).progress
         changed = run_changes.changes(config, data, run.sizes.world, run.ds_config)
         if progress.epochs >= config.num_epochs:
-            say(finished(folder, progress.epochs, changed))
+            say(summary.finished(folder, progress.epochs, changed))
             return
         if changed:
-            say(changed_text(changed))
+            say(summary.changed_text(changed))
         earlier = run_changes.earlier_changes(folder.path)
         environment["changes"] = [*earlier, *({"after_step": progress.step, "change": line} for line in changed)]
     write_record(folder.run_config, config.to_yaml())

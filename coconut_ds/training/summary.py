@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -90,17 +90,17 @@ def finished(folder: RunFolder, n_epochs: int, changed: Sequence[str]) -> str:
         return f"{said}; raise num_epochs to train further"
     return (
         f"{said}, and the results below are not those of this command. The run was trained with (there -> here):\n"
-        f"{_listed(changed)}\n"
+        f"{bullets(changed)}\n"
         "To train with the settings of this command, set another name=; raise num_epochs to train further"
     )
 
 
 def changed_text(changed: Sequence[str]) -> str:
     """The message of a run that resumes with other settings or data."""
-    return f"changed since the run was last started (before -> now):\n{_listed(changed)}"
+    return f"changed since the run was last started (before -> now):\n{bullets(changed)}"
 
 
-def _listed(lines: Sequence[str]) -> str:
+def bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"  - {line}" for line in lines)
 
 
@@ -130,22 +130,17 @@ def closing(
     # Not every run keeps them all.
     checkpoints = [folder.checkpoint(row.epoch) for row in (best_of_last, best, *reversed(evaluations))]
     if kept := [path for path in checkpoints if path.is_dir()]:
-        lines.append(f"  evaluate  {_evaluate_command(config, folder, kept[0])}")
+        test_set = [override("test_path", config.test_path)] if config.test_path else []
+        lines.append(f"  evaluate  {shlex.join([*evaluate_command(), str(kept[0]), *test_set])}")
     last = evaluations[-1]
     if last.n_cut:
         lines.append(f"  warning   {cut_warning(last.n_cut, last.n_total, config.max_new_tokens)}")
     return "\n".join([*lines, *skips, report])
 
 
-def _evaluate_command(config: RunConfig, folder: RunFolder, checkpoint: Path) -> str:
-    """Quoted for a shell."""
-    test_set = [override("test_path", config.test_path)] if config.test_path else []
-    if Path("launch.sh").is_file():
-        return shlex.join(["./launch.sh", "eval", str(checkpoint), *test_set])
-    # Installed without the checkout.
-    run = ["python", "-m", "coconut_ds.train", "--run", str(folder.run_config)]
-    weights = ["only_eval=true", override("load_model_path", str(checkpoint)), "resume=0"]
-    return shlex.join([*run, *weights, *test_set])
+def evaluate_command() -> list[str]:
+    """The words that evaluate a checkpoint, up to its name: of a checkout, or of the installed package."""
+    return ["./launch.sh", "eval"] if Path("launch.sh").is_file() else ["python", "-m", "coconut_ds", "eval"]
 
 
 def _layout(config: RunConfig, stage: int) -> int:

@@ -148,7 +148,7 @@ PLACES = (
     "training.session.describe_environment",
     "training.session.build_engine",
     "training.session.choose_eval_batch",
-    "training.session.opening",
+    "training.summary.opening",
     "training.trainer.new_schedule",
     "training.trainer.terminal",
     "training.trainer.TrainingSteps",
@@ -157,7 +157,7 @@ PLACES = (
     "inference.asking.decode",
     "training.trainer.write_predictions",
     "training.trainer.latent_settings",
-    "training.session.closing",
+    "training.summary.closing",
 )
 
 

@@ -17,7 +17,6 @@ import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
-RUN_CONFIG = "runs/run/run_config.yaml"
 CHECKPOINT = "runs/run/checkpoints/epoch_0001"
 
 
@@ -82,7 +81,7 @@ def trained(installed) -> Installed:
     launching.write_run(run, installed.folder).rename(installed.folder / "my.yaml")
     output = installed.run("python", "-m", "coconut_ds", "train", "--run", "my.yaml", "--ranks", "1")
     assert "  devices   1 x cpu, zero2_offload" in output
-    assert f"python -m coconut_ds.train --run {RUN_CONFIG} only_eval=true" in output
+    assert f"  evaluate  python -m coconut_ds eval {CHECKPOINT}\n" in output
     assert (installed.folder / CHECKPOINT).is_dir()
     return installed
 
