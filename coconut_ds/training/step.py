@@ -32,7 +32,7 @@ class LossScaleError(InputError):
 
 @dataclass(frozen=True)
 class Pending:
-    """Figures of a step that are still on the device; `fetch` brings them to the host."""
+    """The metrics of a step while they are still on the device; `fetch` brings them to the host."""
 
     loss: torch.Tensor
     """This rank's part of the step's loss, 0-d."""
@@ -43,8 +43,8 @@ class Pending:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Figures of a step over all ranks. `n_tokens` cells are tokens; `padding_share` is the padded fraction."""
+class StepMetrics:
+    """One step over all ranks. `n_tokens` cells are tokens; `padding_share` is the padded fraction."""
 
     loss: float
     n_targets: int
@@ -75,8 +75,8 @@ def accumulate_gradients(
     return Pending(loss, totals, [index for batch in window for index in batch.indices])
 
 
-def fetch(step: Pending, number: int) -> Figures:
-    """The figures of optimizer step `number` (from 1), in one transfer.
+def fetch(step: Pending, number: int) -> StepMetrics:
+    """The metrics of optimizer step `number` (from 1), in one transfer.
 
     Raises NonFiniteLossError on every rank when the loss is not finite.
     """
@@ -90,17 +90,18 @@ def fetch(step: Pending, number: int) -> Figures:
             f"loss {loss} at optimizer step {number}, nothing was updated; {'; '.join(examples)}; "
             "lower lr, set max_grad_norm, or use bf16 or fp32 instead of fp16"
         )
-    return Figures(loss, int(n_targets), int(n_tokens), 1 - n_tokens / cells)
+    return StepMetrics(loss, int(n_targets), int(n_tokens), 1 - n_tokens / cells)
 
 
 def optimizer_step(
     engine: deepspeed.DeepSpeedEngine, window: list[Batch], normalization: Literal["token", "micro_batch"]
-) -> Figures:
+) -> StepMetrics:
     """Gradients of `window`, their check and the update. Raises NonFiniteLossError before anything is updated."""
     pending = accumulate_gradients(engine, window, normalization)
-    figures = fetch(pending, engine.global_steps + 1)
+    # Before the update: a loss that is not finite must not reach the weights.
+    metrics = fetch(pending, engine.global_steps + 1)
     update(engine)
-    return figures
+    return metrics
 
 
 def update(engine: deepspeed.DeepSpeedEngine) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,42 +28,39 @@ from coconut_ds.runs.tracker import Tracker, write_predictions
 from coconut_ds.runtime import distributed, watchdog
 from coconut_ds.runtime.interruption import Interruption
 from coconut_ds.training.setup import Setup
-from coconut_ds.training.step import NonFiniteLossError, accumulate_gradients, fetch, update
+from coconut_ds.training.step import NonFiniteLossError, optimizer_step
 from coconut_ds.training.summary import lengths_text
 
 if TYPE_CHECKING:
     import deepspeed
 
 
+@dataclass
 class Trainer:
-    """Runs the remaining epochs of a run. `newest` is the checkpoint with the weights of the engine, if it resumes."""
+    """Runs the remaining epochs of a run."""
 
-    def __init__(
-        self,
-        run: ResolvedRun,
-        setup: Setup,
-        engine: deepspeed.DeepSpeedEngine,
-        evaluator: Evaluator,
-        tracker: Tracker,
-        checkpoints: Checkpoints,
-        newest: Path | None,
-    ):
-        self.run, self.config, self.folder = run, run.config, RunFolder(run.config.run_folder)
-        self.setup, self.curriculum = setup, setup.curriculum
-        self.engine, self.evaluator = engine, evaluator
-        self.tracker, self.checkpoints, self.newest = tracker, checkpoints, newest
-        self.progress = Progress(epochs=run.config.resume)
-        self.steps_per_epoch = steps_per_epoch(len(setup.train_set), run.sizes)
-        self.most_steps = max(map(len, setup.train_set["steps"]))
+    run: ResolvedRun
+    setup: Setup
+    engine: deepspeed.DeepSpeedEngine
+    evaluator: Evaluator
+    tracker: Tracker
+    checkpoints: Checkpoints
+    newest: Path | None
+    """The checkpoint with the weights of the engine, if the run resumes."""
+
+    def __post_init__(self) -> None:
+        self.config, self.curriculum = self.run.config, self.setup.curriculum
+        self.progress = Progress(epochs=self.config.resume)
+        self.steps_per_epoch = steps_per_epoch(len(self.setup.train_set), self.run.sizes)
+        self.most_steps = max(map(len, self.setup.train_set["steps"]))
         self.evaluation: Evaluation | None = None
         """Of the weights as they are now; only rank 0 has it."""
         self._has_warned_of_cut = self._has_warned_of_skips = False
 
     def fit(self) -> bool:
         """Train the rest of the run; False if it stopped on request before the end, and has saved."""
-        stored = None
-        if self.newest is not None:
-            stored = read_stored(self.newest)
+        stored = read_stored(self.newest) if self.newest else None
+        if stored:
             self.progress = self._checked(stored)
         first = self._first_epoch_of_schedule()
         self._start_schedule(first, self._scheduled(stored, first))
@@ -181,16 +178,13 @@ class Trainer:
         started = time.monotonic()
         learning_rate = self.schedule.get_last_lr()[0]
         number = self.progress.step + 1
-        pending = accumulate_gradients(self.engine, batches, self.config.loss_normalization)
-        # Before the update: a loss that is not finite must not reach the weights.
-        figures = fetch(pending, number)
-        update(self.engine)
+        metrics = optimizer_step(self.engine, batches, self.config.loss_normalization)
         skipped = not self.engine.was_step_applied()
         if not skipped:
             self.schedule.step()
         elif not loss_scale(self.engine):
             raise NonFiniteLossError(
-                f"gradients are not finite at optimizer step {number}, nothing was updated (loss {figures.loss:.4g}); "
+                f"gradients are not finite at optimizer step {number}, nothing was updated (loss {metrics.loss:.4g}); "
                 "lower lr, or set max_grad_norm"
             )
         n_skipped = self.progress.skipped + skipped
@@ -214,10 +208,10 @@ class Trainer:
                 grad_norm=None if skipped else self._gradient_norm(),
                 step_time_s=seconds,
                 peak_memory_gib=peak_memory_gib(),
-                **asdict(figures),
+                **asdict(metrics),
                 **self._skips(skipped),
             )
-        return figures.loss
+        return metrics.loss
 
     def _skips(self, skipped: bool | None = None) -> dict[str, int]:
         """For an event: whether fp16 `skipped` its step, and how many steps of the run; empty in other precisions."""
@@ -225,13 +219,6 @@ class Trainer:
             return {}
         of_step = {} if skipped is None else {"skipped": skipped}
         return {**of_step, "n_skipped_in_run": self.progress.skipped}
-
-    def _warn_of_skips(self) -> None:
-        """Once, if fp16 has skipped most of the steps so far."""
-        n_skipped, n_steps = self.progress.skipped, self.progress.step
-        if skips_most(n_skipped, n_steps) and not self._has_warned_of_skips:
-            self._has_warned_of_skips = True
-            say(f"warning: {skipped_warning(n_skipped, n_steps)}")
 
     def _stops(self, epoch: int, saved: bool) -> bool:
         """Whether any rank was requested to stop; then the run is saved, unless it has just been saved."""
@@ -248,15 +235,15 @@ class Trainer:
     def _finish_epoch(self, epoch: int) -> bool:
         """Evaluate, and save if the run asks for it; whether it did."""
         started = time.monotonic()
+        window = self.setup.model.latent_window
         with whole_weights(self.engine):
             outcome = self.evaluator.run(self.curriculum.stage(epoch))
-            window = self._learned_window()
+            learned = {} if window.logits is None else {"latent_weights": window.current()}
         self.pace.evaluated(time.monotonic() - started)
         self.progress = replace(self.progress, epochs=epoch + 1, steps_in_epoch=0)
         if outcome:
             self.evaluation, predictions = outcome
-            self._record(epoch, self.evaluation, predictions, window)
-            self._warn_of_skips()
+            self._record(epoch, self.evaluation, predictions, learned)
         accuracy = distributed.from_main(self.evaluation.accuracy if self.evaluation else None)
         improved = accuracy > self.progress.best_accuracy
         if improved:
@@ -267,18 +254,15 @@ class Trainer:
             self._save(epoch)
         return saves
 
-    def _learned_window(self) -> dict[str, list[float]]:
-        window = self.setup.model.latent_window
-        return {} if window.logits is None else {"latent_weights": window.current()}
-
     def _record(
-        self, epoch: int, evaluation: Evaluation, predictions: list[dict[str, Any]], window: dict[str, Any]
+        self, epoch: int, evaluation: Evaluation, predictions: list[dict[str, Any]], learned: dict[str, Any]
     ) -> None:
+        """Log, write and print an evaluation. A warning comes once: the lines of later epochs have the counts."""
         stage = self.curriculum.stage(epoch)
-        figures = evaluation.as_dict() | window
-        self.tracker.log("eval", epoch=epoch + 1, stage=stage, step=self.progress.step, **figures)
+        values = evaluation.as_dict() | learned
+        self.tracker.log("eval", epoch=epoch + 1, stage=stage, step=self.progress.step, **values)
         self.tracker.log_predictions(epoch + 1, stage, predictions)
-        write_predictions(self.folder, epoch_name(epoch + 1), predictions)
+        write_predictions(RunFolder(self.config.run_folder), epoch_name(epoch + 1), predictions)
         limit, n_cut = self.config.max_new_tokens, evaluation.n_cut
         lengths = lengths_text(evaluation.mean_new_tokens, evaluation.mean_thoughts, n_cut, limit)
         best = ", best so far" if evaluation.accuracy > max(0, self.progress.best_accuracy) else ""
@@ -286,10 +270,13 @@ class Trainer:
             f"{self._place(epoch)}: accuracy {evaluation.accuracy:.1%} ({evaluation.n_correct}/{evaluation.n_total}), "
             f"loss {evaluation.valid_loss:.4f}, {lengths}{best}"
         )
-        # Once: the lines of later epochs have the count.
         if n_cut and not self._has_warned_of_cut:
             self._has_warned_of_cut = True
             say(f"warning: {cut_warning(n_cut, evaluation.n_total, limit)}")
+        n_skipped, n_steps = self.progress.skipped, self.progress.step
+        if skips_most(n_skipped, n_steps) and not self._has_warned_of_skips:
+            self._has_warned_of_skips = True
+            say(f"warning: {skipped_warning(n_skipped, n_steps)}")
 
     def _save(self, epoch: int) -> None:
         """Save the state of the run, with weights that have seen (a part of) `epoch`; not in debug mode."""

@@ -145,12 +145,12 @@ _OUT_OF_MEMORY = """
 import sys
 import torch
 from coconut_ds import train
-from coconut_ds.training import trainer
+from coconut_ds.training import step
 
 def fails(*_):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nMore of it.")
 
-trainer.accumulate_gradients = fails
+step.accumulate_gradients = fails
 sys.exit(train.main(sys.argv[1:]))
 """
 

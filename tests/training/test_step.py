@@ -1,4 +1,4 @@
-"""Figures of a step, and losses that are not numbers."""
+"""Metrics of a step, and losses that are not numbers."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def step(loss: float) -> Pending:
     return Pending(torch.tensor(loss), torch.tensor([7, 1, 30, 40]), [10, 12])
 
 
-def test_figures():
-    figures = fetch(step(2.5), 8)
-    assert (figures.loss, figures.n_targets, figures.n_tokens, figures.padding_share) == (2.5, 7, 30, 0.25)
+def test_metrics():
+    metrics = fetch(step(2.5), 8)
+    assert (metrics.loss, metrics.n_targets, metrics.n_tokens, metrics.padding_share) == (2.5, 7, 30, 0.25)
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
