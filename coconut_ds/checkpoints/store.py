@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or not there, and the same whatever ZeRO, precision and number of ranks made them.
+"""Saves and restores a run: atomic checkpoint folders that any ZeRO file, precision and number of ranks can resume.
 
     checkpoints/epoch_0003/                     at the end of an epoch
     checkpoints/epoch_0003_step_00000420/       within the fourth epoch, after optimizer step 420
@@ -7,7 +7,7 @@
         exp_avg.safetensors        Adam's moments by parameter name, fp32
         exp_avg_sq.safetensors
         random_states.safetensors  of every rank
-        progress.json              where the run stands, loss scale
+        progress.json              position in the run, loss scale
         manifest.json              size and SHA-256 of every file
 
 Rank 0 writes all of it; nothing in it is pickled.
@@ -18,16 +18,14 @@ from __future__ import annotations
 import json
 import shutil
 import traceback
-from collections import ChainMap
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from coconut_ds import strict_json
@@ -43,41 +41,41 @@ from coconut_ds.runtime import distributed, watchdog
 
 _PROGRESS, _RANDOM = "progress.json", "random_states.safetensors"
 _PREFIX = "base_causallm."
-_BESIDE_TENSORS = 64 * 2**20
-"""Bytes for tokenizer, configuration and the like."""
+_SMALL_FILES = 64 * 2**20
+"""Bytes reserved for tokenizer, configuration and the like."""
 _KEPT_WITHIN_EPOCHS = 2
 
 
 class CheckpointError(InputError):
-    """A checkpoint that cannot be written or gone on from."""
+    """A checkpoint that cannot be written or resumed from."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands."""
+    """Position of a run."""
 
     epochs: int = 0
     steps_in_epoch: int = 0
-    """Optimizer steps done in the epoch under way; `windows` in `progress.json`."""
+    """Optimizer steps done in the current epoch; `windows` in `progress.json`."""
     step: int = 0
     best_accuracy: float = -1.0
     best_checkpoint: str | None = None
     skipped: int = 0
-    """Of the `step` optimizer steps, those that fp16 skipped; earlier versions did not write it."""
+    """Those of the `step` optimizer steps that fp16 skipped; earlier versions did not write it."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What `progress.json` holds."""
+    """Contents of `progress.json`."""
 
     progress: Progress
     train_batch_size: int
     metrics_bytes: int
     """Length of `metrics.jsonl` when the checkpoint was made."""
     updates: int
-    """Of the optimizer since its last reset."""
+    """Optimizer updates since the last reset."""
     scheduled: int
-    """Steps that the learning-rate schedule in force has taken."""
+    """Steps taken by the current learning-rate schedule."""
     loss_scale: dict[str, float]
 
 
@@ -92,7 +90,7 @@ def _renamed(values: dict[str, Any], old: str, new: str) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. `keep` is how many stay, None for all at ends of epochs."""
+    """The checkpoints of one run folder. `keep` newest ones are kept; None keeps all made at the end of an epoch."""
 
     def __init__(self, run_folder: Path, keep: int | None):
         self._run_folder = RunFolder(run_folder)
@@ -100,14 +98,14 @@ class Checkpoints:
         self._keep = keep
 
     def found(self) -> list[Path]:
-        """Published checkpoints, oldest first, not checked."""
+        """Published checkpoints, oldest first, not verified."""
         return self._run_folder.found_checkpoints()
 
     def newest_intact(self) -> Path | None:
-        """The newest checkpoint without a fault, the same on every rank.
+        """The newest undamaged checkpoint, the same on every rank; None if there are no checkpoints.
 
-        The damaged ones after it are reported and set aside, so that none of them counts as one of those to keep.
-        Raises CheckpointError where there are checkpoints and all of them are damaged.
+        Newer damaged ones are reported and renamed, so that they do not count towards `keep`. Raises CheckpointError if
+        all checkpoints are damaged.
         """
         return _on_main("the checkpoints cannot be read", self._search)
 
@@ -123,7 +121,7 @@ class Checkpoints:
             say(f"{path} is damaged and not used: {'; '.join(faults)}")
         if damaged:
             raise CheckpointError(
-                f"{self.folder}: all {len(damaged)} checkpoints are damaged; remove the folder to start the run afresh"
+                f"{self.folder}: all {len(damaged)} checkpoints are damaged; remove the folder to start over"
             )
         return None
 
@@ -139,10 +137,11 @@ class Checkpoints:
     ) -> Path:
         """Write a checkpoint; called on every rank. `settings` go to `model/coconut.json`.
 
-        Raises CheckpointError on every rank when it cannot be written; those before it stay as they are.
+        Raises CheckpointError on every rank if it cannot be written; earlier checkpoints stay unchanged.
         """
-        path = self.path_for(stored.progress)
-        failed = f"checkpoint {path.name} cannot be written ({self._last()})"
+        path, found = self.path_for(stored.progress), self.found()
+        remaining = f"the newest is {found[-1]}" if found else "there is no earlier one"
+        failed = f"checkpoint {path.name} cannot be written ({remaining})"
         _on_main(failed, self._demand_space, engine)
         unfinished = _on_main(failed, atomic_folder.begin, path)
         try:
@@ -155,17 +154,13 @@ class Checkpoints:
             raise
         return path
 
-    def _last(self) -> str:
-        found = self.found()
-        return f"{found[-1]} is the newest there is" if found else "there is none before it"
-
     def _demand_space(self, engine: deepspeed.DeepSpeedEngine) -> None:
         atomic_folder.sweep(self.folder)
-        needed = (1 + len(states.MOMENTS)) * 4 * internals.n_elements(engine) + _BESIDE_TENSORS
+        needed = (1 + len(states.MOMENTS)) * 4 * internals.n_elements(engine) + _SMALL_FILES
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            raise OSError(f"{free / GIB:.2f} GiB are free and it takes {needed / GIB:.2f} GiB; make room")
+            raise OSError(f"{free / GIB:.2f} GiB are free, {needed / GIB:.2f} GiB are needed; free some space")
 
     def _publish(self, unfinished: Path, progress: Progress) -> None:
         path = atomic_folder.publish(unfinished)
@@ -186,46 +181,20 @@ class Checkpoints:
 
 
 def restore(path: Path, engine: deepspeed.DeepSpeedEngine) -> None:
-    """Bring optimizer, loss scale and random numbers back to where they were; called on every rank.
+    """Restore optimizer, loss scale and random states; called on every rank.
 
-    The engine was built on the checkpoint's weights. Another ZeRO file, precision or number of ranks is fine; with
-    another number of ranks dropout draws other numbers than it would have.
+    The engine must have been built on the checkpoint's weights. ZeRO file, precision and number of ranks may differ
+    from those that saved it; with another number of ranks dropout draws other numbers.
     """
     stored = read_stored(path)
-    with ExitStack() as files:
-        weights = files.enter_context(_Tensors(path / MODEL_FOLDER / WEIGHTS_FILE, drop=_PREFIX))
-        moments = {
-            moment: files.enter_context(_Tensors(_file_of(path, moment))) for moment in states.MOMENTS if stored.updates
-        }
-        # A learned window has a file of its own.
-        whole = ChainMap(stored_window(str(path)), weights)  # type: ignore[arg-type]
-        states.restore(engine, stored.updates, whole, moments)
+    # Files are mapped into memory, so a tensor is read when it is copied.
+    backbone = load_file(path / MODEL_FOLDER / WEIGHTS_FILE)
+    weights = {f"{_PREFIX}{name}": value for name, value in backbone.items()} | stored_window(str(path))
+    moments = {moment: load_file(_file_of(path, moment)) for moment in states.MOMENTS if stored.updates}
+    states.restore(engine, stored.updates, weights, moments)
     internals.restore_loss_scale(engine, stored.loss_scale)
     engine.global_steps = stored.progress.step
     _set_random_state(load_file(path / _RANDOM))
-
-
-class _Tensors(Mapping[str, torch.Tensor]):
-    """A safetensors file by name, read tensor by tensor; names may come with a prefix the file does not have."""
-
-    def __init__(self, path: Path, drop: str = ""):
-        self._file, self._drop = safe_open(path, framework="pt"), drop
-
-    def __enter__(self) -> _Tensors:
-        self._file.__enter__()
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        self._file.__exit__(*raised)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name.removeprefix(self._drop))
-
-    def __iter__(self) -> Any:
-        return iter(self._file.keys())
-
-    def __len__(self) -> int:
-        return len(self._file.keys())
 
 
 def _write_tensors(
@@ -236,7 +205,7 @@ def _write_tensors(
     stored: Stored,
     failed: str,
 ) -> None:
-    """One set of tensors after the other, so that rank 0 holds no more than one."""
+    """Gathers and writes one set of tensors at a time, so that rank 0 holds only one."""
     tensors = states.gather(engine)
     _on_main(failed, _demand_finite, tensors)
     own = {name.removeprefix(_PREFIX): value for name, value in tensors.items() if name.startswith(_PREFIX)}
@@ -248,12 +217,13 @@ def _write_tensors(
         _on_main(failed, _demand_finite, tensors)
         _on_main(failed, save_file, tensors, _file_of(folder, moment))
     watchdog.alive()
-    random = distributed.gather_to_main(_random_state())
-    _on_main(failed, save_file, _by_rank(random), folder / _RANDOM)
+    ranks = enumerate(distributed.gather_to_main(_random_state()) or ())
+    random = {f"rank{rank}.{key}": value for rank, state in ranks for key, value in state.items()}
+    _on_main(failed, save_file, random, folder / _RANDOM)
 
 
 def _demand_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    """A run could not go on from such weights, and older checkpoints would make room for them."""
+    """Raise ArithmeticError: a run could not resume from such a checkpoint, and older ones are removed after it."""
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise ArithmeticError(f"{name} holds values that are not finite; lower lr, or set max_grad_norm")
@@ -265,7 +235,7 @@ def _write_progress(folder: Path, stored: Stored) -> None:
 
 
 def _on_main(failed: str, action: Callable[..., Any], *arguments: Any) -> Any:
-    """What `action` returns on rank 0; where it fails there, CheckpointError everywhere, so that no rank waits."""
+    """Run `action` on rank 0 and return its value on every rank; raises CheckpointError on every rank if it fails."""
     value, problem = None, None
     if distributed.is_main():
         try:
@@ -288,19 +258,16 @@ def _file_of(folder: Path, moment: str) -> Path:
 
 
 def _random_state() -> dict[str, torch.Tensor]:
-    """Dropout is all that draws numbers while training; the order of the examples depends on seed and epoch alone."""
+    """Only dropout draws numbers in training; the order of the examples depends on seed and epoch alone."""
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
-def _by_rank(states: list[dict[str, torch.Tensor]] | None) -> dict[str, torch.Tensor]:
-    return {f"rank{rank}.{key}": value for rank, state in enumerate(states or ()) for key, value in state.items()}
-
-
-def _set_random_state(states: dict[str, torch.Tensor]) -> None:
-    if f"rank{distributed.world_size()}.cpu" in states or f"rank{distributed.world_size() - 1}.cpu" not in states:
+def _set_random_state(saved: dict[str, torch.Tensor]) -> None:
+    """Has no effect if another number of ranks saved them."""
+    if f"rank{distributed.world_size()}.cpu" in saved or f"rank{distributed.world_size() - 1}.cpu" not in saved:
         return
     own = f"rank{distributed.rank()}"
-    torch.set_rng_state(states[f"{own}.cpu"])
-    if torch.cuda.is_available() and f"{own}.cuda" in states:
-        torch.cuda.set_rng_state(states[f"{own}.cuda"])
+    torch.set_rng_state(saved[f"{own}.cpu"])
+    if torch.cuda.is_available() and f"{own}.cuda" in saved:
+        torch.cuda.set_rng_state(saved[f"{own}.cuda"])

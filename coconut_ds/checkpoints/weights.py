@@ -1,4 +1,4 @@
-"""Weights a run starts from: checkpoints, HF folders and hub ids, `.pt` state dicts of the published code."""
+"""Initial weights of a run: checkpoints, HF folders and hub ids, `.pt` state dicts of the published code."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from coconut_ds.runs import atomic_folder
 
 
 def latent_settings(config: RunConfig) -> dict[str, Any]:
-    """How a run makes thoughts: stored in `model/coconut.json`, with the epochs and the stage the weights have seen."""
+    """How a run makes thoughts, for `model/coconut.json`."""
     values = config.model_dump(mode="json", include={"pad_latent_to_max", "max_latent_stage", "latent_norm"})
     window = context_settings(latent_context(config))
     return {"method": config.method, "c_thought": config.thoughts_per_step, "latent_context": window, **values}
 
 
 def latent_context(config: RunConfig) -> LatentContext:
-    """The latent window and the norm of a run, as the model takes them."""
+    """The latent window and norm of a run, as arguments of the model."""
     window = config.latent_context
     if window is None:
         return LatentContext(norm=config.latent_norm)
@@ -38,7 +38,7 @@ def latent_context(config: RunConfig) -> LatentContext:
 
 
 def origin(config: RunConfig) -> dict[str, Any]:
-    """What the model card says of a run: its name, its data, the model it started from. No paths of this machine."""
+    """Facts for the model card: the run's name, data files and base model. File names only, no local paths."""
     paths = {"training": config.train_path, "validation": config.val_path}
     return {
         "name": config.name,
@@ -49,13 +49,13 @@ def origin(config: RunConfig) -> dict[str, Any]:
 
 
 def source(config: RunConfig) -> str:
-    """Where the weights come from: `scratch`, a folder or a hub id; of a `.pt` the model it was trained from."""
+    """Where the weights come from: `scratch`, a folder or a hub id; for a `.pt` file its base model."""
     path = config.load_model_path
     return config.model_id if path is None or Path(path).is_file() else path
 
 
 def _base_model(config: RunConfig) -> str | None:
-    """The hub id that the weights come from; None where there is none, or where nobody knows."""
+    """The hub id that the weights come from; None if there is none or it is unknown."""
     name = source(config)
     if Path(name).exists():
         return (stored_settings(name) or {}).get("base_model")
@@ -71,12 +71,12 @@ def load_initial(
 ) -> Backbone:
     """The backbone to start from, with marker tokens if its method `has_thoughts`.
 
-    `path` leads to its weights, and may be a checkpoint, an HF folder or hub id, or a `.pt` state dict as the published
-    code saves it; None takes those of `model_id`. `from_scratch` makes the model of `model_id: scratch`. Without
-    weights those of a folder or hub id are random and need not be there. Raises InputError for a damaged checkpoint.
+    `path` names its weights: a checkpoint, an HF folder or hub id, or a `.pt` state dict as the published code saves
+    it; None takes those of `model_id`. `from_scratch` builds the model of `model_id: scratch`. If not `with_weights`,
+    the weights of a folder or hub id are random and need not exist. Raises InputError for a damaged checkpoint.
     """
     if path is not None:
-        _demand_there(Path(path))
+        _demand_exists(Path(path))
         if with_weights:
             check_intact(Path(path))
     is_state_dict = path is not None and Path(path).is_file()
@@ -98,18 +98,18 @@ def load_initial(
     return backbone
 
 
-def _demand_there(path: Path) -> None:
-    """Raise InputError for what can be no hub id, which has two parts at most, and is not there."""
+def _demand_exists(path: Path) -> None:
+    """Raise InputError for a missing path that cannot be a hub id, which has at most two parts."""
     if len(path.parts) > 2 and not path.exists():
-        beside = sorted(each.name for each in path.parent.glob("*/")) if path.parent.is_dir() else []
-        there = f"{path.parent} has {', '.join(beside)}" if beside else f"nor is there anything in {path.parent}"
-        raise InputError(f"load_model_path: {path} is not there; {there}")
+        siblings = sorted(each.name for each in path.parent.glob("*/")) if path.parent.is_dir() else []
+        instead = f"has {', '.join(siblings)}" if siblings else "has no folders either"
+        raise InputError(f"load_model_path: {path} does not exist; {path.parent} {instead}")
 
 
 def check_intact(source: Path) -> None:
-    """Hold a checkpoint of ours, or the one that a `model/` folder lies in, against its manifest.
+    """Verify a run's checkpoint, or the one around a `model/` folder, against its manifest.
 
-    Raises InputError with every fault.
+    Raises InputError listing every fault; other folders and hub ids pass.
     """
     is_inside = source.name == MODEL_FOLDER and (source.parent / atomic_folder.MANIFEST).is_file()
     checkpoint = source.parent if is_inside else source
@@ -118,21 +118,22 @@ def check_intact(source: Path) -> None:
 
 
 def _load_state_dict(backbone: Backbone, path: str) -> None:
-    """Load a published state dict: keys with or without prefixes of wrappers, with or without marker tokens."""
+    """Load a published state dict: keys with or without wrapper prefixes, with or without marker tokens."""
     state = _read_state_dict(path)
     model: Any = backbone.model
     table = model.get_input_embeddings().weight.data_ptr()
-    n_rows = next((len(state[key]) for key, place in _places(model) if place == table and key in state), 0)
-    # Published Coconut has a row for each token and no more, also where the model it starts from has spare ones.
+    names = [key for key, value in model.state_dict().items() if value.data_ptr() == table and key in state]
+    n_rows = len(state[names[0]]) if names else 0
+    # Published Coconut has exactly one row per token, even if its base model has spare rows.
     n_with_markers = len(backbone.tokenizer) + len(MARKERS)
     if n_rows == n_with_markers:
         add_markers(backbone)
         model.resize_token_embeddings(n_with_markers, mean_resizing=False)
     own = model.state_dict()
     _demand_one_head(path, model, state)
-    # Of names for one tensor one is enough.
-    there = {own[key].data_ptr() for key in state if key in own}
-    missing = [key for key, value in own.items() if key not in state and value.data_ptr() not in there]
+    # Of tied names one is enough.
+    given = {own[key].data_ptr() for key in state if key in own}
+    missing = [key for key, value in own.items() if key not in state and value.data_ptr() not in given]
     unexpected = [key for key in state if key not in own]
     misshaped = {
         key: f"{list(value.shape)} of {value.dtype}, not {list(own[key].shape)} of {own[key].dtype}"
@@ -145,33 +146,22 @@ def _load_state_dict(backbone: Backbone, path: str) -> None:
 
 
 def _is_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether one can be copied into the other; numbers of quantized weights mean nothing by themselves."""
+    """Whether one can be copied into the other; quantized weights mean nothing without their scales."""
     return one.shape == other.shape and is_plain(one) == is_plain(other)
 
 
 def _demand_one_head(path: str, model: Any, state: Mapping[str, torch.Tensor]) -> None:
-    """Raise InputError where a model whose head is its embedding would get two tables, of which one would win."""
-    for own in _tied_names(model):
-        first, *others = [key for key in state if key in own] or [""]
+    """Raise InputError if names of one tied weight have different values in `state`: one of them would win."""
+    own, tied = model.state_dict(), defaultdict(list)
+    for key in state:
+        if key in own:
+            tied[own[key].data_ptr()].append(key)
+    for first, *others in tied.values():
         if any(_is_alike(state[first], state[key]) and not torch.equal(state[first], state[key]) for key in others):
-            names = [first, *others]
             raise InputError(
-                f"load_model_path: {path} has different values in {' and '.join(names)}, which are one weight in "
-                f"{model.config.model_type}; set tie_word_embeddings to false in config.json of the model_id"
+                f"load_model_path: {path} has different values in {' and '.join([first, *others])}, which are one "
+                f"weight in {model.config.model_type}; set tie_word_embeddings to false in config.json of the model_id"
             )
-
-
-def _tied_names(model: Any) -> list[list[str]]:
-    """Names of the weights that go by several."""
-    names: dict[int, list[str]] = defaultdict(list)
-    for name, place in _places(model):
-        names[place].append(name)
-    return [each for each in names.values() if len(each) > 1]
-
-
-def _places(model: Any) -> list[tuple[str, int]]:
-    """Each name of a weight and the address of its values."""
-    return [(name, value.data_ptr()) for name, value in model.state_dict().items()]
 
 
 def _read_state_dict(path: str) -> dict[str, torch.Tensor]:
@@ -181,11 +171,9 @@ def _read_state_dict(path: str) -> dict[str, torch.Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        problem = f"is not a state dict of tensors ({type(error).__name__})"
-        raise InputError(f"load_model_path: {path} {problem}{_of_deepspeed(path)}") from None
+        raise _not_a_state_dict(path, error) from None
     if not isinstance(state, dict) or not all(map(_is_named_tensor, state.items())):
-        problem = f"is not a state dict of tensors ({type(state).__name__})"
-        raise InputError(f"load_model_path: {path} {problem}{_of_deepspeed(path) or _nested(path, state)}")
+        raise _not_a_state_dict(path, state)
     plain = {plain_name(key): value for key, value in state.items()}
     if len(plain) < len(state):
         raise InputError(f"load_model_path: {path} has weights twice, with and without prefixes; save one of them")
@@ -198,37 +186,36 @@ def _is_named_tensor(item: tuple[Any, Any]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
 
 
-def _of_deepspeed(path: str) -> str:
-    if not path.endswith("_states.pt"):
-        return ""
-    return (
-        "; it is a piece of a DeepSpeed checkpoint: put the pieces together with the script zero_to_fp32.py that "
-        "DeepSpeed left above them, and name the file it makes"
-    )
+def _not_a_state_dict(path: str, found: Any) -> InputError:
+    hint = ""
+    if path.endswith("_states.pt"):
+        hint = (
+            "; it is a shard of a DeepSpeed checkpoint: merge the shards with the script zero_to_fp32.py in the folder "
+            "above them, and name the file it writes"
+        )
+    elif isinstance(found, dict):
+        hint = _nested(path, found)
+    return InputError(f"load_model_path: {path} is not a state dict of tensors ({type(found).__name__}){hint}")
 
 
-def _nested(path: str, values: Any) -> str:
-    """Where in a dict of dicts the tensors are, or what is beside them, and how to take them out."""
-    if not isinstance(values, dict):
-        return ""
-    keys = _path_to_tensors(values)
-    if keys:
-        place = "".join(f"[{key!r}]" for key in keys)
-        return f"; they are in {place}: {_taken_out(f'torch.load({path!r}, weights_only=True){place}')}"
+def _nested(path: str, values: dict[Any, Any]) -> str:
+    """Where the tensors of a nested dict are, or what stands beside them, and the command that extracts them."""
     others = [key for key, value in values.items() if not _is_named_tensor((key, value))]
-    if len(others) == len(values):
+    tensors = f"torch.load({path!r}, weights_only=True)"
+    if keys := _path_to_tensors(values):
+        place = "".join(f"[{key!r}]" for key in keys)
+        advice, tensors = f"they are in {place}: extract them", f"{tensors}{place}"
+    elif len(others) < len(values):
+        advice = f"{others[:3]} are not tensors: extract the others"
+        tensors = f"{{k: v for k, v in {tensors}.items() if torch.is_tensor(v)}}"
+    else:
         return ""
-    tensors = f"{{k: v for k, v in torch.load({path!r}, weights_only=True).items() if torch.is_tensor(v)}}"
-    return f"; {others[:3]} are none: {_taken_out(tensors)}"
-
-
-def _taken_out(tensors: str) -> str:
     code = f"import torch; torch.save({tensors}, 'weights.pt')"
-    return f"take them out with `python -c {shlex.quote(code)}` and name weights.pt"
+    return f"; {advice} with `python -c {shlex.quote(code)}` and name weights.pt"
 
 
 def _path_to_tensors(values: Any) -> list[str] | None:
-    """Keys that lead to the largest dict of tensors inside of dicts; None where there is none."""
+    """Keys that lead to the largest nested dict of tensors; None if there is none."""
     if not isinstance(values, dict):
         return None
     if values and all(isinstance(value, torch.Tensor) for value in values.values()):

@@ -63,8 +63,8 @@ def test_free_space_is_looked_at_before_anything_is_written_and_after_leftovers_
     with pytest.raises(CheckpointError) as error:
         save(tmp_path)
     assert "checkpoint epoch_0002 cannot be written" in str(error.value)
-    assert "epoch_0001 is the newest there is" in str(error.value)
-    assert "0.00 GiB are free and it takes 0.06 GiB; make room" in str(error.value)
+    assert f"(the newest is {tmp_path}/checkpoints/epoch_0001): " in str(error.value)
+    assert "0.00 GiB are free, 0.06 GiB are needed; free some space" in str(error.value)
     assert names(tmp_path) == ["epoch_0001"]
 
 
@@ -73,7 +73,7 @@ def test_a_library_that_reports_a_full_disk_in_its_own_way(tmp_path, monkeypatch
         raise Exception("No space left on device (os error 28)")
 
     monkeypatch.setattr(atomic_folder, "begin", full)
-    with pytest.raises(CheckpointError, match=r"there is none before it.*No space left on device"):
+    with pytest.raises(CheckpointError, match=r"there is no earlier one.*No space left on device"):
         save(tmp_path)
 
 

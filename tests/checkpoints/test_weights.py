@@ -509,11 +509,11 @@ STATE_DICTS = {
     "numbered": (lambda state: dict(enumerate(state.values())), r"is not a state dict of tensors \(dict\)"),
     "not tensors alone": (
         lambda state: state | {"epoch": 3},
-        r"is not a state dict of tensors \(\w+\); \['epoch'\] are none: take them out with `python -c",
+        r"is not a state dict of tensors \(\w+\); \['epoch'\] are not tensors: extract the others with `python -c",
     ),
     "nested": (
         lambda state: {"epoch": 3, "optimizer": {"step": torch.ones(1)}, "model_state_dict": state},
-        r"they are in \['model_state_dict'\]: take them out with `python -c 'import torch; torch.save\(torch.load\(",
+        r"they are in \['model_state_dict'\]: extract them with `python -c 'import torch; torch.save\(torch.load\(",
     ),
     "nested twice": (
         lambda state: {"state": {"module": state}, "lr": 0.1},
@@ -564,7 +564,7 @@ def test_checkpoints_of_deepspeed_are_refused_with_the_way_out(tmp_path):
             initial(run(load_model_path=str(named)))
         assert f"`python '{shards.parent}/zero_to_fp32.py' '{shards.parent}' OUT`" in str(caught.value)
     folder = save_plain(make("gpt2", markers=False), tmp_path / "base")
-    with pytest.raises(InputError, match=r"a piece of a DeepSpeed checkpoint: .* zero_to_fp32.py"):
+    with pytest.raises(InputError, match=r"a shard of a DeepSpeed checkpoint: .* zero_to_fp32.py"):
         initial(run(model_id=folder, load_model_path=str(file)))
 
 

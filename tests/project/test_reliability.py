@@ -145,7 +145,7 @@ def test_a_limit_on_the_size_of_files_is_reported_as_well(folder):
     process = launching.start(["bash", "-c", 'ulimit -f 512; exec "$@"', "bash", *command])
     done = launching.finish(process)
     assert done.returncode == 2, done.stdout
-    assert "checkpoint epoch_0000_step_00000002 cannot be written (there is none before it)" in done.stdout
+    assert "checkpoint epoch_0000_step_00000002 cannot be written (there is no earlier one)" in done.stdout
 
 
 def test_a_folder_that_cannot_be_written_is_said_at_once(folder):
@@ -222,7 +222,7 @@ def test_all_checkpoints_damaged_is_an_error_and_not_a_new_start(folder):
         (path / "manifest.json").unlink()
     output = launching.train(faults.run_of(folder, name), folder / name, ranks=2, expect=2)
     n_checkpoints = len(checkpoints(folder, name))
-    assert f"all {n_checkpoints} checkpoints are damaged; remove the folder to start the run afresh" in output
+    assert f"all {n_checkpoints} checkpoints are damaged; remove the folder to start over" in output
 
 
 def test_two_hosts_are_the_same_run_as_one(folder):
