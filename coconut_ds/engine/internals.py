@@ -47,6 +47,7 @@ try:
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
     from torch.utils._pytree import tree_iter as tree_iter
+    from torch.utils._pytree import tree_map_only as tree_map_only
 except ImportError as error:
     raise InternalsError("torch", str(error)) from error
 

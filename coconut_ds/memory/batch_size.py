@@ -1,4 +1,4 @@
-"""`batch_size_training: auto` and `eval_batch_size: auto`: the largest batch the memory holds."""
+"""`batch_size_training: auto` and `eval_batch_size: auto`: the largest batch that fits in memory."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from coconut_ds.data.batches import Tokens, TokenSequence, to_device
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.errors import InputError
 from coconut_ds.memory.activations import batch_of, measure, predicted_peak, widest_sequence
-from coconut_ds.memory.model_states import model_states
+from coconut_ds.memory.model_states import element_bytes, model_states
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.runs.terminal import say
 from coconut_ds.runtime import distributed
 
 USABLE_SHARE = 0.9
-"""Of the memory; the rest is for fragments, the CUDA context's workspaces and what the meter cannot see."""
+"""Share of the memory to plan with; the rest is for fragmentation, CUDA workspaces and what the meter cannot see."""
 _MOST_EVAL_ROWS = 256
 
 
@@ -36,7 +36,7 @@ def memory_budget() -> int:
 
 
 def distinct_stages(config: RunConfig, curriculum: Curriculum) -> list[int]:
-    """The stages of a run that have layouts of their own, in order."""
+    """The stages of a run with different layouts, in order."""
     stages = {curriculum.stage(epoch) for epoch in range(config.resume, config.num_epochs)}
     return sorted({min(stage, curriculum.max_latent_stage + 1) for stage in stages})
 
@@ -46,20 +46,20 @@ def choose_micro_batch(
 ) -> int:
     """The largest micro-batch that divides `train_batch_size` over the ranks and fits in every stage of the run.
 
-    Predicted on every rank, tried on a GPU with the longest batch possible; the smallest over ranks is taken. Raises
-    InputError if one example is too much.
+    Each rank predicts its own, and on a GPU tries the longest possible batch; the minimum over ranks is returned.
+    Raises InputError if not even one example fits.
     """
     world = draft.sizes.world
     per_rank = draft.sizes.total // world
     kept = kept_between_steps(model, draft.ds_config)
     budget = memory_budget() - kept
     deciding = deciding_sequences(draft.config, examples, curriculum, tokens)
-    width = width_of_run(draft.ds_config)
-    rows = min(measure(model, sequence, width).most_rows(budget) for sequence in deciding)
+    dtype = memory_dtype(draft.ds_config)
+    rows = min(measure(model, sequence, dtype).most_rows(budget) for sequence in deciding)
     micro = largest_divisor(per_rank, rows)
     if torch.cuda.is_available():
         # A copy: the weights to train keep their precision.
-        micro = tried(copy.deepcopy(model).to(width), deciding, micro, per_rank, kept)
+        micro = halved_until_it_fits(copy.deepcopy(model).to(dtype), deciding, micro, per_rank, kept)
     micro = distributed.min_over_ranks(micro)
     if micro == 0:
         raise InputError(
@@ -73,14 +73,14 @@ def choose_micro_batch(
 def planned_peak(
     model: Coconut, ds_config: dict[str, Any], sequences: Sequence[TokenSequence], micro: int
 ) -> tuple[int, int]:
-    """Bytes of a rank: what is kept between steps, and what a forward and backward over `micro` rows adds at most."""
-    width = width_of_run(ds_config)
-    activations = max(predicted_peak(model, batch_of(sequence, micro), width) for sequence in sequences)
+    """Bytes per rank: kept between steps, and added at most by a forward and backward over `micro` rows."""
+    dtype = memory_dtype(ds_config)
+    activations = max(predicted_peak(model, batch_of(sequence, micro), dtype) for sequence in sequences)
     return kept_between_steps(model, ds_config), activations
 
 
 def kept_between_steps(model: Coconut, ds_config: dict[str, Any]) -> int:
-    """Bytes of a rank's model states: on its GPU, or on the host where there is none."""
+    """Bytes of a rank's model states on its GPU, or on the host if there is no GPU."""
     parameters = [parameter.numel() for parameter in model.parameters()]
     states = model_states(ds_config, sum(parameters), max(parameters), distributed.world_size())
     return states.device if torch.cuda.is_available() else states.device + states.host
@@ -91,24 +91,23 @@ def deciding_sequences(
 ) -> list[TokenSequence]:
     """The longest sequences of the stages that decide whether a run fits."""
     widest = [widest_sequence(examples, curriculum, stage, tokens) for stage in distinct_stages(config, curriculum)]
-    # Columns cost most, then passes; whichever stage has the most of either decides.
+    # The number of columns costs most, then the number of passes.
     longest, most_passes = max(widest, key=lambda each: len(each.ids)), max(widest, key=lambda each: each.n_thoughts)
     return [longest] if longest == most_passes else [longest, most_passes]
 
 
-def width_of_run(ds_config: dict[str, Any]) -> torch.dtype:
-    """What a run computes in, as far as memory goes: bf16 stands for fp16."""
-    is_wide = not (ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"])
-    return torch.float32 if is_wide else torch.bfloat16
+def memory_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """The type to measure activations in: bf16 stands for fp16, which has the same size."""
+    return torch.float32 if element_bytes(ds_config) == torch.float32.itemsize else torch.bfloat16
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is at most `limit`; 0 where there is none."""
+    """The largest divisor of `number` that is at most `limit`; 0 if there is none."""
     return next((size for size in range(min(number, limit), 0, -1) if number % size == 0), 0)
 
 
-def tried(model: Coconut, sequences: list[TokenSequence], micro: int, per_rank: int, kept: int) -> int:
-    """`micro`, or what is left of it when micro-batches that run out of memory are halved; 0 when none fits."""
+def halved_until_it_fits(model: Coconut, sequences: list[TokenSequence], micro: int, per_rank: int, kept: int) -> int:
+    """`micro`, at least halved for each time it runs out of memory; 0 if nothing fits."""
     while micro and not all(_fits(model, sequence, micro, kept) for sequence in sequences):
         micro = largest_divisor(per_rank, micro // 2)
     return micro
@@ -119,7 +118,7 @@ def _fits(model: Coconut, sequence: TokenSequence, rows: int, kept: int) -> bool
     weights = sum(parameter.nbytes for parameter in model.parameters())
     try:
         model.to(device)
-        # In place of what the engine will keep beside the weights.
+        # Stands for what the engine will keep beside the weights.
         reserved = torch.empty(max(0, kept - weights), dtype=torch.uint8, device=device)
         model(**to_device(batch_of(sequence, rows).inputs)).loss.backward()
         del reserved
@@ -135,7 +134,7 @@ def _fits(model: Coconut, sequence: TokenSequence, rows: int, kept: int) -> bool
 
 @torch.no_grad()
 def choose_eval_batch(model: Coconut, prompt_columns: int, new_tokens: int, n_examples: int) -> int:
-    """Rows of a decoding batch that half of the free memory holds, at most 256 and the set itself.
+    """Rows of a decoding batch that fit in half of the free memory, at most 256 and the size of the set.
 
     A row costs its keys and values up to the last new token, the widest activations of one layer over the prompt, and
     its logits.

@@ -1,4 +1,4 @@
-"""Peak memory: the allocator's on a GPU, live tensor bytes or the resident set on a CPU."""
+"""Peak memory: the allocator's on a GPU; live tensor bytes or the resident set on a CPU."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def peak_memory_gib() -> float:
 
 
 class LiveTensorMeter(TorchDispatchMode):
-    """Counts the bytes of tensors created inside the context and still alive: the allocator's view, without a GPU.
+    """Counts the bytes of live tensors created inside the context, as an allocator would, without a GPU.
 
-    `live` and `peak` are bytes; `history` is `live` after each operation. Storages are counted once, however many
-    views they have, and not at all when they were there before; temporaries inside a kernel are not seen. Slow: every
-    operation passes through Python.
+    `live` and `peak` are bytes; `history` is `live` after each operation. A storage counts once, however many views it
+    has, and not at all if it existed before; temporaries inside a kernel are not seen. Slow: every operation passes
+    through Python.
     """
 
     def __init__(self) -> None:
@@ -41,15 +41,15 @@ class LiveTensorMeter(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for storage in _storages((args, kwargs)):
-            self._know(storage, n_bytes=0)
+            self._register(storage, n_bytes=0)
         result = function(*args, **kwargs)
         for storage in _storages(result):
-            self._know(storage, storage.nbytes())
+            self._register(storage, storage.nbytes())
         self.history.append(self.live)
         return result
 
-    def _know(self, storage: torch.UntypedStorage, n_bytes: int) -> None:
-        key = id(storage)  # torch keeps one Python object for a storage as long as that lives
+    def _register(self, storage: torch.UntypedStorage, n_bytes: int) -> None:
+        key = id(storage)  # torch keeps one Python object per storage for its whole life
         if key in self._known:
             return
         self._known.add(key)

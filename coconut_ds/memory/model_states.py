@@ -1,6 +1,6 @@
-"""Pure: what ZeRO keeps between steps, from a resolved DeepSpeed configuration.
+"""Memory that ZeRO keeps between steps, computed from a resolved DeepSpeed configuration.
 
-The arithmetic of Rajbhandari et al., ZeRO (arXiv 1910.02054), section 3.1, with the buffers DeepSpeed 0.19.8 adds.
+The formulas of Rajbhandari et al., ZeRO (arXiv 1910.02054), section 3.1, and the buffers that DeepSpeed 0.19.8 adds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class ModelStates:
-    """Bytes per rank; `device` is the GPU, or host memory like everything else on a CPU."""
+    """Bytes per rank; without a GPU both are host memory."""
 
     device: int
     host: int
@@ -26,11 +26,11 @@ class ModelStates:
 def model_states(ds_config: dict[str, Any], n_parameters: int, largest_parameter: int, world: int) -> ModelStates:
     """Weights, gradients, fp32 masters, Adam's moments and ZeRO's buffers of one rank.
 
-    `largest_parameter` in elements: with offload its gradient passes through a buffer of its size.
+    `largest_parameter` in elements: with offload, gradients pass through a buffer of that size.
     """
     zero = ds_config["zero_optimization"]
     stage = zero.get("stage", 0)
-    width = _width(ds_config)
+    width = element_bytes(ds_config)
     weights, gradients = n_parameters * width, n_parameters * width
     if stage == 0:
         masters = n_parameters * _FP32 if width == 2 else 0
@@ -41,7 +41,7 @@ def model_states(ds_config: dict[str, Any], n_parameters: int, largest_parameter
         gradients = share * width
     resident, on_host = weights, 0
     if stage == 3:
-        # In a multi-pass backward weights are released late: as many are gathered as the file allows.
+        # A multi-pass backward releases weights late, so the number of gathered ones reaches the file's limit.
         live = min(n_parameters, zero.get("stage3_max_live_parameters", 1_000_000_000)) * width
         is_resident = (zero.get("offload_param") or {}).get("device", "none") == "none"
         resident, on_host = live + (share * width if is_resident else 0), 0 if is_resident else share * width
@@ -52,18 +52,19 @@ def model_states(ds_config: dict[str, Any], n_parameters: int, largest_parameter
     return ModelStates(resident + buckets + passing, on_host + optimizer + share * _FP32)
 
 
-def _width(ds_config: dict[str, Any]) -> int:
+def element_bytes(ds_config: dict[str, Any]) -> int:
+    """Bytes of a weight as a run computes with it."""
     return 2 if ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"] else _FP32
 
 
 def bucket_bytes(ds_config: dict[str, Any], sizes: dict[str, int] | None = None) -> dict[str, int]:
-    """Bytes of ZeRO's buckets by their key, as far as they are buffers: allgather_bucket_size only cuts what is sent.
+    """Bytes of ZeRO's buckets by key, without allgather_bucket_size, which only splits messages and has no buffer.
 
     `sizes`: number of elements per key, instead of the file's.
     """
     zero = ds_config["zero_optimization"]
     elements = sizes or DEFAULT_BUCKETS | {key: zero[key] for key in DEFAULT_BUCKETS if key in zero}
-    stage, width = zero.get("stage", 0), _width(ds_config)
+    stage, width = zero.get("stage", 0), element_bytes(ds_config)
     found = {}
     if stage >= 1:
         found["reduce_bucket_size"] = elements["reduce_bucket_size"] * width * (2 if zero.get("overlap_comm") else 1)
@@ -73,9 +74,9 @@ def bucket_bytes(ds_config: dict[str, Any], sizes: dict[str, int] | None = None)
 
 
 def bucket_note(ds_config: dict[str, Any], file: str) -> str | None:
-    """Why ZeRO's buckets take the memory they take, and what to write; None where they are small and named.
+    """Explains large buckets of ZeRO, and what to write instead; None if there are none.
 
-    Buckets are named where the `file` has none, so that DeepSpeed's defaults apply, and where one is above 1 GiB.
+    Reported are buckets above 1 GiB, and those the `file` does not set, for which DeepSpeed's defaults apply.
     """
     zero, small = ds_config["zero_optimization"], bucket_bytes(ds_config, SMALL_BUCKETS)
     clauses, write = [], []

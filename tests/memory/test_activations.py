@@ -20,7 +20,7 @@ from coconut_ds.memory.activations import (
     predicted_peak,
     widest_sequence,
 )
-from coconut_ds.memory.batch_size import choose_eval_batch, distinct_stages, largest_divisor, tried
+from coconut_ds.memory.batch_size import choose_eval_batch, distinct_stages, halved_until_it_fits, largest_divisor
 from coconut_ds.model import fast
 from coconut_ds.model.latents import _constant
 
@@ -141,7 +141,7 @@ def test_what_runs_out_of_memory_is_halved(monkeypatch, fitting, expected):
         return rows <= fitting
 
     monkeypatch.setattr(batch_size, "_fits", fits)
-    assert tried(None, [None], 64, 64, 0) == expected
+    assert halved_until_it_fits(None, [None], 64, 64, 0) == expected
     assert asked == sorted(asked, reverse=True)
 
 
