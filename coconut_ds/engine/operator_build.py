@@ -58,14 +58,11 @@ def builds_announced() -> Iterator[None]:
 
     # Methods and not the class, which torch.utils.cpp_extension has imported by name.
     replaced = {"try_acquire": acquire_aloud, "wait": wait_aloud, "release": release_and_stop}
-    before = {name: getattr(baton, name) for name in replaced}
-    for name, method in replaced.items():
-        setattr(baton, name, method)
-    try:
-        yield
-    finally:
-        for name, method in before.items():
+    with contextlib.ExitStack() as undo:
+        for name, method in replaced.items():
+            undo.callback(setattr, baton, name, getattr(baton, name))
             setattr(baton, name, method)
+        yield
 
 
 def _compiling_text(lock: Path) -> str:

@@ -11,16 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
+import deepspeed.utils as ds_utils
 import torch
 import torch.nn.functional as F
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import nn
 
 from coconut_ds.engine import internals
@@ -102,10 +95,10 @@ def _held(
         master = masters[parameter]
         return master if moment is None else engine.basic_optimizer.state[master][moment]
     if moment is not None:
-        return safe_get_full_optimizer_state(parameter, moment)
+        return ds_utils.safe_get_full_optimizer_state(parameter, moment)
     # Below stage 3 weights are whole on every rank, and in fp32 they are their own masters.
     is_master = stage < 3 and parameter.dtype == torch.float32
-    return parameter if is_master else safe_get_full_fp32_param(parameter)
+    return parameter if is_master else ds_utils.safe_get_full_fp32_param(parameter)
 
 
 def _set(
@@ -124,8 +117,8 @@ def _set(
     if stage == 0:
         _held(engine, masters, parameter, moment).data.copy_(whole)
     elif moment is None:
-        set_weight = safe_set_local_fp32_param if stage == 3 else safe_set_full_fp32_param
+        set_weight = ds_utils.safe_set_local_fp32_param if stage == 3 else ds_utils.safe_set_full_fp32_param
         set_weight(parameter, whole)
     else:
-        set_moment = safe_set_local_optimizer_state if stage == 3 else safe_set_full_optimizer_state
+        set_moment = ds_utils.safe_set_local_optimizer_state if stage == 3 else ds_utils.safe_set_full_optimizer_state
         set_moment(parameter, whole, moment)

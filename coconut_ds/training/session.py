@@ -56,7 +56,8 @@ def train(draft: DraftRun) -> None:
     torch.manual_seed(config.seed)
     with process_group(config.hang_limit_s):
         newest = checkpoints.newest_intact()
-        metrics = _earlier_metrics(folder)
+        is_main = distributed.is_main()
+        metrics = read_metrics(folder.metrics) if is_main and folder.metrics.is_file() else Metrics()
         is_done = distributed.from_main(newest is not None and _is_done(config, newest, metrics))
         if newest is not None and not is_done:
             say(f"resuming from {newest}")
@@ -65,7 +66,7 @@ def train(draft: DraftRun) -> None:
         setup = load_setup(config, config.load_model_path if newest is None else str(newest), draft.checkpointing)
         if newest is None or not is_done:
             _train(_measured(draft, setup), folder, setup, checkpoints, newest)
-        elif distributed.is_main():
+        elif is_main:
             _report_done(config, folder, setup, newest, metrics)
 
 
@@ -99,11 +100,10 @@ def _train(run: ResolvedRun, folder: RunFolder, setup: Setup, checkpoints: Check
 
 def _measured(draft: DraftRun, setup: Setup) -> ResolvedRun:
     """The run with the micro-batch that `auto` stands for, now that there is a model to measure."""
-    if draft.is_measured:
-        return with_micro_batch(draft, draft.sizes.micro)
-    return with_micro_batch(
-        draft, choose_micro_batch(draft, setup.model, setup.train_set, setup.curriculum, setup.tokens)
-    )
+    micro = draft.sizes.micro
+    if not draft.is_measured:
+        micro = choose_micro_batch(draft, setup.model, setup.train_set, setup.curriculum, setup.tokens)
+    return with_micro_batch(draft, micro)
 
 
 def _planned(run: ResolvedRun, setup: Setup) -> tuple[int, int] | None:
@@ -118,35 +118,31 @@ def _planned(run: ResolvedRun, setup: Setup) -> tuple[int, int] | None:
 
 def evaluate(draft: DraftRun) -> None:
     """Evaluate `load_model_path` on the test set, or on the validation set if no test set is named."""
-    with process_group(draft.config.hang_limit_s):
-        _evaluate(draft)
-
-
-def _evaluate(draft: DraftRun) -> None:
     config, folder = draft.config, RunFolder(draft.config.run_folder)
-    path = str(config.test_path or config.val_path)
-    records = read_records(path, DEBUG_EXAMPLES if config.debug else None)
-    backbone = load_initial(config.model_id, config.load_model_path, config.traits.thoughts != "none")
-    curriculum = Curriculum.of(config)
-    stage = _stage_to_evaluate(config, curriculum)
-    examples = tokenized(path, records, backbone, curriculum, config.max_new_tokens)
-    model, tokens = build_coconut(config, backbone, config.load_model_path)
-    if distributed.is_main():
-        _warn(_doubts(config, path, records, examples, backbone))
-    model.to(distributed.device(), _DTYPES[draft.precision])
-    evaluator = _evaluator(draft, model, examples, curriculum, tokens, backbone)
-    with watchdog.watching(config.hang_limit_s, terminal()):
-        outcome = evaluator.run(stage)
-    if outcome is None:
-        return
-    evaluation, predictions = outcome
-    name = f"eval_{Path(path).stem}"
-    write_predictions(folder, name, predictions)
-    say(summary.evaluation_text(config, path, stage, evaluation))
-    if evaluation.n_cut:
-        say(f"warning: {cut_warning(evaluation.n_cut, evaluation.n_total, config.max_new_tokens)}")
-    say(f"predictions: {folder.predictions_file(name)}")
-    say(strict_json.dumps({"path": str(path), "stage": stage, **evaluation.as_dict()}))
+    with process_group(config.hang_limit_s):
+        path = str(config.test_path or config.val_path)
+        records = read_records(path, DEBUG_EXAMPLES if config.debug else None)
+        backbone = load_initial(config.model_id, config.load_model_path, config.traits.thoughts != "none")
+        curriculum = Curriculum.of(config)
+        stage = _stage_to_evaluate(config, curriculum)
+        examples = tokenized(path, records, backbone, curriculum, config.max_new_tokens)
+        model, tokens = build_coconut(config, backbone, config.load_model_path)
+        if distributed.is_main():
+            _warn(_doubts(config, path, records, examples, backbone))
+        model.to(distributed.device(), _DTYPES[draft.precision])
+        evaluator = _evaluator(draft, model, examples, curriculum, tokens, backbone)
+        with watchdog.watching(config.hang_limit_s, terminal()):
+            outcome = evaluator.run(stage)
+        if outcome is None:
+            return
+        evaluation, predictions = outcome
+        name = f"eval_{Path(path).stem}"
+        write_predictions(folder, name, predictions)
+        say(summary.evaluation_text(config, path, stage, evaluation))
+        if evaluation.n_cut:
+            say(f"warning: {cut_warning(evaluation.n_cut, evaluation.n_total, config.max_new_tokens)}")
+        say(f"predictions: {folder.predictions_file(name)}")
+        say(strict_json.dumps({"path": path, "stage": stage, **evaluation.as_dict()}))
 
 
 def _doubts(
@@ -203,11 +199,6 @@ def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:
             f"CHECKPOINT takes the run file of the training, or change these:\n{summary.bullets(differing)}"
         )
     return stored["stage"] if "stage" in stored and not config.resume else curriculum.stage(config.resume)
-
-
-def _earlier_metrics(folder: RunFolder) -> Metrics:
-    """The events of earlier starts; on rank 0 only."""
-    return read_metrics(folder.metrics) if distributed.is_main() and folder.metrics.is_file() else Metrics()
 
 
 def _is_done(config: RunConfig, newest: Path, metrics: Metrics) -> bool:

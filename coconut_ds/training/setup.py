@@ -129,13 +129,23 @@ def build_coconut(
     if weights is not None:
         load_window(model.latent_window.logits, weights)
     if checkpointing is not None and checkpointing.enabled:
-        _checkpoint_activations(model, checkpointing)
+        try:
+            model.enable_activation_checkpointing(checkpointing.every_n_layers, checkpointing.offload)
+        except ValueError as error:
+            raise InputError(str(error)) from None
     return model, tokens
 
 
 def _tokens(config: RunConfig, backbone: Backbone) -> Tokens:
-    fact_end = None if config.shuffle_facts is None else _single_token(backbone, config.shuffle_facts)
-    return Tokens.of(config.method, backbone.tokenizer, fact_end)
+    if config.shuffle_facts is None:
+        return Tokens.of(config.method, backbone.tokenizer, None)
+    ids = backbone.tokenizer(config.shuffle_facts, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise InputError(
+            f"shuffle_facts: {config.shuffle_facts!r} is {len(ids)} tokens; name the one token that ends every fact, "
+            "such as '|' in symbolic ProsQA"
+        )
+    return Tokens.of(config.method, backbone.tokenizer, int(ids[0]))
 
 
 def _demand_facts(config: RunConfig, tokens: Tokens, train_set: Dataset) -> None:
@@ -145,20 +155,3 @@ def _demand_facts(config: RunConfig, tokens: Tokens, train_set: Dataset) -> None
             f"shuffle_facts: no training question has the token {config.shuffle_facts!r}; name the one that ends every "
             "fact as it stands there (with GPT-2's tokenizer the space before it belongs to it: ' |')"
         )
-
-
-def _single_token(backbone: Backbone, text: str) -> int:
-    ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise InputError(
-            f"shuffle_facts: {text!r} is {len(ids)} tokens; name the one token that ends every fact, such as '|' in "
-            "symbolic ProsQA"
-        )
-    return int(ids[0])
-
-
-def _checkpoint_activations(model: Coconut, wanted: ActivationCheckpointingConfig) -> None:
-    try:
-        model.enable_activation_checkpointing(wanted.every_n_layers, wanted.offload)
-    except ValueError as error:
-        raise InputError(str(error)) from None
