@@ -190,7 +190,7 @@ def restore(path: Path, engine: deepspeed.DeepSpeedEngine) -> None:
     # Files are mapped into memory, so a tensor is read when it is copied.
     backbone = load_file(path / MODEL_FOLDER / WEIGHTS_FILE)
     weights = {f"{_PREFIX}{name}": value for name, value in backbone.items()} | stored_window(str(path))
-    moments = {moment: load_file(_file_of(path, moment)) for moment in states.MOMENTS if stored.updates}
+    moments = {moment: load_file(path / f"{moment}.safetensors") for moment in states.MOMENTS if stored.updates}
     states.restore(engine, stored.updates, weights, moments)
     internals.restore_loss_scale(engine, stored.loss_scale)
     engine.global_steps = stored.progress.step
@@ -215,7 +215,7 @@ def _write_tensors(
         watchdog.alive()
         tensors = states.gather(engine, moment)
         _on_main(failed, _demand_finite, tensors)
-        _on_main(failed, save_file, tensors, _file_of(folder, moment))
+        _on_main(failed, save_file, tensors, folder / f"{moment}.safetensors")
     watchdog.alive()
     ranks = enumerate(distributed.gather_to_main(_random_state()) or ())
     random = {f"rank{rank}.{key}": value for rank, state in ranks for key, value in state.items()}
@@ -251,10 +251,6 @@ def _on_main(failed: str, action: Callable[..., Any], *arguments: Any) -> Any:
     if problem is not None:
         raise CheckpointError(problem)
     return value
-
-
-def _file_of(folder: Path, moment: str) -> Path:
-    return folder / f"{moment}.safetensors"
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -45,7 +45,9 @@ def builds_announced() -> Iterator[None]:
     def acquire_aloud(self: Any) -> bool | None:
         acquired = acquire(self)
         if acquired:
-            compiling.enter_context(_repeated(lambda: _compiling_text(Path(self.lock_file_path))))
+            operator = Path(self.lock_file_path).parent.name
+            text = f"compiling DeepSpeed's operator {operator}, which is done once and takes a minute or two"
+            compiling.enter_context(_repeated(lambda: text))
         return acquired
 
     def wait_aloud(self: Any) -> None:
@@ -63,10 +65,6 @@ def builds_announced() -> Iterator[None]:
             undo.callback(setattr, baton, name, getattr(baton, name))
             setattr(baton, name, method)
         yield
-
-
-def _compiling_text(lock: Path) -> str:
-    return f"compiling DeepSpeed's operator {lock.parent.name}, which is done once and takes a minute or two"
 
 
 def waiting_text(lock: Path) -> str | None:

@@ -53,26 +53,26 @@ class StepMetrics:
 
 
 def accumulate_gradients(
-    engine: deepspeed.DeepSpeedEngine, window: list[Batch], normalization: Literal["token", "micro_batch"]
+    engine: deepspeed.DeepSpeedEngine, batches: list[Batch], normalization: Literal["token", "micro_batch"]
 ) -> Pending:
-    """Forward and backward over `window`, without synchronising with the device.
+    """Forward and backward over `batches`, without synchronising with the device.
 
     Every rank must pass the same number of micro-batches.
 
-    `token`: the mean over all supervised tokens of the window on all ranks, so the gradient does not depend on how
+    `token`: the mean over all supervised tokens of the batches on all ranks, so the gradient does not depend on how
     the examples are split. `micro_batch`: the mean of the micro-batches' means, as published; fillers do not count.
     """
     device, world = distributed.device(), distributed.world_size()
-    totals = distributed.sum_over_ranks(_to_device_async(_counts(window), device))
+    totals = distributed.sum_over_ranks(_to_device_async(_counts(batches), device))
     share = 1 / (totals[0] if normalization == "token" else totals[1]).float()
     loss = torch.zeros((), device=device)
-    for batch in window:
+    for batch in batches:
         output = engine(**to_device(batch.inputs))
         part = output.loss_sum * (share if normalization == "token" else share / max(batch.n_targets, 1))
         # DeepSpeed averages gradients over ranks, the shares are meant to be summed.
         engine.backward(part * world, scale_wrt_gas=False)
         loss += part.detach()
-    return Pending(loss, totals, [index for batch in window for index in batch.indices])
+    return Pending(loss, totals, [index for batch in batches for index in batch.indices])
 
 
 def fetch(step: Pending, number: int) -> StepMetrics:
@@ -94,10 +94,10 @@ def fetch(step: Pending, number: int) -> StepMetrics:
 
 
 def optimizer_step(
-    engine: deepspeed.DeepSpeedEngine, window: list[Batch], normalization: Literal["token", "micro_batch"]
+    engine: deepspeed.DeepSpeedEngine, batches: list[Batch], normalization: Literal["token", "micro_batch"]
 ) -> StepMetrics:
-    """Gradients of `window`, their check and the update. Raises NonFiniteLossError before anything is updated."""
-    pending = accumulate_gradients(engine, window, normalization)
+    """Gradients of `batches`, their check and the update. Raises NonFiniteLossError before anything is updated."""
+    pending = accumulate_gradients(engine, batches, normalization)
     # Before the update: a loss that is not finite must not reach the weights.
     metrics = fetch(pending, engine.global_steps + 1)
     update(engine)
@@ -117,10 +117,10 @@ def update(engine: deepspeed.DeepSpeedEngine) -> None:
         ) from None
 
 
-def _counts(window: list[Batch]) -> torch.Tensor:
+def _counts(batches: list[Batch]) -> torch.Tensor:
     rows = [
         (batch.n_targets, batch.n_targets > 0, batch.n_tokens, batch.inputs["input_ids"].numel() * (batch.n_tokens > 0))
-        for batch in window
+        for batch in batches
     ]
     return torch.tensor(rows).sum(dim=0)
 

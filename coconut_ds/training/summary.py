@@ -63,16 +63,12 @@ def _window_text(config: RunConfig) -> str:
 
 def _stages_text(config: RunConfig, curriculum: Curriculum, steps_per_epoch: int) -> str:
     epochs = range(config.resume, config.num_epochs)
-    runs = [
-        (stage, list(group)) for stage, group in groupby(epochs, lambda epoch: _layout(config, curriculum.stage(epoch)))
-    ]
     names = {} if config.traits.steps == "dropped by token" else {config.max_latent_stage + 1: "no step left"}
-    texts = [f"{names.get(stage, stage)} in {_span(group[0], group[-1])}" for stage, group in runs]
+    texts = []
+    for stage, group in groupby(epochs, lambda epoch: _layout(config, curriculum.stage(epoch))):
+        first, *later = (epoch + 1 for epoch in group)
+        texts.append(f"{names.get(stage, stage)} in {first}" + (f"-{later[-1]}" if later else ""))
     return f"{', '.join(texts)} of {config.num_epochs} epochs, {steps_per_epoch} steps each"
-
-
-def _span(first: int, last: int) -> str:
-    return f"{first + 1}" if first == last else f"{first + 1}-{last + 1}"
 
 
 def skip_lines(n_skipped: int, n_steps: int) -> list[str]:

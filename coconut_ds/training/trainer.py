@@ -198,14 +198,15 @@ class Trainer:
         seconds = time.monotonic() - started
         self.pace.stepped(self.run.sizes.total, seconds)
         if number % self.config.log_every_steps == 0:
+            # Gradients that overflowed have no norm.
+            norm = None if skipped else self.engine.get_global_grad_norm()
             self.tracker.log(
                 "train_step",
                 epoch=epoch + 1,
                 stage=self.curriculum.stage(epoch),
                 step=number,
                 lr=learning_rate,
-                # Gradients that overflowed have no norm.
-                grad_norm=None if skipped else self._gradient_norm(),
+                grad_norm=None if norm is None else float(norm),
                 step_time_s=seconds,
                 peak_memory_gib=peak_memory_gib(),
                 **asdict(metrics),
@@ -222,15 +223,10 @@ class Trainer:
 
     def _stops(self, epoch: int, saved: bool) -> bool:
         """Whether any rank was requested to stop; then the run is saved, unless it has just been saved."""
-        if not self.interruption.agreed():
-            return False
-        if not saved:
+        stops = self.interruption.agreed()
+        if stops and not saved:
             self._save(epoch)
-        return True
-
-    def _gradient_norm(self) -> float | None:
-        norm = self.engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return stops
 
     def _finish_epoch(self, epoch: int) -> bool:
         """Evaluate, and save if the run asks for it; whether it did."""
