@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder: which one counts, how many stay, and what is said when one cannot be written."""
+"""The checkpoints of a run folder: which one is resumed, how many are kept, and errors when one cannot be written."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_damaged_checkpoints_do_not_count_as_kept_ones(tmp_path):
-    """Else the next save would keep them, the newest by name, and remove the one the run goes on from."""
+    """Otherwise the next save would keep them, the newest by name, and remove the one the run resumes from."""
     for name in ("epoch_0001", "epoch_0002", "epoch_0003", "epoch_0004"):
         publish(tmp_path, name)
     for name in ("epoch_0003", "epoch_0004"):
@@ -43,7 +43,7 @@ def test_damaged_checkpoints_do_not_count_as_kept_ones(tmp_path):
     assert names(tmp_path)[2:] == ["epoch_0003.damaged", "epoch_0004.damaged"]
 
 
-def test_where_all_are_damaged_they_stay_where_they_are(tmp_path):
+def test_if_all_are_damaged_they_stay_where_they_are(tmp_path):
     damage(publish(tmp_path, "epoch_0001"))
     for _ in range(2):
         with pytest.raises(CheckpointError, match="all 1 checkpoints are damaged"):
@@ -56,7 +56,7 @@ def save(folder: Path) -> None:
     Checkpoints(folder, keep=None).save(engine, None, {}, Stored(Progress(2), 8, 0, 0, 0, {}))  # type: ignore[arg-type]
 
 
-def test_free_space_is_looked_at_before_anything_is_written_and_after_leftovers_are_gone(tmp_path, monkeypatch):
+def test_free_space_is_checked_after_leftovers_are_removed_and_before_anything_is_written(tmp_path, monkeypatch):
     publish(tmp_path, "epoch_0001")
     (tmp_path / "checkpoints" / "epoch_0002.tmp").mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
@@ -84,7 +84,7 @@ def test_values_that_are_not_finite_are_not_saved():
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
-def test_a_schedule_goes_on_where_it_stood_at_the_rate_of_the_run_file(kind):
+def test_a_schedule_resumes_where_it_stopped_at_the_rate_of_the_run_file(kind):
     def schedule(rate: float, done: int = 0):
         optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=0.0)
         config = RunConfig(lr=rate, lr_schedule=kind, warmup_steps=2)

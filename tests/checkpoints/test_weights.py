@@ -54,8 +54,8 @@ def run(**values) -> RunConfig:
     return RunConfig(coconut=True, train_path="t", val_path="v", **values)
 
 
-def sealed(path, backbone: Backbone, settings: dict):
-    """What a run's checkpoint holds of its model."""
+def published(path, backbone: Backbone, settings: dict):
+    """A checkpoint folder with a model in it, and its manifest."""
     unfinished = atomic_folder.begin(path)
     write_folder(unfinished / "model", backbone.model, backbone.tokenizer, settings)
     return atomic_folder.publish(unfinished)
@@ -136,7 +136,7 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_not_started_from(tmp_path):
-    path = sealed(tmp_path / "epoch_0001", make("llama", markers=True), {"method": "coconut"})
+    path = published(tmp_path / "epoch_0001", make("llama", markers=True), {"method": "coconut"})
     weights = path / "model" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -167,7 +167,7 @@ def test_code_in_a_pickle_is_never_run(tmp_path):
 def test_an_exported_folder_and_the_checkpoint_around_it(tmp_path):
     trained = make("llama", markers=True, seed=1)
     settings = {"method": "coconut", "stage": 3, "latent_norm": "rms"}
-    sealed(tmp_path / "epoch_0001", trained, settings)
+    published(tmp_path / "epoch_0001", trained, settings)
     for path in (tmp_path / "epoch_0001", tmp_path / "epoch_0001" / "model"):
         assert equal(initial(run(load_model_path=str(path))), trained)
         assert stored_settings(str(path)) == settings
@@ -179,7 +179,7 @@ def test_settings_of_an_early_checkpoint_are_filled_in(tmp_path):
     early = {"method": "coconut", "c_thought": 1, "pad_latent_to_max": True, "max_latent_stage": 2, "stage": 1}
     for context in (window, None):
         config = run(max_latent_stage=2, pad_latent_to_max=True, latent_context=context)
-        path = sealed(tmp_path / str(context), make("llama", markers=True), early | {"latent_context": context})
+        path = published(tmp_path / str(context), make("llama", markers=True), early | {"latent_context": context})
         found = stored_settings(str(path))
         assert {key: found[key] for key in latent_settings(config)} == latent_settings(config)
 
@@ -210,10 +210,10 @@ def test_export_makes_a_folder_of_a_published_state_dict(tmp_path, capsys):
     assert "exists already; name a new folder" in capsys.readouterr().err
 
 
-def test_export_of_our_checkpoint_looks_at_its_manifest_first(tmp_path, capsys):
+def test_export_of_a_checkpoint_verifies_its_manifest_first(tmp_path, capsys):
     trained = make("llama", markers=True, seed=1)
     settings = {"method": "coconut", "stage": 2, "latent_norm": "none"}
-    path = sealed(tmp_path / "epoch_0001", trained, settings)
+    path = published(tmp_path / "epoch_0001", trained, settings)
     assert export.main([str(path), str(tmp_path / "out")]) == 0
     assert equal(initial(run(load_model_path=str(tmp_path / "out"))), trained)
     assert stored_settings(str(tmp_path / "out")) == settings
@@ -363,11 +363,11 @@ DAMAGES = {
         r"values that are not finite: \['latent_window.logits'\]",
     ),
     "a configuration that cannot be": (lambda folder: change_config(folder, num_attention_heads=5), "not a multiple"),
-    "no tokenizer of its own": (
+    "a tokenizer without markers": (
         lambda folder: make("llama", markers=False).tokenizer.save_pretrained(folder),
         "has no <|start-latent|>, <|end-latent|>, <|latent|>".replace("|", r"\|"),
     ),
-    "settings that are no JSON": (
+    "settings that are not JSON": (
         lambda folder: (Path(folder) / "coconut.json").write_text("{"),
         "coconut.json cannot be used: Expecting property name",
     ),
@@ -380,7 +380,7 @@ DAMAGES = {
         r"must hold latent_window.logits alone, found \['logits'\]",
     ),
 }
-DOORS = {
+LOADERS = {
     "load_model_path": lambda folder, out: build_coconut(
         run(
             max_latent_stage=1,
@@ -396,22 +396,22 @@ DOORS = {
 }
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_folder_that_is_not_all_there_is_refused_at_every_door(tmp_path, damage, door):
+def test_an_incomplete_folder_is_refused_by_everything_that_loads_one(tmp_path, damage, loader):
     folder = trained_folder(tmp_path)
-    DOORS[door](folder, tmp_path / "before")
+    LOADERS[loader](folder, tmp_path / "before")
     harm, message = DAMAGES[damage]
     harm(folder)
     is_elsewhere = {
         # Weights alone have no settings; markers that a tokenizer lacks are added.
-        "load_model_path": ("settings that are no JSON", "a method of another version", "no tokenizer of its own"),
-        "export": ("no tokenizer of its own",),
+        "load_model_path": ("settings that are not JSON", "a method of another version", "a tokenizer without markers"),
+        "export": ("a tokenizer without markers",),
     }
-    if damage in is_elsewhere.get(door, ()):
+    if damage in is_elsewhere.get(loader, ()):
         return
     with pytest.raises(InputError, match=message) as caught:
-        DOORS[door](folder, tmp_path / "out")
+        LOADERS[loader](folder, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -452,7 +452,7 @@ def test_commands_end_with_status_2_where_weights_are_missing(tmp_path, capsys):
     ],
     ids=["published", "parallel", "compiled", "FSDP", "body alone", "old buffers", "second table", "sharded", "bin"],
 )
-def test_forms_of_a_folder_that_are_whole(tmp_path, harmless):
+def test_complete_folders_in_other_forms_are_loaded(tmp_path, harmless):
     folder = trained_folder(tmp_path)
     trained = initial(run(load_model_path=folder))
     harmless(folder)

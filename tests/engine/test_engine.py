@@ -80,14 +80,14 @@ SAVED += [("zero1", "fp16"), ("zero2_offload", "fp16")]
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[int, list[dict]]:
-    """By number of ranks: a checkpoint of every file, and what the run that made it went on to do."""
+    """By number of ranks: a checkpoint of every file, and what the run that made it did next."""
     code = "import rank_checks\nresult = rank_checks.saved(cases, folder)"
     folder = tmp_path_factory.mktemp("saved")
     return {n: launching.on_ranks(n, code, cases=SAVED, folder=str(folder / str(n))) for n in (1, 2)}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_restored_engine_goes_on_bit_for_bit(checkpoints, ranks):
+def test_a_restored_engine_continues_bit_for_bit(checkpoints, ranks):
     code = (
         "import rank_checks\nresult = [rank_checks.gone_on([case], [path])[0][0] for case, path in zip(cases, paths)]"
     )
@@ -103,7 +103,7 @@ def test_a_restored_engine_goes_on_bit_for_bit(checkpoints, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_checkpoint_goes_on_under_any_file_and_number_of_ranks(checkpoints, ranks):
+def test_a_checkpoint_resumes_under_any_file_and_number_of_ranks(checkpoints, ranks):
     cases = [(name, "fp32") for name in CONFIGS]
     sources = [(case, each) for n in (1, 2) for case, each in zip(SAVED, checkpoints[n][0]) if case[1] == "fp32"]
     code = "import rank_checks\nresult = rank_checks.gone_on(cases, paths)"

@@ -140,7 +140,7 @@ def operators() -> Callable[[Path], Path]:
 
 
 @pytest.mark.ranks
-def test_a_run_names_each_lock_on_the_terminal_and_goes_on_when_it_is_removed(tmp_path, operators):
+def test_a_run_names_each_lock_on_the_terminal_and_continues_when_it_is_removed(tmp_path, operators):
     folder = operators(tmp_path / "extensions")
     locks = [folder / name / "lock" for name in ("deepspeed_shm_comm", "cpu_adam")]
     for lock in locks:
