@@ -1,8 +1,8 @@
-"""The form of a target, steps line by line and then `### answer`, and how answer and chain are read back from a text.
+"""The format of a target (a line per step, then `### answer`), and parsing answer and chain from generated text.
 
-The published code reads what follows the last `#` as the answer and what precedes the first as the chain. So do these
-functions wherever what is expected has no `#` of its own. Where it has one, that reading can never be right: there the
-last line that begins with `###` divides the text. No torch here.
+As in the published code the answer is the text after the last `#`, and the chain the text before the first. If the
+expected answer or chain has a `#` itself, that would never match: then the last line that begins with `###` divides
+the text. No torch here.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ANSWER = "### "
-# Some tokenizers put a space before what they tokenize apart.
+# Some tokenizers put a space before the answer line, which is tokenized separately.
 _ANSWER_LINE = re.compile(r"^[^\S\n]*###", re.MULTILINE)
 
 
 def step_line(step: str) -> str:
-    """A step as it is written in a target."""
+    """The line of a step in a target."""
     return step + "\n"
 
 
 def answer_line(answer: str) -> str:
-    """An answer as it is written in a target, without the end of text."""
+    """The line of an answer in a target, without the EOS."""
     return _ANSWER + answer
 
 
 def target(steps: Sequence[str], answer: str) -> str:
-    """What a model is trained to write when no step is replaced."""
+    """The text a model is trained to write when no step is replaced."""
     return "".join(map(step_line, steps)) + answer_line(answer)
 
 
@@ -41,7 +41,7 @@ def before_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def is_cut(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether `max_new_tokens` ended an answer: of that many generated ids, EOS after EOS, none is an EOS."""
+    """Whether `max_new_tokens` truncated an answer: its generated ids, EOS-padded to that number, hold no EOS."""
     return tokenizer.eos_token_id not in ids
 
 
@@ -51,20 +51,20 @@ def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def clean_answer(text: str) -> str:
-    """The form answers are compared in: without commas, and without spaces at the ends."""
+    """The normal form in which answers are compared: without commas, and without spaces at the ends."""
     return text.replace(",", "").strip()
 
 
 def clean_chain(steps: Sequence[str]) -> str:
-    """The form chains are compared in: lines without spaces at their ends, and no empty ones around them."""
+    """The normal form in which chains are compared: lines stripped, without empty lines around them."""
     return "\n".join(line.strip() for line in "\n".join(steps).strip().split("\n"))
 
 
 def given_answer(text: str, expected: str | None = None) -> str:
-    """The answer in generated text, in the form of `clean_answer`: what follows the last `#`.
+    """The answer in generated text, in the form of `clean_answer`: the text after the last `#`.
 
-    Where `expected` has a `#` it is what follows the `###` of the last line that begins so; where nothing is expected,
-    what follows the last `###`. A text without these is read as published.
+    If `expected` has a `#`, the text after the `###` of the last line that begins with it; if `expected` is None, the
+    text after the last `###`. A text without these is parsed by its last `#`.
     """
     if expected is None:
         return clean_answer(text.rpartition("###" if "###" in text else "#")[2])
@@ -73,9 +73,9 @@ def given_answer(text: str, expected: str | None = None) -> str:
 
 
 def given_chain(text: str, expected: str) -> str:
-    """The chain of thought in generated text, in the form of `clean_chain`: what precedes the first `#`.
+    """The chain of thought in generated text, in the form of `clean_chain`: the text before the first `#`.
 
-    Where `expected` has a `#` it is what precedes the last line that begins with `###`.
+    If `expected` has a `#`, the text before the last line that begins with `###`.
     """
     divider = _last_answer_line(text) if "#" in expected else None
     return clean_chain([text[: divider.start()] if divider else text.partition("#")[0]])

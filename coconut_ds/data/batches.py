@@ -57,7 +57,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One sequence before padding: its ids, where its thoughts stand, and from where on it is supervised."""
+    """One sequence before padding: its ids, the places of its thoughts, and the first supervised token."""
 
     ids: list[int]
     first_thought: int
@@ -66,10 +66,10 @@ class TokenSequence:
 
 
 class Batch(NamedTuple):
-    """What one forward takes, and what the loop wants to know about it without asking the device."""
+    """The inputs of one forward, and facts about them that the loop needs without synchronising with the device."""
 
     inputs: dict[str, Any]
-    """What `Coconut.forward` takes: input_ids, attention_mask, labels, position_ids, each (B, T), thought_span as ints,
+    """Of `Coconut.forward`: input_ids, attention_mask, labels, position_ids, each (B, T), thought_span as ints,
     and supervised (N,)."""
     n_targets: int
     """Supervised tokens, counted after the causal shift."""
@@ -81,7 +81,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Size:
-    """What decides how often a forward calls its layers: thought columns, and chunks of supervised tokens."""
+    """Determines how often a forward calls its layers: thought columns, and chunks of supervised tokens."""
 
     n_thoughts: int = 0
     n_targets: int = 0
@@ -97,10 +97,9 @@ class Size:
 
 
 def grown(batch: Batch, size: Size, pad: int) -> Batch:
-    """`batch` with the same loss and as many passes and supervised entries as `size`; at least its own size.
+    """`batch` padded to the passes and supervised entries of `size`, which is not smaller; the loss is the same.
 
-    Ordinary columns run as if they were thoughts, padding where there are not enough of them; entries that are added
-    carry no label.
+    Ordinary columns run as if they were thoughts, then padding; added entries carry no label.
     """
     inputs = dict(batch.inputs)
     columns = inputs["input_ids"].shape[1]
@@ -136,7 +135,7 @@ def prompt_sequence(row: dict[str, Any], n_thoughts: int, tokens: Tokens) -> Tok
 
 
 def shuffle_facts(ids: list[int], tokens: Tokens, draw: random.Random) -> list[int]:
-    """A question with its facts in another order: each ends with `fact_end`, and what follows the last one stays."""
+    """A question with its facts shuffled: each ends with `fact_end`, and what follows the last one stays in place."""
     first = int(ids[0] == tokens.bos)
     ends = [place + 1 for place, token in enumerate(ids) if token == tokens.fact_end]
     facts = [ids[start:end] for start, end in zip([first, *ends], ends)]
@@ -147,8 +146,8 @@ def shuffle_facts(ids: list[int], tokens: Tokens, draw: random.Random) -> list[i
 def collate_training(sequences: Sequence[TokenSequence], indices: list[int], pad: int) -> Batch:
     """Left-pad until all first thoughts stand in one column, right-pad the rest.
 
-    Rows without thoughts get no left padding. No rows at all gives a filler: one unsupervised token, so that every
-    rank runs the same number of micro-batches.
+    Rows without thoughts get no left padding. Without any row the result is a filler, one unsupervised token, so that
+    every rank runs the same number of micro-batches.
     """
     if not sequences:
         filler = _collate([TokenSequence([pad], 0, 0, 1)], [0], indices, pad)
@@ -167,10 +166,8 @@ def collate_prompts(sequences: Sequence[TokenSequence], indices: list[int], pad:
 
 def _collate(sequences: Sequence[TokenSequence], offsets: list[int], indices: list[int], pad: int) -> Batch:
     shape = (len(sequences), max(offset + len(each.ids) for each, offset in zip(sequences, offsets)))
-    input_ids = torch.full(shape, pad)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED)
-    position_ids = torch.zeros(shape, dtype=torch.long)
+    input_ids, labels = torch.full(shape, pad), torch.full(shape, IGNORED)
+    attention_mask, position_ids = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
     spans = []
     for row, (each, offset) in enumerate(zip(sequences, offsets)):
         end = offset + len(each.ids)
@@ -181,9 +178,7 @@ def _collate(sequences: Sequence[TokenSequence], offsets: list[int], indices: li
         if each.n_thoughts:
             first = offset + each.first_thought
             spans.append((first, first + each.n_thoughts))
-    counts = labels != IGNORED
-    counts[:, 0] = False
-    supervised = counts.flatten().nonzero().flatten()
+    supervised = supervised_entries(labels)
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -193,6 +188,13 @@ def _collate(sequences: Sequence[TokenSequence], offsets: list[int], indices: li
         "supervised": supervised,
     }
     return Batch(inputs, len(supervised), sum(len(each.ids) for each in sequences), indices)
+
+
+def supervised_entries(labels: torch.Tensor) -> torch.Tensor:
+    """The entries row * T + column of labels (B, T) that count: (N,). Nothing precedes column 0 to predict it from."""
+    counts = labels != IGNORED
+    counts[:, 0] = False
+    return counts.flatten().nonzero().flatten()
 
 
 def to_device(inputs: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is doubtful in a set that can be used: answers that cannot be read back, unknown words, empty steps, repeats.
+"""Warnings about a data set that can be used: unreadable answers, unknown words, empty steps, duplicates.
 
 Each finding is one line with a count, the first record (from 0) and what to do; of a clean set there is none.
 """
@@ -18,6 +18,8 @@ from coconut_ds.data.plain_text import rows_with, unknown_words
 from coconut_ds.data.records import target_ids
 
 Record = dict[str, Any]
+Finding = tuple[list[str], str, str]
+"""The records concerned, if any, with what is in them; what they are, following their number; what to do."""
 
 _QUOTED = 60
 _MOST_WORDS = 3
@@ -27,7 +29,7 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 def doubts(
     path: str, records: Sequence[Record], examples: Dataset, tokenizer: PreTrainedTokenizerBase, is_evaluated: bool
 ) -> list[str]:
-    """What is doubtful in `records`, of which `examples` are the tokens.
+    """The findings in `records`, of which `examples` are the tokens.
 
     Answers of an evaluated set are read back from their tokens, those of a training set from their text.
     """
@@ -35,17 +37,19 @@ def doubts(
     if is_evaluated:
         rows = examples.select_columns(["steps_ids", "answer_ids"])
         texts = (_text([*chain.from_iterable(row["steps_ids"]), *row["answer_ids"]], tokenizer) for row in rows)
-        written = zip(range(len(records)), texts)
+        written = enumerate(texts)
     else:
         # A text without a # of its own is read back whatever else it holds.
-        written = ((i, target(each["steps"], each["answer"])) for i, each in enumerate(records) if _has_hash(each))
-    return [
-        *_unread(path, records, written),
-        *_unknown(path, records, examples, tokenizer),
-        *_empty_steps(path, records),
-        *_repeated(path, records),
-        *(_apart_by_commas(path, records) if is_evaluated else ()),
+        targets = enumerate(target(each["steps"], each["answer"]) for each in records)
+        written = ((index, text) for index, text in targets if text.count("#") > len("###"))
+    findings = [
+        *_unread(records, written),
+        *_unknown(records, examples, tokenizer),
+        *_empty_steps(records),
+        *_repeated(records),
+        *(_apart_by_commas(records) if is_evaluated else ()),
     ]
+    return _lines(path, records, findings)
 
 
 def unread(path: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, first: int = 0) -> list[str]:
@@ -54,18 +58,32 @@ def unread(path: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerB
     For commands that take a file without training on it.
     """
     texts = (_text(target_ids(each, tokenizer), tokenizer) for each in records)
-    return list(_unread(path, records, enumerate(texts), first))
+    return _lines(path, records, _unread(records, enumerate(texts), first))
 
 
-def _has_hash(record: Record) -> bool:
-    return "#" in record["answer"] or any("#" in step for step in record["steps"])
+def shared_questions(
+    path: str, records: Sequence[Record], other_path: str, other_records: Sequence[Record]
+) -> list[str]:
+    """Questions of an evaluated set that are in the training set, too."""
+    known = {each["question"] for each in other_records}
+    found = [f"record {index}" for index, each in enumerate(records) if each["question"] in known]
+    advice = "leave them out of one, or the accuracy says nothing about new questions"
+    return _lines(path, records, [(found, f"questions stand in {other_path}, too", advice)])
+
+
+def _lines(path: str, records: Sequence[Record], findings: Iterable[Finding]) -> list[str]:
+    return [
+        f"{path}: {len(found)} of {len(records)} {what} (first: {found[0]}); {advice}"
+        for found, what, advice in findings
+        if found
+    ]
 
 
 def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return text_of(before_eos(ids, tokenizer), tokenizer)
 
 
-def _unread(path: str, records: Sequence[Record], written: Iterable[tuple[int, str]], first: int = 0) -> Iterator[str]:
+def _unread(records: Sequence[Record], written: Iterable[tuple[int, str]], first: int = 0) -> Iterator[Finding]:
     """`written`: the place of a record, and the text a model writes that gives exactly its steps and answer."""
     answers, chains = [], []
     for place, text in written:
@@ -75,25 +93,19 @@ def _unread(path: str, records: Sequence[Record], written: Iterable[tuple[int, s
             answers.append(f"record {index}: {_quoted(expected)} is read as {_quoted(given)}")
         if (given := given_chain(text, steps)) != steps:
             chains.append(f"record {index}: {_quoted(steps)} is read as {_quoted(given)}")
-    yield from _line(
-        path,
-        records,
-        "answers cannot be read back from their own tokens, so that nothing a model writes is right",
+    yield (
         answers,
+        "answers cannot be read back from their own tokens, so that nothing a model writes is right",
         "write them in words and signs the tokenizer keeps, without a line that begins with ###",
     )
-    yield from _line(
-        path,
-        records,
-        "chains of steps cannot be read back from their own tokens and do not count as a chain match",
+    yield (
         chains,
+        "chains of steps cannot be read back from their own tokens and do not count as a chain match",
         "write them in words and signs the tokenizer keeps; the accuracy does not depend on it",
     )
 
 
-def _unknown(
-    path: str, records: Sequence[Record], examples: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[str]:
+def _unknown(records: Sequence[Record], examples: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     if tokenizer.unk_token_id is None:
         return
     keys = ("question", "steps", "answer")
@@ -104,27 +116,22 @@ def _unknown(
         texts = [record["question"], *record["steps"], record["answer"]]
         words = list(dict.fromkeys(word for text in texts for word in unknown_words(text, tokenizer)))[:_MOST_WORDS]
         found[0] += f": {', '.join(map(repr, words))}" if words else ""
-    yield from _line(
-        path,
-        records,
-        f"records have words without a token, read as {tokenizer.unk_token}",
+    yield (
         found,
+        f"records have words without a token, read as {tokenizer.unk_token}",
         "train a tokenizer on data that has them, or use a model that knows them",
     )
 
 
-def _empty_steps(path: str, records: Sequence[Record]) -> Iterator[str]:
-    found = [f"record {index}" for index, each in enumerate(records) if not all(map(str.strip, each["steps"]))]
-    yield from _line(
-        path,
-        records,
+def _empty_steps(records: Sequence[Record]) -> Iterator[Finding]:
+    yield (
+        [f"record {index}" for index, each in enumerate(records) if not all(map(str.strip, each["steps"]))],
         "records have steps that are empty or only spaces",
-        found,
         "each counts as a step and is replaced by thoughts; leave them out of the lists",
     )
 
 
-def _repeated(path: str, records: Sequence[Record]) -> Iterator[str]:
+def _repeated(records: Sequence[Record]) -> Iterator[Finding]:
     first_of: dict[str, int] = {}
     repeated, contradicting = [], []
     for index, record in enumerate(records):
@@ -136,17 +143,12 @@ def _repeated(path: str, records: Sequence[Record]) -> Iterator[str]:
             contradicting.append(f"record {index} and record {first}")
         elif record["steps"] == other["steps"]:
             repeated.append(f"record {index} is record {first}")
-    yield from _line(path, records, "records repeat another one", repeated, "leave them out")
-    yield from _line(
-        path,
-        records,
-        "records have the question of another one and another answer",
-        contradicting,
-        "at most one of them can be right",
-    )
+    yield repeated, "records repeat another one", "leave them out"
+    what = "records have the question of another one and another answer"
+    yield contradicting, what, "at most one of them can be right"
 
 
-def _apart_by_commas(path: str, records: Sequence[Record]) -> Iterator[str]:
+def _apart_by_commas(records: Sequence[Record]) -> Iterator[Finding]:
     """Commas between thousands are no difference."""
     first_of: dict[str, tuple[int, str]] = {}
     found = []
@@ -155,35 +157,8 @@ def _apart_by_commas(path: str, records: Sequence[Record]) -> Iterator[str]:
         first, other = first_of.setdefault(clean_answer(answer), (index, answer))
         if answer != other:
             found.append(f"record {index}: {_quoted(record['answer'])} and record {first}: {_quoted(other)}")
-    yield from _line(
-        path,
-        records,
-        "answers differ from another one by commas alone, which the comparison leaves out",
-        found,
-        "write them so that they differ without commas",
-    )
-
-
-def shared_questions(
-    path: str, records: Sequence[Record], other_path: str, other_records: Sequence[Record]
-) -> list[str]:
-    """Questions of an evaluated set that stand in the training set, too."""
-    known = {each["question"] for each in other_records}
-    found = [f"record {index}" for index, each in enumerate(records) if each["question"] in known]
-    return list(
-        _line(
-            path,
-            records,
-            f"questions stand in {other_path}, too",
-            found,
-            "leave them out of one, or the accuracy says nothing about new questions",
-        )
-    )
-
-
-def _line(path: str, records: Sequence[Record], what: str, found: Sequence[str], advice: str) -> Iterator[str]:
-    if found:
-        yield f"{path}: {len(found)} of {len(records)} {what} (first: {found[0]}); {advice}"
+    what = "answers differ from another one by commas alone, which the comparison leaves out"
+    yield found, what, "write them so that they differ without commas"
 
 
 def _quoted(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Per-stage loaders over one tokenized set: seeded training steps, evaluation without repeats."""
+"""Per-stage data loaders over one tokenized set: training steps in a seeded order, evaluation of each example once."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from coconut_ds.data.batches import (
     Batch,
     Size,
     Tokens,
+    TokenSequence,
     collate_prompts,
     collate_training,
     grown,
@@ -28,7 +29,7 @@ from coconut_ds.data.batches import (
 from coconut_ds.data.stages import Curriculum
 
 POOL = 128
-"""Examples that are sorted by length together at least."""
+"""Minimum number of examples that are sorted by length together."""
 
 ID_COLUMNS = ["question_ids", "steps_ids", "answer_ids"]
 
@@ -36,16 +37,15 @@ ID_COLUMNS = ["question_ids", "steps_ids", "answer_ids"]
 class TrainingSteps(torch.utils.data.Dataset):
     """One epoch of one rank: item s is the list of micro-batches of the epoch's optimizer step s, from 0.
 
-    The order is a permutation fixed by (seed, epoch); step s has the same examples whatever the number of ranks and the
-    micro-batch size, as long as their product with the accumulation is the same. Every rank gets the same number of
-    micro-batches; where examples run out, the missing ones are fillers without a supervised token.
+    The order is a permutation fixed by (seed, epoch). Step s has the same examples for any number of ranks and any
+    micro-batch size with the same total. Every rank gets the same number of micro-batches; at the end of the data the
+    missing ones are fillers without a supervised token.
 
-    With `group_by_length` the examples of a step are sorted by question length, longest first, before they are dealt
-    to micro-batches: less padding, the same optimizer step. Steps of fewer than `POOL` examples are cut from sorted
-    pools of at least that many, and come in random order.
+    `group_by_length` sorts the examples of a step by question length, longest first, before they are split into
+    micro-batches: less padding, the same optimizer step. Steps of fewer than `POOL` examples are cut from sorted pools
+    of at least that size, and come in random order.
 
-    With `in_step` micro-batches make the same number of passes on every rank, as ZeRO-3 demands: those of the rank with
-    the most.
+    `in_step` makes the number of passes equal on all ranks, that of the rank with the most, as ZeRO-3 requires.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class TrainingSteps(torch.utils.data.Dataset):
         in_step: bool = False,
     ):
         self._in_step = in_step
-        self._examples = examples.select_columns(ID_COLUMNS)
+        self._examples = _rows(examples)
         self._curriculum = curriculum
         self._tokens = tokens
         self._sizes = sizes
         self._rank = rank
         self._epoch = epoch
-        generator = torch.Generator().manual_seed(_mix(curriculum.seed, epoch))
+        generator = torch.Generator().manual_seed(curriculum.seed * 1_000_003 + epoch)
         order = torch.randperm(len(examples), generator=generator)
         if group_by_length:
             order = _grouped(order, _question_lengths(self._examples), sizes.total, generator)
@@ -85,7 +85,7 @@ class TrainingSteps(torch.utils.data.Dataset):
         return [self._of_rank(chosen[start : start + at_once], progress) for start in range(0, len(chosen), at_once)]
 
     def _of_rank(self, indices: list[int], progress: float) -> Batch:
-        """This rank's micro-batch of those that all ranks feed at once."""
+        """This rank's micro-batch; `indices` are those of all ranks' simultaneous micro-batches."""
         micro = self._sizes.micro
         mine = slice(self._rank * micro, (self._rank + 1) * micro)
         if not self._in_step:
@@ -97,7 +97,7 @@ class TrainingSteps(torch.utils.data.Dataset):
 
     def _micro_batch(self, indices: list[int], progress: float) -> Batch:
         sequences = []
-        for index, row in zip(indices, _rows(self._examples, indices)):
+        for index, row in zip(indices, self._examples[indices].to_pylist()):
             layout = self._curriculum.training_layout(len(row["steps_ids"]), self._epoch, index, progress)
             if self._tokens.fact_end is not None:
                 draw = random.Random(f"{self._curriculum.seed}/{self._epoch}/{index}/facts")
@@ -107,7 +107,7 @@ class TrainingSteps(torch.utils.data.Dataset):
 
 
 def _grouped(order: torch.Tensor, lengths: torch.Tensor, total: int, generator: torch.Generator) -> torch.Tensor:
-    """`order` (N,) with steps of `total` examples of like length, longest first within each; lengths (N,)."""
+    """`order` (N,) regrouped into steps of `total` examples of similar length, longest first; lengths (N,)."""
     grouped = []
     for pool in order.split(total * max(1, -(-POOL // total))):
         by_length = pool[lengths[pool].argsort(descending=True, stable=True)]
@@ -119,7 +119,7 @@ def _grouped(order: torch.Tensor, lengths: torch.Tensor, total: int, generator: 
 
 
 def _question_lengths(examples: Dataset) -> torch.Tensor:
-    """Tokens of each question, (N,), read from the offsets of the Arrow column without touching the tokens."""
+    """Tokens per question, (N,), from the offsets of the Arrow column, without reading the tokens."""
     table = examples.select_columns("question_ids").with_format("arrow")[:]
     return torch.tensor(pyarrow.compute.list_value_length(table["question_ids"]).to_numpy())
 
@@ -139,12 +139,10 @@ def loss_loader(
 ) -> DataLoader:
     """This rank's share of a set in the training layout of `stage`, every example once over all ranks."""
 
-    def collate(indices: list[int], rows: list[dict[str, Any]]) -> Batch:
-        layouts = [curriculum.layout(stage, len(row["steps_ids"])) for row in rows]
-        sequences = [training_sequence(row, layout, tokens) for row, layout in zip(rows, layouts)]
-        return collate_training(sequences, indices, tokens.pad)
+    def sequence(row: dict[str, Any]) -> TokenSequence:
+        return training_sequence(row, curriculum.layout(stage, len(row["steps_ids"])), tokens)
 
-    return _evaluation_loader(examples, collate, batch_size, rank, world)
+    return _evaluation_loader(examples, sequence, collate_training, tokens.pad, batch_size, rank, world)
 
 
 def prompt_loader(
@@ -152,43 +150,39 @@ def prompt_loader(
 ) -> DataLoader:
     """This rank's share of a set as prompts of `stage`, every example once over all ranks."""
 
-    def collate(indices: list[int], rows: list[dict[str, Any]]) -> Batch:
-        counts = [curriculum.prompt_thoughts(stage, len(row["steps_ids"])) for row in rows]
-        sequences = [prompt_sequence(row, count, tokens) for row, count in zip(rows, counts)]
-        return collate_prompts(sequences, indices, tokens.pad)
+    def sequence(row: dict[str, Any]) -> TokenSequence:
+        return prompt_sequence(row, curriculum.prompt_thoughts(stage, len(row["steps_ids"])), tokens)
 
-    return _evaluation_loader(examples, collate, batch_size, rank, world)
+    return _evaluation_loader(examples, sequence, collate_prompts, tokens.pad, batch_size, rank, world)
 
 
 def _evaluation_loader(
-    examples: Dataset, collate: Callable[[list[int], list[dict]], Batch], batch_size: int, rank: int, world: int
+    examples: Dataset,
+    sequence: Callable[[dict[str, Any]], TokenSequence],
+    collate: Callable[[list[TokenSequence], list[int], int], Batch],
+    pad: int,
+    batch_size: int,
+    rank: int,
+    world: int,
 ) -> DataLoader:
-    columns = examples.select_columns(ID_COLUMNS)
-    # Like lengths together, so that little is padded; dealt out in turn, so that every rank has about as much to do.
-    mine = _question_lengths(columns).argsort(stable=True)[rank::world].tolist()
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    return DataLoader(
-        batches,  # type: ignore[arg-type]
-        batch_size=None,
-        collate_fn=lambda indices: collate(indices, _rows(columns, indices)),
-        **_loading(),
-    )
+    # Similar lengths together, so that little is padded; dealt round-robin, so that ranks have about the same to do.
+    mine = _question_lengths(examples).argsort(stable=True)[rank::world].tolist()
+    batches: Any = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    rows = _rows(examples)
+
+    def collated(indices: list[int]) -> Batch:
+        return collate(list(map(sequence, rows[indices].to_pylist())), indices, pad)
+
+    return DataLoader(batches, batch_size=None, collate_fn=collated, **_loading())
 
 
-def _rows(examples: Dataset, indices: list[int]) -> list[dict[str, Any]]:
-    if not indices:
-        return []
-    columns = examples[indices]
-    return [dict(zip(columns, values)) for values in zip(*columns.values())]
-
-
-def _mix(seed: int, epoch: int) -> int:
-    return seed * 1_000_003 + epoch
+def _rows(examples: Dataset) -> Dataset:
+    """The token columns of a set, read as Arrow tables: `rows[indices].to_pylist()` is a dict for each row."""
+    return examples.select_columns(ID_COLUMNS).with_format("arrow")
 
 
 def _loading() -> dict[str, Any]:
-    """Beside a GPU a worker collates ahead into pinned memory; on a CPU it would take the ranks' cores."""
-    # Of its own: a loader draws a number when it starts, which a run that goes on within an epoch would draw twice.
-    generator = {"generator": torch.Generator()}
+    """With a GPU a worker prefetches batches into pinned memory; on a CPU it would compete with the ranks for cores."""
     ahead = {"num_workers": 1, "prefetch_factor": 2, "pin_memory": True} if torch.cuda.is_available() else {}
-    return generator | ahead
+    # A separate generator: a loader draws a number when it starts, and a run resumed within an epoch starts one more.
+    return {"generator": torch.Generator(), **ahead}

@@ -1,4 +1,4 @@
-"""The marker tokens around thoughts, in the order in which they are added to a vocabulary."""
+"""The special tokens of thoughts, in the order in which they are added to a vocabulary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text that a tokenizer keeps as text: no token the sequences are built with, no word without a token."""
+"""Checks that a tokenizer keeps text as text: no reserved (special) tokens in it, and which words are unknown."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _COLUMNS = {"question": "question_ids", "steps": "steps_ids", "answer": "answer_
 
 
 def reserved_in(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, key: str = "question") -> str | None:
-    """A token sequences are built with (end, begin, padding, markers) that `text`, tokenized as `ids`, holds.
+    """A reserved token (EOS, BOS, padding, markers) that `text`, tokenized as `ids`, holds; None if there is none.
 
-    What the tokenizer adds by itself does not count, nor what its chat template writes in a question.
+    Tokens that the tokenizer adds by itself do not count, nor those of its chat template in a question.
     """
     added = tokenizer("\n")["input_ids"]
     for token, name in _reserved(tokenizer, key).items():
@@ -32,13 +32,13 @@ def reserved_in(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBas
 
 
 def _reserved(tokenizer: PreTrainedTokenizerBase, key: str) -> dict[int, str]:
-    """Tokens that sequences are built with, as far as the tokenizer has them and the text of a key may not."""
+    """Reserved tokens, id -> text: those the tokenizer has and the text of a key must not hold."""
     chat = str(getattr(tokenizer, "chat_template", None) or "") if key == "question" else ""
     special = [tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token]
     found: dict[int, str] = {}
     for name in (*(each for each in special if each is not None and each not in chat), *MARKERS):
         token: Any = tokenizer.convert_tokens_to_ids(name)
-        # Of a token that is not there the id is None, or that of unknown words.
+        # For a token that does not exist the id is None, or that of unknown words.
         if token is not None and (token != tokenizer.unk_token_id or name == tokenizer.unk_token):
             found[token] = str(name)
     return found
@@ -75,58 +75,49 @@ def _name_in(key: str, value: str | list[str], tokenizer: PreTrainedTokenizerBas
 
 
 def rows_with(wanted: Sequence[int], key: str, examples: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Rows in which the text of a key has one of the tokens `wanted`, not counting those that every text is given."""
-    given = _given_to_all(key, tokenizer)
+    """Rows in which the text of a key has one of the tokens `wanted`, not counting those added to every text."""
+    added = {"question": tokenizer("\n")["input_ids"], "steps": [], "answer": [tokenizer.eos_token_id]}[key]
     found: list[int] = []
-    first = 0
-    for n_rows, rows, tokens in _chunks(examples, _COLUMNS[key]):
+    for first, n_rows, rows, tokens in _chunks(examples, _COLUMNS[key]):
         has = np.zeros(n_rows, dtype=bool)
         if np.isin(tokens, wanted).any():
             for token in wanted:
-                has |= np.bincount(rows[tokens == token], minlength=n_rows) > given.count(token)
+                has |= np.bincount(rows[tokens == token], minlength=n_rows) > added.count(token)
         found += (has.nonzero()[0] + first).tolist()
-        first += n_rows
     return found
 
 
 def _row_without_text(key: str, examples: Dataset, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The first row with no other tokens than those that stand around a text."""
+    """The first row with no tokens but those around a text."""
     frame = answer_line("") if key == "answer" else "\n"
     end = [tokenizer.eos_token_id] if key == "answer" else []
     frames = tokenizer([frame, frame.strip(" ")], add_special_tokens=key == "question")["input_ids"]
     # Where a space alone is unknown, it looks like a word that is: that one stays, and is warned of.
     empty = [[*tokens, *end] for tokens in frames if tokenizer.unk_token_id not in tokens]
     around = [token for tokens in empty for token in tokens]
-    first = 0
-    for n_rows, rows, tokens in _chunks(examples, _COLUMNS[key]):
+    for first, n_rows, rows, tokens in _chunks(examples, _COLUMNS[key]):
         others = np.bincount(rows[~np.isin(tokens, around)], minlength=n_rows)
         # An answer may be a # itself.
         for row in (others == 0).nonzero()[0].tolist():
             if tokens[rows == row].tolist() in empty:
                 return first + int(row)
-        first += n_rows
     return None
 
 
-def _given_to_all(key: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a key's column whatever its text, as far as they may be special."""
-    if key == "question":
-        return list(tokenizer("\n")["input_ids"])
-    return [tokenizer.eos_token_id] if key == "answer" else []
-
-
-def _chunks(examples: Dataset, column: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Of each chunk of a column: its number of rows, and of all tokens (N,) the row, from 0, and the token."""
+def _chunks(examples: Dataset, column: str) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+    """For each chunk of a column: its first row, its number of rows, and for all tokens (N,) row in chunk and token."""
+    first = 0
     for chunk in examples.select_columns(column).with_format("arrow")[:][column].chunks:
         n_rows, rows = len(chunk), np.arange(len(chunk))
         while pyarrow.types.is_nested(chunk.type):
             rows = rows[pyarrow.compute.list_parent_indices(chunk).to_numpy()]
             chunk = chunk.flatten()
-        yield n_rows, rows, chunk.to_numpy(zero_copy_only=False)
+        yield first, n_rows, rows, chunk.to_numpy(zero_copy_only=False)
+        first += n_rows
 
 
 def unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Words of a text that the tokenizer has no token for, each once, in order."""
+    """Words of a text without a token of the tokenizer, each once, in order."""
     if tokenizer.unk_token_id is None or not tokenizer.is_fast:
         return []
     encoded = tokenizer(text, return_offsets_mapping=True)

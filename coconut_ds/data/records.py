@@ -1,4 +1,4 @@
-"""JSON records -> checked, tokenized examples in an Arrow table. Tokenized once; stages are views made on the fly."""
+"""JSON records -> validated, tokenized examples in an Arrow table. Tokenized once; stages are made on the fly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from coconut_ds.errors import InputError, did_you_mean
 
 KEYS = ("question", "steps", "answer")
 _TOKENIZATION = 1
-"""Raised when `_tokenize_batch` changes, so that tables made before are not read."""
+"""Cache version, incremented when `_tokenize_batch` changes, so that older tables are not read."""
 
 
 class DataError(InputError):
@@ -27,7 +27,7 @@ class DataError(InputError):
 
 
 def read_records(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Read and check a JSON list of records with the keys question, steps, answer.
+    """Read and validate a JSON list of records with the keys question, steps, answer.
 
     Raises DataError naming the file, the index of the record (from 0) and the key.
     """
@@ -35,12 +35,12 @@ def read_records(path: str | Path, limit: int | None = None) -> list[dict[str, A
         with open(path, encoding="utf-8-sig") as file:
             records = json.load(file)
     except OSError as error:
-        message = f"{path}: cannot be read: {error.strerror}; data/README.md says how to get or make the data"
-        raise DataError(message) from None
+        hint = "data/README.md says how to get or make the data"
+        raise DataError(f"{path}: cannot be read: {error.strerror}; {hint}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
-        what = "is empty" if not Path(path).read_text(encoding="utf-8-sig").strip() else f"is not JSON: {error}"
+        what = f"is not JSON: {error}" if error.doc.strip() else "is empty"
         raise DataError(f"{path}: {what}; it must hold a JSON list of records") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits; lists in lists without end
         raise DataError(f"{path}: {error}; it must hold a JSON list of records") from None
@@ -81,7 +81,7 @@ def _problem_with(record: Any) -> str | None:
 
 
 def _is_unicode(text: str) -> bool:
-    """False for what JSON can escape, such as backslash-ud800 alone, and UTF-8 and tokenizers cannot take."""
+    """False for a lone surrogate, such as backslash-ud800: JSON can escape it, UTF-8 and tokenizers cannot take it."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -89,8 +89,7 @@ def tokenize(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) 
     """Tokenize each part apart: question + newline, each step + newline, "### " + answer, EOS.
 
     Columns: question_ids (list of ids), steps_ids (list of lists), answer_ids, and the texts question, steps, answer.
-    The table is kept on disk beside the caches of `datasets` (`HF_DATASETS_CACHE`), under a hash of the texts and the
-    tokenizer, and read from there the next time.
+    The table is cached on disk beside those of `datasets` (`HF_DATASETS_CACHE`), under a hash of texts and tokenizer.
     """
     texts = Dataset.from_list([{key: record[key] for key in KEYS} for record in records])
     name = _content_hash(records, tokenizer)
@@ -122,9 +121,7 @@ def _tokenize_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) 
     return {
         "question_ids": ids((question + "\n" for question in batch["question"]), special=True),
         "steps_ids": [[next(flat_steps) for _ in steps] for steps in batch["steps"]],
-        "answer_ids": [
-            [*answer, tokenizer.eos_token_id] for answer in ids(map(answer_line, batch["answer"]), special=False)
-        ],
+        "answer_ids": [[*each, tokenizer.eos_token_id] for each in ids(map(answer_line, batch["answer"]), False)],
     }
 
 
@@ -136,11 +133,10 @@ def target_ids(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> li
 
 def longest_prompt(examples: Dataset, curriculum: Curriculum) -> int:
     """Columns of the longest evaluation prompt of any stage."""
-    rows = examples.select_columns(["question_ids", "steps_ids"])
     last = curriculum.max_latent_stage + 1
-    return curriculum.n_markers + max(
-        len(row["question_ids"]) + curriculum.prompt_thoughts(last, len(row["steps_ids"])) for row in rows
-    )
+    rows = examples.select_columns(["question_ids", "steps_ids"])
+    prompts = (len(row["question_ids"]) + curriculum.prompt_thoughts(last, len(row["steps_ids"])) for row in rows)
+    return curriculum.n_markers + max(prompts)
 
 
 def check_lengths(

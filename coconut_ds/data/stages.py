@@ -13,9 +13,9 @@ from coconut_ds.config.sections import IcotConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """How one example is laid out: `n_thoughts` thoughts (or pauses) stand in place of the first `n_skip` steps.
+    """`n_thoughts` thoughts (or pauses) replace the first `n_skip` steps of an example.
 
-    Of the tokens of the steps that are left, the first `n_drop` are left out.
+    Of the tokens of the remaining steps, the first `n_drop` are removed.
     """
 
     n_skip: int
@@ -28,7 +28,7 @@ _EVERYTHING = 2**31
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The schedule of a run, and the layouts it asks for (section 3 of arXiv 2412.06769; iCoT: 2405.14838)."""
+    """The schedule of a run, and the layouts of its stages (section 3 of arXiv 2412.06769; iCoT: 2405.14838)."""
 
     method: Method
     thoughts_per_step: int
@@ -80,9 +80,9 @@ class Curriculum:
     def training_layout(self, n_steps: int, epoch: int, index: int, progress: float = 0.0) -> Layout:
         """Layout of training example `index` in `epoch`, of which the share `progress` (below 1) is done.
 
-        `layout`, or with probability `uniform_prob` that of a stage drawn from 0..n_steps. Under icot the share counts,
-        and a few more tokens may go. Draws depend on (seed, epoch, index) alone, so that ranks, workers and resumed
-        runs agree on them.
+        `layout`, or with probability `uniform_prob` that of a stage drawn from 0..n_steps. Under icot it depends on
+        `progress`, and smoothing may remove a few more tokens. Draws depend on (seed, epoch, index) alone, so that
+        ranks, workers and resumed runs agree on them.
         """
         stage = self.stage(epoch)
         if self.traits.steps == "dropped by token":
@@ -95,7 +95,7 @@ class Curriculum:
         return self.layout(stage, n_steps)
 
     def layouts(self, n_steps: int) -> set[Layout]:
-        """Every layout an example can have in a run, but for the tokens icot removes."""
+        """Every layout an example can have in a run, except for the tokens that icot removes."""
         if self.traits.steps != "replaced by stage":
             return {self.layout(self.stage(0), n_steps)}
         return {self.layout(stage, n_steps) for stage in range(self.max_latent_stage + 2)}
@@ -108,7 +108,7 @@ class Curriculum:
         return self.max_latent_stage if self.pad_latent_to_max else min(n_steps, self.max_latent_stage)
 
     def _removed(self, stages: float, extra: int = 0) -> int:
-        """Tokens of the chain that are gone after `stages` stages, not all of them whole."""
+        """Tokens of the chain that are removed after `stages` stages, which need not be a whole number."""
         removed = math.floor(stages * self.icot.tokens_per_stage)
         is_over = self.icot.all_beyond is not None and removed >= self.icot.all_beyond
         return _EVERYTHING if is_over else removed + extra
