@@ -1,4 +1,4 @@
-"""The model card: what a folder holds, how it was trained, what it reached, and how to use it."""
+"""The model card: contents of a folder, training, results and usage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model_card(settings: Mapping[str, Any], backbone: str) -> str:
 
 
 def _kind_of_thoughts(settings: Mapping[str, Any]) -> str:
-    """As in `methods.Traits`; a model that was saved outside of a run is a Coconut."""
+    """As in `methods.Traits`; a model saved outside of a run is a Coconut."""
     return METHODS[settings["method"]].thoughts if "method" in settings else "continuous"
 
 
@@ -55,20 +55,16 @@ def _about(settings: Mapping[str, Any]) -> str:
 
 
 def _metadata(name: str, settings: Mapping[str, Any]) -> ModelCardData:
-    results, data = settings.get("results") or {}, settings.get("data") or {}
-    found = None
-    if results:
-        dataset = str(data.get("validation", "validation set"))
-        found = [
-            EvalResult("text-generation", dataset, dataset, metric_type="accuracy", metric_value=results["accuracy"])
-        ]
+    results = settings.get("results")
+    dataset = str((settings.get("data") or {}).get("validation", "validation set"))
+    accuracy = [EvalResult("text-generation", dataset, dataset, "accuracy", results["accuracy"])] if results else None
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["coconut", "latent-reasoning"] if _kind_of_thoughts(settings) == "continuous" else [],
         base_model=settings.get("base_model"),
         model_name=name,
-        eval_results=found,
+        eval_results=accuracy,
     )
 
 
@@ -86,7 +82,7 @@ def _window_text(settings: Mapping[str, Any]) -> str:
 
 
 def _training_table(settings: Mapping[str, Any], backbone: str) -> str:
-    # Of a method without thoughts the rest means nothing.
+    # For a method without thoughts the other settings have no meaning.
     titles = _TITLES if _kind_of_thoughts(settings) != "none" else {"method": "method", "epochs": "epochs trained"}
     rows = {"backbone": backbone}
     rows |= {title: str(settings[key]) for key, title in titles.items() if settings.get(key) is not None}
@@ -98,21 +94,13 @@ def _results_text(settings: Mapping[str, Any]) -> str:
     results = settings.get("results")
     if not results:
         return "These weights have not been evaluated."
+    loss, n_cut = results["valid_loss"], results.get("n_cut")  # earlier versions did not count truncated answers
+    loss_text = "not finite" if loss is None or not math.isfinite(loss) else f"{loss:.4f}"
+    cut_text = f"; {n_cut} answers were cut by max_new_tokens ({settings.get('max_new_tokens')})" if n_cut else ""
     return (
         f"Validation set, greedy: accuracy {results['accuracy']:.1%} ({results['n_correct']} of {results['n_total']}), "
-        f"loss {_loss_text(results['valid_loss'])}, {results['mean_new_tokens']:.1f} tokens an answer, "
-        f"thoughts included{_cut_text(settings, results)}."
+        f"loss {loss_text}, {results['mean_new_tokens']:.1f} tokens an answer, thoughts included{cut_text}."
     )
-
-
-def _cut_text(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    # Earlier versions did not count them.
-    n_cut = results.get("n_cut")
-    return f"; {n_cut} answers were cut by max_new_tokens ({settings.get('max_new_tokens')})" if n_cut else ""
-
-
-def _loss_text(loss: float | None) -> str:
-    return "not finite" if loss is None or not math.isfinite(loss) else f"{loss:.4f}"
 
 
 _USE = """With `coconut_ds` installed:

@@ -14,16 +14,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from coconut_ds.data.batches import Tokens
+from coconut_ds.data.batches import Tokens, supervised_entries
 from coconut_ds.errors import InputError
 from coconut_ds.model import folder as pretrained
 from coconut_ds.model.decoding import decode
 from coconut_ds.model.loading import load_model, load_tokenizer
 from coconut_ds.model.loss import summed_cross_entropy
-from coconut_ds.model.passes import LatentPasses
+from coconut_ds.model.passes import TOKEN_IDS, LatentPasses
 from coconut_ds.model.self_check import demand_fit
-
-IGNORED_LABEL = -100
 
 
 @dataclass
@@ -42,12 +40,8 @@ class CoconutOutput(ModelOutput):
 def _token_ids(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> dict[str, int | None]:
     """Ids by their marker tokens, for folders that do not name them."""
     tokens = Tokens.of(settings["method"], tokenizer)
-    return {
-        "latent_token_id": tokens.thought,
-        "start_latent_id": tokens.start_latent,
-        "end_latent_id": tokens.end_latent,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+    ids = (tokens.thought, tokens.start_latent, tokens.end_latent, tokenizer.eos_token_id)
+    return dict(zip(TOKEN_IDS, ids, strict=True))
 
 
 class Coconut(LatentPasses):
@@ -72,7 +66,7 @@ class Coconut(LatentPasses):
             raise InputError(pretrained.where_it_is(name))
         folder = str(pretrained.model_folder(name))
         ids = settings.get("token_ids") or _token_ids(load_tokenizer(folder), settings)
-        if set(ids) != {"latent_token_id", "start_latent_id", "end_latent_id", "eos_token_id"}:
+        if set(ids) != set(TOKEN_IDS):
             raise InputError(f"{name}: token_ids of coconut.json has {', '.join(ids)}; save the model again")
         model = cls(load_model(folder), **ids, latent_context=pretrained.latent_context(settings))
         pretrained.load_window(model.latent_window.logits, name)
@@ -99,12 +93,7 @@ class Coconut(LatentPasses):
             **{key: value for key, value in self.training_settings.items() if key != "results"},
             "latent_context": pretrained.context_settings(self.latent_context),
             "latent_norm": self.latent_context.norm,
-            "token_ids": {
-                "latent_token_id": self.latent_token_id,
-                "start_latent_id": self.start_latent_id,
-                "end_latent_id": self.end_latent_id,
-                "eos_token_id": self.eos_token_id,
-            },
+            "token_ids": {name: getattr(self, name) for name in TOKEN_IDS},
         }
         window = {f"latent_window.{name}": value for name, value in self.latent_window.state_dict().items()}
         pretrained.write_folder(folder, self.base_causallm, tokenizer, settings, window=window)
@@ -152,18 +141,12 @@ class Coconut(LatentPasses):
         if labels is None:
             return CoconutOutput(logits=self.lm_head(encoded.hidden))
         if supervised is None:
-            counts = labels != IGNORED_LABEL
-            counts[:, 0] = False  # nothing precedes the first column
-            supervised = counts.flatten().nonzero().flatten()
+            supervised = supervised_entries(labels)
         # The state one column earlier predicts a label.
         states = encoded.hidden.flatten(0, 1).index_select(0, supervised - 1)  # (N, D)
         loss_sum = summed_cross_entropy(self.lm_head, states, labels.flatten().index_select(0, supervised))
         n_targets = len(supervised)
-        return CoconutOutput(
-            loss=loss_sum / max(n_targets, 1),
-            loss_sum=loss_sum,
-            n_targets=torch.tensor(n_targets),
-        )
+        return CoconutOutput(loss_sum / max(n_targets, 1), loss_sum, torch.tensor(n_targets))
 
     def generate(
         self,

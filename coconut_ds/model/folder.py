@@ -1,4 +1,4 @@
-"""The folder of a trained model, here or on the hub: what transformers loads, and beside it how thoughts are made.
+"""The folder of a trained model, local or on the hub: the files transformers loads, and the latent settings.
 
 config.json, model.safetensors, tokenizer files    of the backbone
 coconut.json                                       latent settings; of a run also method, stage, data and results
@@ -36,13 +36,13 @@ _HUB_WAIT_S = 10
 
 
 def model_folder(name: str) -> Path:
-    """The model's folder in a checkpoint written by a run; the path itself for anything else."""
+    """The model's folder in a checkpoint of a run; the path itself for anything else."""
     folder = Path(name)
     return folder / MODEL_FOLDER if (folder / MODEL_FOLDER).is_dir() else folder
 
 
 def where_it_is(name: str) -> str:
-    """Why a name is not a Coconut model, and the way out."""
+    """The error message for a name that is not a Coconut model."""
     newest = RunFolder(Path(name)).found_checkpoints()
     if newest:
         return f"{name} is a run folder; name one of its checkpoints, the newest is {newest[-1]}"
@@ -62,15 +62,15 @@ def write_folder(
     weights: dict[str, torch.Tensor] | None = None,
     window: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the folder. `weights` take the place of those the backbone holds; `settings` go to `coconut.json`.
+    """Write the folder. `weights` replace those the backbone holds; `settings` go to `coconut.json`.
 
-    A learned `window` gets a file of its own, since transformers has no place for it.
+    A learned `window` gets a separate file, since transformers has no place for it.
     """
-    # Under ZeRO-3 the model itself holds nothing; saving empties `weights`.
+    # Counted first: under ZeRO-3 the model holds no weights, and saving empties `weights`.
     held = weights.values() if weights is not None else base_causallm.parameters()
     n_parameters = sum(each.numel() for each in held)
     base_causallm.save_pretrained(folder, state_dict=weights, max_shard_size=_ONE_FILE)
-    # Files of an earlier model there would be taken for this one's.
+    # Files of an earlier model in that folder would be read as this one's.
     for stale in (WINDOW_FILE, _SETTINGS_FILE, _CARD_FILE):
         (folder / stale).unlink(missing_ok=True)
     if tokenizer is not None:
@@ -89,7 +89,7 @@ def stored_settings(name: str) -> dict[str, Any] | None:
     if file is None:
         return None
     try:
-        # Early checkpoints do not name what there was no choice in.
+        # Early checkpoints lack settings that did not exist yet.
         settings = {"latent_norm": "none", **json.loads(file.read_text(encoding="utf-8"))}
         if settings.get("latent_context"):
             settings["latent_context"] = context_settings(LatentContext(**settings["latent_context"]))
@@ -101,9 +101,9 @@ def stored_settings(name: str) -> dict[str, Any] | None:
 
 
 def stored_window(name: str) -> dict[str, torch.Tensor]:
-    """What was learned of the latent window, by parameter name; empty for other weights.
+    """The learned parameters of the latent window, by name; empty for other weights.
 
-    Raises InputError where the settings say that it was learned and it is not there.
+    Raises InputError if the settings say that it was learned and the file is missing.
     """
     file = _stored_file(name, WINDOW_FILE)
     if file is not None:
@@ -121,12 +121,11 @@ def stored_window(name: str) -> dict[str, torch.Tensor]:
 
 
 def load_window(logits: torch.Tensor | None, name: str) -> None:
-    """Fill `logits` (m,) with the window stored with `name`, where both are learned; else nothing happens.
+    """Fill `logits` (m,) with the window stored with `name`, if both are learned.
 
     Raises InputError for a window of another size.
     """
-    window = stored_window(name) if logits is not None else {}
-    if logits is None or not window:
+    if logits is None or not (window := stored_window(name)):
         return
     stored = window[_WINDOW_NAME]
     if stored.shape != logits.shape:
@@ -148,15 +147,15 @@ def _stored_file(name: str, file: str) -> Path | None:
     except LocalEntryNotFoundError:
         pass
     try:
-        # One request with a time limit first: a download alone tries for half a minute where there is no hub.
+        # One request with a time limit first: a download alone retries for half a minute without a connection.
         HfApi().model_info(name, timeout=_HUB_WAIT_S)
         return Path(hf_hub_download(name, file))
-    except Exception:  # no such file, no such repository, no hub: whoever needs the weights says which
+    except Exception:  # no such file, no such repository, no connection: loading the weights says which
         return None
 
 
 def context_settings(context: LatentContext) -> dict[str, Any] | None:
-    """The window as it stands in `coconut.json`; None for plain Coconut."""
+    """The window as stored in `coconut.json`; None for plain Coconut."""
     if context.reach == 1 and not context.learned:
         return None
     return {"weights": list(context.weights), "scope": context.scope, "learned": context.learned}
@@ -171,7 +170,7 @@ def latent_context(settings: Mapping[str, Any]) -> LatentContext:
 def push(folder: Path, repo_id: str, private: bool | None = None) -> str:
     """Upload the folder as it is and return its address; the repository is created if it does not exist.
 
-    Raises InputError, one line, when the hub does not take it.
+    Raises InputError, one line, if the hub rejects it.
     """
     try:
         hub = HfApi()

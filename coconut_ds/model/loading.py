@@ -1,4 +1,4 @@
-"""Loads a model of transformers and its tokenizer from a folder or the hub, and refuses what is not whole."""
+"""Loads a transformers model and its tokenizer from a folder or the hub, and rejects incomplete ones."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from coconut_ds.model.state_dicts import (
 
 
 def load_backbone(name: str) -> Backbone:
-    """Load a folder or a hub id; the hub is asked only for what neither the folder nor the cache has.
+    """Load a folder or a hub id; the hub is asked only for files that are neither in the folder nor in the cache.
 
-    Raises ModelError, one line, when it cannot be had, is not whole, or cannot carry Coconut.
+    Raises ModelError, one line, if it cannot be loaded, is incomplete, or does not support Coconut.
     """
     backbone = Backbone(load_model(name), load_tokenizer(name))
     demand_rows(backbone.model, backbone.tokenizer, name)
@@ -62,29 +62,23 @@ def _tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
 def backbone_from_config(name: str) -> Backbone:
     """As `load_backbone`, with random weights: of a folder or hub id only config.json and the tokenizer are read.
 
-    For what depends on shapes alone, such as a plan of memory.
+    For results that depend on shapes alone, such as a memory plan.
     """
-    return Backbone(model_from_config(name), load_tokenizer(name))
-
-
-def model_from_config(name: str) -> PreTrainedModel:
-    """The model alone, in fp32, as `backbone_from_config` makes it."""
     model = _load(name, _untrained)
     demand_plain_head(model, name)
-    return model
+    return Backbone(model, load_tokenizer(name))
 
 
 def _untrained(name: str, **options: Any) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(name, **options)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    return model
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def load_model(name: str) -> PreTrainedModel:
     """The model alone, in fp32, as `load_backbone` loads it.
 
-    Prefixes of wrappers in the names of its weights are ignored. Raises ModelError naming each weight that is
-    missing, unexpected, misshaped or not finite: transformers itself fills in random ones.
+    Prefixes of wrappers in the names of its weights are ignored. Raises ModelError naming the weights that are
+    missing, unexpected, misshaped or not finite: transformers itself initialises missing ones at random.
     """
     load = partial(
         _load,
@@ -110,13 +104,11 @@ def load_model(name: str) -> PreTrainedModel:
 
 
 def _keep_own_head(model: PreTrainedModel) -> None:
-    """A head that a folder holds beside the embedding is one, whatever its configuration says of tying them.
+    """Keep the head that a folder holds beside the embedding separate, whatever its configuration says of tying.
 
     transformers loads both, and would tie them when the embedding is resized.
     """
-    embeddings: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    if head.weight is not embeddings.weight:
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         model.config.tie_word_embeddings = False
         model.config.get_text_config(decoder=True).tie_word_embeddings = False
 
@@ -146,7 +138,7 @@ def _load(name: str, load: Callable[..., Any], **options: Any) -> Any:
 
 
 def _demand_weights_of_transformers(folder: Path) -> None:
-    """Raise ModelError, with the way out, for folders of weights in forms that only their own tools read."""
+    """Raise ModelError, with the way out, for folders of weights in formats that only other tools read."""
     if not folder.is_dir() or (folder / "config.json").is_file():
         return
     shards = [folder] if any(folder.glob("*_states.pt")) else sorted(folder.glob("global_step*/"))

@@ -18,6 +18,9 @@ from coconut_ds.model.internals import demand_names, takes_static_cache
 from coconut_ds.model.latents import LatentContext, LatentWindow, next_thought, scaled, states_in_reach, wanted_norm
 from coconut_ds.model.masks import causal_mask, columns_of
 
+TOKEN_IDS = ("latent_token_id", "start_latent_id", "end_latent_id", "eos_token_id")
+"""Attributes and arguments of `LatentPasses` that are token ids."""
+
 Intervention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(number (B,), thought (B, D)) -> (B, D): what is fed instead of the `number`-th thought, from 0, of each row.
 
@@ -41,13 +44,13 @@ class Encoded:
 
 
 class SpeedLayer(Protocol):
-    """What `model/fast` puts around the passes of a forward; without it they run as transformers has them."""
+    """The interface of `model/fast` to the passes of a forward; without it they run on plain transformers."""
 
     def cache(self, n_columns: int) -> Cache:
         """An empty KV cache for the passes of a training forward over `n_columns` columns."""
 
     def forward(self) -> Callable[[bool], AbstractContextManager[None]]:
-        """Called once per forward: what each of its passes runs in, given whether the pass is the prefix."""
+        """Called once per forward: makes the context of each pass, given whether the pass is the prefix."""
 
     def checkpoint_layers(self, every_n_layers: int, offload: bool) -> None: ...
 

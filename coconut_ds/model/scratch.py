@@ -2,62 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from coconut_ds.model.backbone import Backbone
 
 
-def scratch_backbone(architecture: str, tokenizer: PreTrainedTokenizerBase, **shape: Any) -> Backbone:
-    """A model with random weights (torch's global seed) for the tokenizer's vocabulary.
-
-    `shape`: n_layer, n_embd, n_head, n_positions, dropout.
-    """
-    config = _SCRATCH_CONFIGS[architecture](tokenizer, **shape)
-    return Backbone(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer)
-
-
-def _gpt2_config(tokenizer: PreTrainedTokenizerBase, dropout: float, **shape: Any) -> PreTrainedConfig:
-    return GPT2Config(
-        vocab_size=len(tokenizer),
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-        resid_pdrop=dropout,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **shape,
-    )
-
-
-def _llama_config(
-    tokenizer: PreTrainedTokenizerBase, n_layer: int, n_embd: int, n_head: int, n_positions: int, dropout: float
-) -> PreTrainedConfig:
-    return LlamaConfig(
+def scratch_backbone(
+    architecture: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n_layer: int,
+    n_embd: int,
+    n_head: int,
+    n_positions: int,
+    dropout: float,
+) -> Backbone:
+    """A `gpt2` or `llama` with random weights (torch's global seed) for the tokenizer's vocabulary."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    own: dict[str, dict[str, Any]] = {
+        "gpt2": {"embd_pdrop": dropout, "attn_pdrop": dropout, "resid_pdrop": dropout},
+        "llama": {"attention_dropout": dropout, "intermediate_size": 3 * n_embd, "pad_token_id": pad},
+    }
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=len(tokenizer),
         hidden_size=n_embd,
-        intermediate_size=3 * n_embd,
         num_hidden_layers=n_layer,
         num_attention_heads=n_head,
         max_position_embeddings=n_positions,
-        attention_dropout=dropout,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        **own[architecture],
     )
-
-
-_SCRATCH_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {"gpt2": _gpt2_config, "llama": _llama_config}
+    return Backbone(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer)
 
 
 def word_tokenizer(texts: Iterable[str], n_positions: int) -> PreTrainedTokenizerBase:

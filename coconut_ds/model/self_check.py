@@ -1,8 +1,8 @@
-"""Whether the passes fit a model: a few tokens through the passes of training and of decoding, against plain forwards.
+"""Compatibility check of a model: a few tokens through the passes of training and decoding, against plain forwards.
 
-Nothing in transformers says whether a causal language model computes the same in pieces on a KV cache as in one go,
-takes embeddings, positions and padding as they are given, or has nothing but a linear head above its hidden states.
-Where one of these does not hold, losses and answers are wrong without an error, so it is tried when a model is wrapped.
+Nothing in transformers says whether a causal language model computes the same in several forwards on a KV cache as in
+one, honours the embeddings, positions and padding it is given, or has only a linear head above its hidden states. If
+one of these does not hold, losses and answers are wrong without an error, so it is tested when a model is wrapped.
 
 Shapes: B rows, T columns, D hidden size, V vocabulary.
 """
@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,31 +24,29 @@ from coconut_ds.errors import ModelError, in_one_line
 from coconut_ds.model.backbone import demand_plain_head, n_positions
 from coconut_ds.model.decoding import next_token_logits
 from coconut_ds.model.internals import keeps_recurrent_state
-from coconut_ds.model.passes import LatentPasses
-
-Result = TypeVar("Result")
+from coconut_ds.model.passes import TOKEN_IDS, LatentPasses
 
 _COLUMNS, _PADDING = 7, 2
 _THOUGHTS = (3, 5)
 """The columns of the thoughts: a prefix before them, a tail after."""
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-"""Of the largest logit. Rounding gave 2.5e-6, 4e-3 and 1e-2 in SmolLM2-135M (fp32, fp16, bf16); a part that is left out
-changes logits by a good share of their own size."""
+"""Relative to the largest logit. Rounding gave 2.5e-6, 4e-3 and 1e-2 in SmolLM2-135M (fp32, fp16, bf16); a part that is
+left out changes logits by a good share of their own size."""
 _WITH_TF32 = 1e-2
 _ALIKE = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-"""Families whose layers are alike but for `layer_types`, so that a few of them are enough."""
+"""Families whose layers differ in `layer_types` only, so that testing a few of them is enough."""
 
 
 def demand_fit(model: LatentPasses) -> None:
     """Raise ModelError, with what differs, for a backbone that the passes or the decoder do not fit.
 
-    Chooses the decoder's cache: of fixed size where the family says it takes one and its logits are right, else one
-    that grows. Weights without data are not tried. Modes, gradients and random numbers stay as they are.
+    Chooses the decoder's cache: of fixed size if the family supports one and its logits are right, else a growing one.
+    Weights without data (meta device, ZeRO-3) are not tested. Modes, gradients and random numbers are not changed.
     """
     base: Any = model.base_causallm
     demand_plain_head(base, type(base).__name__)
     table = base.get_input_embeddings().weight
-    for name in ("latent_token_id", "start_latent_id", "end_latent_id", "eos_token_id"):
+    for name in TOKEN_IDS:
         token = getattr(model, name)
         if token is not None and token >= len(table):
             raise ModelError(
@@ -61,7 +58,8 @@ def demand_fit(model: LatentPasses) -> None:
         return
     ids, mask = _ragged_pair(model, table, columns)
     with torch.no_grad(), _evaluating(model), _few_layers(base):
-        expected = _attempt(base, "a forward over a few tokens", lambda: _plain_logits(base, mask, input_ids=ids))
+        with _trial(base, "a forward over a few tokens"):
+            expected = _plain_logits(base, mask, input_ids=ids)
         try:
             if model.latent_token_id is None:
                 _demand_head(model, ids, mask, expected)
@@ -69,41 +67,41 @@ def demand_fit(model: LatentPasses) -> None:
                 _demand_passes(model, ids, mask)
             _demand_decoding(model, ids, mask, expected)
         except ModelError:
-            # In one pass without a cache: where this differs too, it is neither passes nor decoding.
+            # In one pass without a cache: if this differs too, passes and decoding are not the cause, and it says so.
             _demand_head(model, ids, mask, expected)
             raise
 
 
 def _demand_passes(model: LatentPasses, ids: torch.Tensor, mask: torch.Tensor) -> None:
     """Passes with thoughts give the logits of plain forwards over the same embeddings, thoughts among them."""
-    base, what = model.base_causallm, "a prefix, two thoughts and the rest on the KV cache"
+    base = model.base_causallm
     columns = torch.arange(ids.shape[1], device=ids.device)
     is_thought = (columns >= _THOUGHTS[0]) & (columns < _THOUGHTS[1])
     with_thoughts = ids.masked_fill(is_thought, model.latent_token_id or 0)
     thoughts: list[torch.Tensor] = []
 
     def note(number: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
-        thoughts.append(thought.detach().clone())  # before it is fed: CTRL scales what it is given in place
+        thoughts.append(thought.detach().clone())  # before it is fed: CTRL scales its inputs in place
         return thought
 
-    def logits() -> torch.Tensor:
-        # With a graph: training has kernels of its own.
+    with _trial(base, "a prefix, two thoughts and the rest on the KV cache"):
+        # With a graph: training uses different kernels.
         with torch.enable_grad():
             encoded = model.encode(with_thoughts, mask, thought_span=_THOUGHTS, intervene=note)
-        return model.lm_head(encoded.hidden.detach())
-
-    given = _attempt(base, what, logits)
-    fed = base.get_input_embeddings()(ids)
-    fed[:, is_thought] = torch.stack(thoughts, dim=1).to(fed.dtype)
-    expected = _attempt(base, "a forward over embeddings", lambda: _plain_logits(base, mask, inputs_embeds=fed))
-    _demand_equal(base, what, given, expected, mask)
+        given = model.lm_head(encoded.hidden.detach())
+        fed = base.get_input_embeddings()(ids)
+        fed[:, is_thought] = torch.stack(thoughts, dim=1).to(fed.dtype)
+        with _trial(base, "a forward over embeddings"):
+            expected = _plain_logits(base, mask, inputs_embeds=fed)
+        _demand_equal(base, given, expected, mask)
 
 
 def _demand_decoding(model: LatentPasses, ids: torch.Tensor, mask: torch.Tensor, expected: torch.Tensor) -> None:
     """The logits of the first decoded token are the last ones of plain forwards, `expected` (B, T, V)."""
-    base, what = model.base_causallm, "a decoded token"
+    base = model.base_causallm
     try:
-        _demand_equal(base, what, _attempt(base, what, lambda: next_token_logits(model, ids, mask)), expected, mask)
+        with _trial(base, "a decoded token"):
+            _demand_equal(base, next_token_logits(model, ids, mask), expected, mask)
     except ModelError:
         if not model.decodes_on_static_cache:
             raise
@@ -115,13 +113,13 @@ def _demand_head(model: LatentPasses, ids: torch.Tensor, mask: torch.Tensor, exp
     """The LM head on the states of one pass gives the logits of plain forwards, for the first row and for both."""
     base = model.base_causallm
     for what, some in (("its LM head on the states of its body", slice(0, 1)), ("rows padded on the left", slice(2))):
-        states = _attempt(base, what, partial(model.encode, ids[some], mask[some], thought_span=()))
-        given = _attempt(base, what, partial(model.lm_head, states.hidden))
-        _demand_equal(base, what, given, expected[some], mask[some])
+        with _trial(base, what):
+            states = model.encode(ids[some], mask[some], thought_span=())
+            _demand_equal(base, model.lm_head(states.hidden), expected[some], mask[some])
 
 
 def _plain_logits(base: PreTrainedModel, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-    """What the model computes by itself of each row without its padding: (B, T, V), 0 in padding."""
+    """Logits of plain forwards of the model, one per row without its padding: (B, T, V), 0 in padding."""
     takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
     rows = []
     for row, real in enumerate(mask.bool()):
@@ -133,52 +131,51 @@ def _plain_logits(base: PreTrainedModel, mask: torch.Tensor, **inputs: torch.Ten
     return torch.stack(rows)
 
 
-def _attempt(base: PreTrainedModel, what: str, call: Callable[[], Result]) -> Result:
-    """What `call` returns; whatever the family's code raises on passes it was not written for is a ModelError."""
+class _Difference(Exception):
+    """Logits that are not those of a plain forward; the message says how they differ."""
+
+
+@contextmanager
+def _trial(base: PreTrainedModel, what: str) -> Iterator[None]:
+    """Raises ModelError for a difference inside, and for any error of model code that was not written for passes."""
     try:
-        return call()
-    except torch.OutOfMemoryError:
+        yield
+    except (torch.OutOfMemoryError, ModelError):
         raise
     except Exception as error:
-        raise _misfit(base, what, f"fails with {type(error).__name__}: {in_one_line(error)}") from error
+        fails = "" if isinstance(error, _Difference) else f"fails with {type(error).__name__}: "
+        state = " (it keeps recurrent or convolutional state beside keys and values)" * keeps_recurrent_state(base)
+        raise ModelError(
+            f"{type(base).__name__} does not fit Coconut's passes{state}: {what}: {fails}{in_one_line(error)}; losses "
+            "or answers would be wrong, take another model (docs/FAMILIES.md lists the families that were tried)"
+        ) from error
 
 
-def _demand_equal(
-    base: PreTrainedModel, what: str, given: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor
-) -> None:
-    """Raise ModelError unless `given` (B, columns, V) are the last columns of `expected` (B, T, V) but for padding."""
+def _demand_equal(base: PreTrainedModel, given: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor) -> None:
+    """Compare `given` (B, columns, V) with the last columns of `expected` (B, T, V), padding aside."""
     expected = expected[:, -given.shape[1] :]
     if given.shape != expected.shape:
-        raise _misfit(base, what, f"gives logits of shape {list(given.shape)} and not {list(expected.shape)}")
+        raise _Difference(f"gives logits of shape {list(given.shape)} and not {list(expected.shape)}")
     real = mask[:, -given.shape[1] :].bool()
     one, other = given[real], expected[real]
     apart = torch.where((one == other) | (one.isnan() & other.isnan()), 0.0, (one - other).abs())
     share = float(apart.max() / other.nan_to_num().abs().max())
-    # `generate` gives its logits in fp32, whatever they were computed in.
-    tolerance = _TOLERANCES.get(expected.dtype, 1e-1)
-    if expected.is_cuda and expected.dtype == torch.float32:
-        tolerance = _WITH_TF32
+    # The precision of `expected`: `generate` always returns logits in fp32.
+    may_use_tf32 = expected.is_cuda and expected.dtype == torch.float32
+    tolerance = _WITH_TF32 if may_use_tf32 else _TOLERANCES.get(expected.dtype, 1e-1)
     if math.isnan(share):
         raise ModelError(
             f"{type(base).__name__}: the logits of a few tokens are not finite; the weights are damaged or overflow, "
             "take an earlier checkpoint"
         )
     if not share <= tolerance:
-        raise _misfit(base, what, f"logits differ from those of a plain forward by {share:.1e} of the largest")
-
-
-def _misfit(base: PreTrainedModel, what: str, problem: str) -> ModelError:
-    state = " (it keeps recurrent or convolutional state beside keys and values)" * keeps_recurrent_state(base)
-    return ModelError(
-        f"{type(base).__name__} does not fit Coconut's passes{state}: {what}: {problem}; losses or answers would be "
-        "wrong, take another model (docs/FAMILIES.md lists the families that were tried)"
-    )
+        raise _Difference(f"logits differ from those of a plain forward by {share:.1e} of the largest")
 
 
 def _ragged_pair(model: LatentPasses, table: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ordinary token ids (2, columns) and their mask; the second row is padded on the left."""
     config = model.base_causallm.config.get_text_config(decoder=True)
-    special = {model.latent_token_id, model.start_latent_id, model.end_latent_id, model.eos_token_id}
+    special = {getattr(model, name) for name in TOKEN_IDS}
     special |= {getattr(config, "pad_token_id", None), getattr(config, "bos_token_id", None)}
     ordinary = [token for token in range(min(len(table), 10 * columns)) if token not in special]
     places = torch.arange(2 * columns, device=table.device) * 2 % len(ordinary)
@@ -190,7 +187,7 @@ def _ragged_pair(model: LatentPasses, table: torch.Tensor, columns: int) -> tupl
 
 @contextmanager
 def _few_layers(base: PreTrainedModel) -> Iterator[None]:
-    """Inside it a known family has its first layers only, at least one of each kind: the others compute as they do."""
+    """Cuts a known family to its first layers, at least two and one of each kind, since its layers are alike."""
     if base.config.model_type not in _ALIKE:
         yield
         return
@@ -206,7 +203,7 @@ def _few_layers(base: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; every module is in its own mode again afterwards."""
+    """Evaluation mode, without dropout; afterwards every module is back in its own mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,8 +1,8 @@
 """Activation checkpointing of decoder layers that keeps the KV cache.
 
-HF's own checkpointing drops the cache in training and with it every thought. Here a layer's keys and values so far go
-into the recomputed region as inputs and come out of it with those of the pass; recomputing writes the same columns of
-the layer's buffer once more. What stays alive per layer is that buffer, and per pass the layer's input.
+HF's own checkpointing drops the cache in training and with it every thought. Here a layer's keys and values so far are
+inputs of the recomputed function, and those of the pass its outputs; recomputing writes the same columns of the layer's
+buffer once more. Each layer keeps that buffer, and its input of every pass.
 
 Shapes: B rows, T columns of the pass, D hidden size, H key-value heads, d their size.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,7 +27,7 @@ from coconut_ds.model.fast.low_rank_linear import current_pass, within
 
 _LOG = logging.getLogger(__name__)
 _CACHE_ARGUMENTS = ("past_key_values", "cache")
-"""What a decoder layer calls its cache up to transformers 5.23, and from 5.24 on."""
+"""Names of a decoder layer's cache argument: up to transformers 5.23, and from 5.24 on."""
 
 
 def checkpoint_layers(model: PreTrainedModel, every_n_layers: int = 1, offload: bool = False) -> None:
@@ -49,9 +48,10 @@ def checkpoint_layers(model: PreTrainedModel, every_n_layers: int = 1, offload: 
 
 
 def restore_layers(model: PreTrainedModel) -> None:
-    """Undo `checkpoint_layers`."""
-    for layer in decoder_layers(model):
-        layer.__dict__.pop("forward", None)
+    """Undo `checkpoint_layers`; does nothing if it is off."""
+    for layer in model.modules():
+        if getattr(layer.__dict__.get("forward"), "func", None) is _checkpointed:
+            del layer.forward
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -76,44 +76,21 @@ def _checkpointed(
     """The forward of a checkpointed layer: same arguments, same result."""
     forward = functools.partial(type(layer).forward, layer)
     call, name = signature.bind(*args, **kwargs), str(_cache_argument(signature))
-    cache = call.arguments.get(name)
+    cache = call.arguments.pop(name, None)
     if not torch.is_grad_enabled() or not (cache is None or isinstance(cache, TrainingCache)):
         return forward(*args, **kwargs)
-    call.arguments.pop(name, None)
-    hidden, *rest = call.args
-    earlier = cache.layer(index).written if cache is not None else ()
-    run = _region(forward, index, cache, name, rest, call.kwargs)
-    # The prefix is what pays; the passes after it have a column or a few.
-    with on_host(hidden) if offload and hidden.is_cuda and not earlier else nullcontext():
-        output, *written = checkpoint(run, hidden, *earlier, use_reentrant=False)
-    if cache is not None:
-        cache.layer(index).written = tuple(written)
-    return output
-
-
-def _region(
-    forward: Callable[..., Any],
-    index: int,
-    cache: TrainingCache | None,
-    name: str,
-    rest: list[Any],
-    kwargs: dict[str, Any],
-) -> Callable[..., tuple[Any, ...]]:
-    """(layer input, keys and values so far) -> (layer output, keys and values with those of this pass).
-
-    `name`: what the layer calls its cache.
-    """
-    this = current_pass()
-    # Without what is written: a region lives until its backward, and would keep the keys and values of all layers.
+    (hidden, *rest), options, this = call.args, call.kwargs, current_pass()
+    # `run` lives until its backward, so it must not hold the layer's input, or the keys and values of all layers.
     empty = cache.of_layer(index, ()) if cache is not None else None
 
     def run(hidden: torch.Tensor, *earlier: torch.Tensor) -> tuple[Any, ...]:
+        """(layer input, keys and values so far) -> (layer output, keys and values with those of this pass)."""
         with within(this):
             if empty is None:
-                return (forward(hidden, *rest, **kwargs),)
+                return (forward(hidden, *rest, **options),)
             own = empty.of_layer(index, earlier)
             n_before = own.get_seq_length(index)
-            output = forward(hidden, *rest, **kwargs, **{name: own})
+            output = forward(hidden, *rest, **options, **{name: own})
             if len(own.layers) != index + 1 or own.get_seq_length(index) != n_before + hidden.shape[1]:
                 raise RuntimeError(
                     f"decoder layer {index} wrote keys and values of another layer, or not once for each column; "
@@ -121,11 +98,17 @@ def _region(
                 )
             return (output, *own.layer(index).written)
 
-    return run
+    earlier = cache.layer(index).written if cache is not None else ()
+    # Only the prefix is worth offloading; the passes after it have a column or a few.
+    with on_host(hidden) if offload and hidden.is_cuda and not earlier else nullcontext():
+        output, *written = checkpoint(run, hidden, *earlier, use_reentrant=False)
+    if cache is not None:
+        cache.layer(index).written = tuple(written)
+    return output
 
 
 def on_host(hidden: torch.Tensor) -> AbstractContextManager[Any]:
-    """Inside it, autograd keeps `hidden` in host memory (pinned beside a GPU); everything else stays where it is."""
+    """Inside it, autograd saves `hidden` in (pinned) host memory, and all other tensors where they are."""
     host: Any = save_on_cpu(pin_memory=True)
 
     def pack(tensor: torch.Tensor) -> Any:

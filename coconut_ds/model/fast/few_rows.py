@@ -1,10 +1,10 @@
-"""Products of one column of a few rows with a large matrix, on every thread of a CPU.
+"""Multi-threaded products of one column of a few rows with a large matrix on a CPU.
 
-What a thought or a decoded token costs is reading the weights. The BLAS behind `torch.mm` (MKL on an AMD processor,
-torch 2.13) divides a product by its rows, so that one of few rows runs on one thread; as a batch of blocks of the
-matrix's columns it runs on all of them. Measured by `benchmarks/few_rows.py` (docs/PERFORMANCE.md) in fp32 on a CPU
-with 2 threads: it pays from 2 to 16 rows, and takes several times as long as torch for a single row, which torch runs
-as a product with a vector. Everything that was not measured is left to torch.
+The cost of a thought or a decoded token is reading the weights. The BLAS behind `torch.mm` (MKL on an AMD processor,
+torch 2.13) splits a product by its rows, so that few rows run on one thread; as a batch of blocks of the matrix's
+columns it runs on all threads. Measured by `benchmarks/few_rows.py` (docs/PERFORMANCE.md) in fp32 on a CPU with 2
+threads: faster from 2 to 16 rows, several times slower for a single row, which torch runs as a product with a vector.
+Cases that were not measured are left to torch.
 
 Shapes: B rows, T columns of the pass, I inputs, O outputs.
 """

@@ -1,8 +1,8 @@
 """Keys and values of all passes of a training forward, in one buffer per layer.
 
-A cache that grows copies every key and value in every pass, and autograd keeps each copy until the backward. Here a
-pass writes its columns behind those of the passes before it and gets a view of all of them; in the backward the
-gradients of all passes are summed in place, and each pass takes the columns it wrote when all later passes are done.
+A growing cache copies all keys and values in every pass, and autograd keeps each copy until the backward. Here a pass
+appends its columns to the buffer and gets a view of all columns so far. In the backward the gradients of all passes are
+summed in place, and each pass takes those of its own columns when all later passes are done.
 
 Shapes: B rows, H key-value heads, P columns of earlier passes, N columns of the pass, T columns in all, d head size.
 """
@@ -26,7 +26,7 @@ Columns = tuple[torch.Tensor, ...]
 
 @dataclass
 class Gradient(Factors):
-    """What a backward has collected so far for the keys, or the values, of a layer.
+    """The gradient of a layer's keys, or values, collected so far in a backward.
 
     The factors are (B, H, Q, P) and (B, H, Q, d), Q queries of a pass for each key-value head.
     """
@@ -58,7 +58,7 @@ class Gradient(Factors):
 
 
 def collected(columns: torch.Tensor) -> Gradient | None:
-    """Where the backward collects the gradient of keys or values that a `TrainingCache` returned; else None."""
+    """The collected gradient of keys or values that a `TrainingCache` returned; None for other tensors."""
     return getattr(columns.grad_fn, "collected", None)
 
 
@@ -96,7 +96,7 @@ class TrainingCache(Cache):
         return layer
 
     def of_layer(self, index: int, earlier: Columns) -> TrainingCache:
-        """A cache that continues after `earlier` in one layer, to write in it again what this one holds already."""
+        """A cache that continues after `earlier` in one layer, to rewrite columns that this one holds already."""
         view = TrainingCache(self._n_columns)
         view.layer(index).written = earlier
         view.layer(index).gradients = self.layer(index).gradients
@@ -114,7 +114,7 @@ class _Append(torch.autograd.Function):
         if earlier is None:
             start, buffer = 0, new.new_empty(rows, heads, n_columns, size)
         else:
-            # `.data`: to autograd a write would change what earlier passes saved, but their columns stay as they are.
+            # `.data`: autograd would count a write as a change of earlier passes' columns, which stay as they are.
             start = earlier.shape[-2]
             buffer = earlier.data.as_strided((rows, heads, n_columns, size), earlier.stride())
         end = start + columns
@@ -132,6 +132,6 @@ class _Append(torch.autograd.Function):
             ctx.collected.add(gradient)
         own = ctx.collected.take(*ctx.columns)
         if not ctx.needs_input_grad[0]:
-            ctx.collected.clear()  # no pass before this one takes part
-        # `earlier` is given none: its own pass, whose turn comes later, takes it from what was collected.
+            ctx.collected.clear()  # no earlier pass needs a gradient
+        # None for `earlier`: the passes that wrote it run later and take their gradients from `collected`.
         return None, own, None, None

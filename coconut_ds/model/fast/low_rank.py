@@ -1,8 +1,4 @@
-"""Low-rank gradient factors, collected during a backward and multiplied once.
-
-The gradient that few rows give a matrix is a product of two thin matrices. The two factors of every short pass are kept
-until the backward reaches the prefix (`fast/__init__.py` has the formulas).
-"""
+"""Low-rank gradient factors, collected during a backward and multiplied once; formulas in `fast/__init__.py`."""
 
 from __future__ import annotations
 
@@ -15,13 +11,13 @@ from coconut_ds.model.internals import current_backward
 
 @dataclass
 class Factors:
-    """Pairs of row tensors, of one backward, whose products `first.mT @ second` are parts of one gradient."""
+    """Pairs of row tensors of one backward, whose products `first.mT @ second` add up to one gradient."""
 
     rows: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _backward: int = -1
 
     def begin(self) -> None:
-        """Forget what another backward of the same graph kept: one through a part of it, or one that failed."""
+        """Discard factors of an earlier backward of the same graph, which was partial or failed."""
         current = current_backward()
         if current != self._backward:
             self.clear()
@@ -37,8 +33,8 @@ class Factors:
 
 
 def pays(rows: torch.Tensor) -> bool:
-    """Whether to keep factors for a product with `rows`: only where it was measured to pay (docs/PERFORMANCE.md).
+    """Whether to keep factors for a product with `rows`: in fp32 on a CPU, where it was measured to be faster.
 
-    That is in fp32 on a CPU. In half precision torch's kernels sum in fp32; on a GPU nobody has measured it yet.
+    In half precision torch's kernels sum in fp32; on a GPU it was never measured (docs/PERFORMANCE.md).
     """
     return rows.device.type == "cpu" and rows.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")

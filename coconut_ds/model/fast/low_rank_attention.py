@@ -1,9 +1,8 @@
 """Low-rank gradients of keys and values: attention of short passes keeps factors, the KV cache multiplies them once.
 
-For each head the gradients are products of a few rows, (queries, P) and (queries, d), which torch's attention writes
-out over all columns, (P, d), and autograd adds up pass by pass. Left to torch are the prefix, a tail of so many queries
-that the factors would take more memory than their product, and what `low_rank.pays` excludes. The package's docstring
-has the formulas.
+Per head the gradients are products of a few rows, (queries, P) and (queries, d), which torch's attention multiplies out
+to all columns, (P, d), and autograd adds up pass by pass. torch's attention still runs the prefix, a tail of so many
+queries that the factors would take more memory than their product, and what `low_rank.pays` excludes.
 
 Shapes: B rows, N columns of the pass, H key-value heads with G query heads each, P columns so far, d head size.
 """
@@ -26,15 +25,15 @@ from coconut_ds.model.fast.low_rank import pays
 from coconut_ds.model.internals import attention_of
 
 GATHERING_SDPA = "sdpa_gathering"
-"""The name of this attention in transformers; a saved configuration does not hold it."""
+"""The name under which transformers knows this attention; it is not saved with a configuration."""
 
 
 def install(model: PreTrainedModel) -> bool:
-    """Make a model that uses torch's attention use this one; whether it does."""
-    uses_torchs = attention_of(model.config) == "sdpa"
-    if uses_torchs:
+    """Replace torch's attention in a model by this one; returns False for a model with another attention."""
+    is_sdpa = attention_of(model.config) == "sdpa"
+    if is_sdpa:
         model.set_attn_implementation(GATHERING_SDPA)
-    return uses_torchs
+    return is_sdpa
 
 
 def uninstall(model: PreTrainedModel) -> None:
@@ -52,7 +51,7 @@ def _attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Query (B, H * G, N, d), keys and values (B, H, P, d) -> (B, N, H * G, d), as transformers asks."""
+    """Query (B, H * G, N, d), keys and values (B, H, P, d) -> (B, N, H * G, d), the interface of transformers."""
     of_keys, of_values = collected(key), collected(value)
     columns, size = query.shape[2:]
     if attention_mask is None:
@@ -70,7 +69,7 @@ def _attention(
     query = query * (size**-0.5 if scaling is None else scaling)
     scores = _Product.apply(query, key.mT, lambda rows, gradient: of_keys.keep(gradient, rows))
     if attention_mask is not None:
-        # Not -inf, which makes NaN of a padding column that sees nothing.
+        # Not -inf, which gives NaN for a padding column that attends to nothing.
         hidden = ~attention_mask.repeat(1, 1, groups, 1)  # (B, 1, G * N, P)
         scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     shares = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, H, G * N, P)
@@ -83,7 +82,7 @@ AttentionMaskInterface.register(GATHERING_SDPA, sdpa_mask)
 
 
 class _Product(torch.autograd.Function):
-    """(B, H, rows, K) times (B, H, K, O); `keep` is given the factors of the matrix's gradient."""
+    """(B, H, rows, K) times (B, H, K, O); passes the factors of the matrix's gradient to `keep`."""
 
     @staticmethod
     def forward(

@@ -1,10 +1,10 @@
 """Low-rank weight gradients: factors of thoughts and a short tail, multiplied once with the prefix.
 
-A pass over few columns gives each weight matrix a gradient of low rank, dW = X^T G, that autograd writes out in full
-and adds to the previous one: for GPT-2 small, 340 MB written and a gigabyte moved per pass. Here these passes keep
-their inputs X and output gradients G, B rows per column, for the prefix's backward. It runs after all of theirs,
-because every thought is made from a state of the pass before it. A longer tail is left to autograd. The package's
-docstring has the formulas and the order of gradients that this must keep.
+For a pass over few columns autograd computes the low-rank gradient of each weight, dW = X^T G, in full and adds it to
+the previous one: for GPT-2 small, 340 MB written and a gigabyte moved per pass. Here these passes keep their inputs X
+and output gradients G, B rows per column, for the prefix's backward. It runs after theirs, because every thought is
+made from a state of the pass before it. Longer tails are left to autograd. `fast/__init__.py` has the formulas and the
+order of gradients that this must keep.
 
 Shapes: N rows of a pass (batch times columns), I inputs, O outputs of a linear layer.
 """
@@ -29,18 +29,17 @@ from coconut_ds.model.fast.low_rank import Factors, pays
 
 SHORT = 16
 """Longest pass, in columns, whose factors are kept: 0.6 MB per column and row of the batch for GPT-2 small in fp32.
-Counted in columns and not in rows, so that memory grows linearly with the micro-batch, as the planner expects."""
+In columns, not rows, so that memory grows linearly with the micro-batch, as the planner expects."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of a forward; `kept` is shared by its passes.
-
-    For each linear layer that the prefix ran, the factors of short passes: inputs (N, I) and output gradients (N, O).
-    """
+    """One pass of a forward."""
 
     is_prefix: bool
     kept: dict[nn.Module, Factors]
+    """Factors of all short passes of the forward, for each linear layer of the prefix: inputs (N, I) and output
+    gradients (N, O)."""
 
 
 _CURRENT: ContextVar[Pass | None] = ContextVar("pass", default=None)
@@ -48,7 +47,7 @@ _CURRENT: ContextVar[Pass | None] = ContextVar("pass", default=None)
 
 @contextmanager
 def within(this: Pass | None) -> Iterator[None]:
-    """Run as part of a pass, or of none."""
+    """Set the current pass, or None, for the code inside."""
     token = _CURRENT.set(this)
     try:
         yield
@@ -57,18 +56,18 @@ def within(this: Pass | None) -> Iterator[None]:
 
 
 def current_pass() -> Pass | None:
-    """The pass under way, to come back to it with `within` when activations are recomputed."""
+    """The current pass, to be restored by `within` when activations are recomputed."""
     return _CURRENT.get()
 
 
 def passes_of_a_forward() -> Callable[[bool], AbstractContextManager[None]]:
-    """What the passes of one forward run in, given whether the pass is the prefix."""
+    """Makes the context of each pass of one forward, given whether the pass is the prefix."""
     kept: dict[nn.Module, Factors] = {}
     return lambda is_prefix: within(Pass(is_prefix, kept))
 
 
 def install(decoder: nn.Module) -> None:
-    """Make the linear layers inside `decoder` follow the pass they run in."""
+    """Replace the forward of the linear layers inside `decoder` by one that depends on the current pass."""
     for module in decoder.modules():
         if type(module) in (nn.Linear, Conv1D):
             module.forward = functools.partial(_forward, module)
@@ -84,11 +83,11 @@ def uninstall(decoder: nn.Module) -> None:
 def _forward(module: Any, rows: torch.Tensor) -> torch.Tensor:
     this = _CURRENT.get()
     weight: torch.Tensor = module.weight
-    # Weights are (O, I); Conv1D keeps them transposed.
+    # Weights are (O, I); those of Conv1D are transposed.
     is_transposed = isinstance(module, Conv1D)
     if not torch.is_grad_enabled():
         return product(rows, weight if is_transposed else weight.T, module.bias)
-    # ZeRO-3 has the weight for the call of its module only.
+    # ZeRO-3 gathers the weight for the call of its module only.
     is_whole = not hasattr(weight, "ds_id")
     if this is None or not (weight.requires_grad and is_whole and pays(rows)):
         return type(module).forward(module, rows)
