@@ -1,4 +1,4 @@
-"""What is a thought? A model that is fed its own hidden states in place of words.
+"""What is a thought? A hidden state that is fed back to the model as its next input embedding.
 
 Read in this order; after the first three files a thought is understood:
 
@@ -9,15 +9,15 @@ Read in this order; after the first three files a thought is understood:
 4. `loss.py`: cross entropy of the supervised columns, in chunks.
 5. `decoding.py`: an answer, decoded from the cached thoughts.
 6. `coconut.py`: `Coconut`, the passes with that loss and decoder; loading and saving.
-7. `self_check.py`: whether the passes fit a model family, tried on a few tokens when a model is wrapped.
+7. `self_check.py`: the compatibility check of a model family, run on a few tokens when a model is wrapped.
 
-`thoughts.py` reads the thoughts of a batch back, for whoever inspects them. Around the model:
+`thoughts.py` reads the thoughts of a batch back, for inspection. Around the model:
 
 * `backbone.py` (the transformers model and its tokenizer, marker tokens), `loading.py` (from a folder or the hub),
   `scratch.py` (with random weights), `state_dicts.py` (weights saved by others).
 * `folder.py` (the folder of a trained model) and `card.py` (its model card).
 * `internals.py`: the private names of torch and transformers used here, checked when a model is wrapped.
 
-All of it runs on transformers' own cache, attention and layers, and nothing here imports `fast/`, the layer that makes
-it fast and small (`fast/__init__.py`). Arguments are plain: no run configuration is read in here.
+All of it runs on the cache, attention and layers of transformers. Nothing here imports `fast/`, the optional layer that
+makes it fast and small (`fast/__init__.py`), or reads a run configuration: arguments are plain.
 """

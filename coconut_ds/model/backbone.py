@@ -1,4 +1,4 @@
-"""The model of transformers under Coconut and its tokenizer: marker tokens, and what a model must have to fit."""
+"""The transformers model and tokenizer under Coconut: marker tokens, position limits, requirements of a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Backbone:
 
     @property
     def n_positions(self) -> int:
-        """Longest sequence the model takes, in tokens."""
+        """Maximum sequence length of the model, in tokens."""
         return n_positions(self.model)
 
     def marker_ids(self) -> dict[str, int]:
@@ -61,19 +61,19 @@ def add_markers(backbone: Backbone) -> None:
 
 
 def n_positions(model: PreTrainedModel) -> int:
-    """Longest sequence a model takes, in tokens; `sys.maxsize` for a family without such a limit (ALiBi, Bloom)."""
+    """Maximum sequence length of a model in tokens; `sys.maxsize` for a family without a limit (ALiBi, Bloom)."""
     config = model.config.get_text_config(decoder=True)
     limits = (getattr(config, name, None) for name in _POSITION_LIMITS)
     limit = next((int(limit) for limit in limits if limit and limit > 0), sys.maxsize)  # XLNet says -1
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        # Longer sequences rotate all their positions by other factors, also those of keys already in the cache.
+        # Longer sequences use other rotary factors for all positions, also for keys that are in the cache already.
         return min(limit, int(rope.get("original_max_position_embeddings") or limit))
     return limit
 
 
 def demand_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise ModelError where the tokenizer has ids that the embedding has no row for."""
+    """Raise ModelError if the tokenizer has ids beyond the rows of the embedding."""
     embeddings: Any = model.get_input_embeddings()
     n_rows, highest = len(embeddings.weight), max(tokenizer.get_vocab().values())
     if highest >= n_rows:
@@ -84,7 +84,7 @@ def demand_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name
 
 
 def demand_plain_head(model: PreTrainedModel, name: str) -> None:
-    """Raise ModelError for a model whose logits are not its LM head applied to the states of a body of its own."""
+    """Raise ModelError for a model whose logits are not a separate LM head applied to the states of its base model."""
     config = model.config.get_text_config(decoder=True)
     for key in _PROCESSED_LOGITS:
         if getattr(config, key, None) not in (None, 1.0):

@@ -38,7 +38,7 @@ class CoconutOutput(ModelOutput):
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> dict[str, int | None]:
-    """Ids by their marker tokens, for folders that do not name them."""
+    """The ids of the tokenizer's marker tokens, for folders that do not store them."""
     tokens = Tokens.of(settings["method"], tokenizer)
     ids = (tokens.thought, tokens.start_latent, tokens.end_latent, tokenizer.eos_token_id)
     return dict(zip(TOKEN_IDS, ids, strict=True))
@@ -55,10 +55,9 @@ class Coconut(LatentPasses):
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> Coconut:
-        """The model of a folder or hub id that `save_pretrained` or a run has written; a checkpoint folder will do.
+        """Load a folder or hub id written by `save_pretrained` or by a run, also a checkpoint folder.
 
-        In fp32 and in evaluation mode, as transformers loads models. Raises InputError for a folder that holds no
-        Coconut model.
+        In fp32 and evaluation mode, as in transformers. Raises InputError for a folder without a Coconut model.
         """
         name = str(name)
         settings = pretrained.stored_settings(name)
@@ -82,11 +81,11 @@ class Coconut(LatentPasses):
         repo_id: str | None = None,
         private: bool | None = None,
     ) -> None:
-        """Write what `from_pretrained` loads: the backbone as plain transformers has it, latent settings, a model card.
+        """Write what `from_pretrained` loads: the backbone as transformers saves it, latent settings, a model card.
 
-        With the `tokenizer` the folder is complete. Results of an evaluation are left out: they were those of the
-        weights loaded, which may have been trained since. `push_to_hub` uploads the folder to `repo_id`, by default its
-        name. Raises InputError when the hub does not take it.
+        With the `tokenizer` the folder is complete. Results of an evaluation are left out, since the weights may have
+        been trained after it. `push_to_hub` uploads the folder to `repo_id`, by default its name. Raises InputError if
+        the hub rejects it.
         """
         folder = Path(folder)
         settings = {
@@ -103,9 +102,9 @@ class Coconut(LatentPasses):
     def enable_activation_checkpointing(self, every_n_layers: int = 1, offload: bool = False) -> None:
         """Keep only the input, keys and values of every `every_n_layers`-th decoder layer and recompute the rest.
 
-        Same loss and gradients, dropout included. `offload` moves the layer inputs of the prefix to pinned host
-        memory; on a CPU it says that it does nothing. Raises ValueError without `fast.install`, whose KV cache it
-        needs, for a model whose layers cannot be checkpointed, and when it is on already.
+        Same loss and gradients, dropout included. `offload` moves the layer inputs of the prefix to pinned host memory;
+        on a CPU it only warns. Raises ValueError without `fast.install`, whose KV cache it needs, for a model whose
+        layers cannot be checkpointed, and if it is on already.
         """
         if self.speed_layer is None:
             raise ValueError(
@@ -115,7 +114,7 @@ class Coconut(LatentPasses):
         self.speed_layer.checkpoint_layers(every_n_layers, offload)
 
     def disable_activation_checkpointing(self) -> None:
-        """Undo `enable_activation_checkpointing`; nothing happens when it is off."""
+        """Undo `enable_activation_checkpointing`; does nothing if it is off."""
         if self.speed_layer is not None:
             self.speed_layer.restore_layers()
 
@@ -128,21 +127,21 @@ class Coconut(LatentPasses):
         thought_span: Sequence[int] | None = None,
         supervised: torch.Tensor | None = None,
     ) -> CoconutOutput:
-        """All tensors (B, T). Labels are -100 where nothing is learned; a label is predicted from the column before.
+        """All tensors (B, T). Labels are -100 for ignored columns; a label is predicted from the column before it.
 
         `thought_span` is (first thought column of the batch, one past the last), or () for a batch without thoughts.
-        `supervised` (N,) holds row * T + column of every label that counts. The collator knows both; where they are
-        missing they are read from the tensors, which on a GPU waits for it.
+        `supervised` (N,) holds row * T + column of every label that counts. The collator provides both; by default they
+        are read from the tensors, which synchronises with a GPU.
 
-        Raises ValueError when a thought stands in column 0, or when HF's own checkpointing, which drops the cache, is
-        on in training.
+        Raises ValueError for a thought in column 0, or if HF's own checkpointing, which drops the cache, is on in
+        training.
         """
         encoded = self.encode(input_ids, attention_mask, position_ids, thought_span)
         if labels is None:
             return CoconutOutput(logits=self.lm_head(encoded.hidden))
         if supervised is None:
             supervised = supervised_entries(labels)
-        # The state one column earlier predicts a label.
+        # A label is predicted from the state one column earlier.
         states = encoded.hidden.flatten(0, 1).index_select(0, supervised - 1)  # (N, D)
         loss_sum = summed_cross_entropy(self.lm_head, states, labels.flatten().index_select(0, supervised))
         n_targets = len(supervised)

@@ -1,4 +1,4 @@
-"""Batched decoding that starts from the cached thoughts. The decoding loop is that of transformers."""
+"""Batched decoding from the cached thoughts, by `generate` of transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Decoded:
     tokens: torch.Tensor
     """(B, max_new_tokens), EOS after EOS."""
     encoded: Encoded | None
-    """Every column of the prompts but the last, T - 1 of them; None for prompts of one column."""
+    """All columns of the prompts except the last, T - 1; None for prompts of one column."""
 
 
 @torch.no_grad()
@@ -36,9 +36,9 @@ def decode(
 ) -> Decoded:
     """Continue prompts (B, T), which are left-padded and end in an ordinary token; greedy by default.
 
-    Every column but the last is run once to fill the KV cache with the thoughts in it, and `generate` of the backbone
-    continues from there. `sampling`: what it takes of do_sample, temperature, top_k, top_p, streamer. Raises ValueError
-    when a prompt ends in a thought or in padding.
+    All columns except the last run once to fill the KV cache, thoughts included, and `generate` of the backbone
+    continues from there. `sampling`: its arguments do_sample, temperature, top_k, top_p, streamer. Raises ValueError
+    if a prompt ends in a thought or in padding.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -52,7 +52,7 @@ def decode(
     cache = encoded = None
     if input_ids.shape[1] > 1:
         cache = _cache(model, input_ids.shape[1] + max_new_tokens)
-        # The thoughts never reach the last column, so the span found for the whole prompt holds for its head.
+        # The last column is never a thought, so the span of the whole prompt is that of its head.
         head = slice(None, -1)
         encoded = model.encode(input_ids[:, head], attention_mask[:, head], None, thought_span, cache, intervene)
     tokens = _generate(model, input_ids, attention_mask, cache, max_new_tokens, **{"do_sample": False, **sampling})
@@ -63,7 +63,7 @@ def decode(
 
 @torch.no_grad()
 def next_token_logits(model: LatentPasses, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Logits (B, 1, V) that `decode` chooses the first new token of prompts (B, T) without thoughts from."""
+    """Logits (B, 1, V) from which `decode` chooses the first new token of prompts (B, T) without thoughts."""
     cache = _cache(model, input_ids.shape[1] + 1)
     model.encode(input_ids[:, :-1], attention_mask[:, :-1], None, (), cache)
     options: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -71,11 +71,10 @@ def next_token_logits(model: LatentPasses, input_ids: torch.Tensor, attention_ma
 
 
 def _cache(model: LatentPasses, n_columns: int) -> Cache:
-    """Of fixed size where the model takes it: one that grows is copied whole for every token."""
+    """Of fixed size if the model supports it: a growing one is copied whole for every token."""
     config = model.base_causallm.config
-    if model.decodes_on_static_cache:
-        return StaticCache(config=config, max_cache_len=n_columns)
-    return DynamicCache(config=config)
+    is_static = model.decodes_on_static_cache
+    return StaticCache(config, max_cache_len=n_columns) if is_static else DynamicCache(config=config)
 
 
 def _generate(
@@ -97,8 +96,8 @@ def _generate(
         pad_token_id=model.eos_token_id,
         **options,
     )
-    # transformers takes unset options from the model's own: a chat model's folder brings a repetition penalty
-    # along, and "greedy" would not be.
+    # transformers takes unset options from the model's own configuration, such as the repetition penalty of a chat
+    # model, with which "greedy" would not be greedy.
     own, backbone.generation_config = backbone.generation_config, GenerationConfig()
     try:
         return backbone.generate(

@@ -13,7 +13,7 @@ _KNOWN_TO_WORK = {"transformers": "5.23.0", "torch": "2.13.0"}
 
 
 def demand_names(model: PreTrainedModel) -> None:
-    """Raise ModelError if a name used below is not there: it would change results or speed without a word."""
+    """Raise ModelError if a name used below is missing: results or speed would change without an error."""
     wanted = (
         ("transformers", model, "_can_compile_fullgraph"),
         ("transformers", model, "_is_stateful"),
@@ -29,12 +29,12 @@ def demand_names(model: PreTrainedModel) -> None:
 
 
 def takes_static_cache(model: PreTrainedModel) -> bool:
-    """Whether the family says that it decodes on a cache of fixed size."""
+    """Whether the family declares that it decodes on a cache of fixed size."""
     return bool(model._can_compile_fullgraph)
 
 
 def keeps_recurrent_state(model: PreTrainedModel) -> bool:
-    """Whether the family says that it keeps more than keys and values of the columns before."""
+    """Whether the family declares state other than keys and values."""
     return bool(model._is_stateful)
 
 
@@ -44,5 +44,5 @@ def attention_of(config: PreTrainedConfig) -> str:
 
 
 def current_backward() -> int:
-    """A number for the backward under way; torch's own checkpointing tells backwards apart by it, too."""
+    """The id of the running backward, by which torch's own checkpointing also tells backwards apart."""
     return int(torch._C._current_graph_task_id())

@@ -16,16 +16,16 @@ from torch import nn
 
 @dataclass(frozen=True)
 class LatentContext:
-    """How a thought is made from earlier hidden states.
+    """How a thought is computed from earlier hidden states.
 
     The thought at column t is `sum_j w_j h[t-j] / sum_j w_j` over the last m = len(weights) states of the row,
     `weights[0]` belonging to the newest, h[t-1]. Plain Coconut (arXiv 2412.06769, section 3) is m = 1.
 
-    `scope="sequence"` lets the window reach back over earlier thoughts to the first real column of the row.
-    `scope="last_pass"` lets it reach only over the columns since the row's previous thought, so that every thought
-    but the first is one hidden state: the computation of coconut-contextual, whose window is (0.1, 0.3, 0.6).
+    `scope="sequence"`: the window extends over earlier thoughts to the first real column of the row.
+    `scope="last_pass"`: it extends only over the columns since the row's previous thought, so that every thought but
+    the first is one hidden state: the computation of coconut-contextual, whose window is (0.1, 0.3, 0.6).
 
-    With `learned` the w_j are a softmax of m trained logits, which starts from `weights`.
+    `learned`: the w_j are a softmax of m trained logits, initialised from `weights`.
 
     `norm` scales every thought: `rms` to a root mean square of 1, `embedding` to the mean L2 norm of the token
     embeddings that precede the first thought of its row; `none` leaves it, as published.
@@ -72,9 +72,9 @@ def states_in_reach(scope: str, column: int, first_real: torch.Tensor, follows_t
 
 
 def window_shares(available: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What each state of the window counts for, newest first: (B, m), rows summing to 1.
+    """The normalised weight of each state of the window, newest first: (B, m), rows summing to 1.
 
-    available (B,) states that count per row; weights (m,). A row without any state to average gets zeros.
+    available (B,) states in reach per row; weights (m,). A row without a state gets zeros.
     """
     counted = torch.arange(len(weights), device=available.device) < available[:, None]  # (B, m)
     shares = torch.where(counted, weights, 0.0)  # (B, m)
@@ -84,8 +84,8 @@ def window_shares(available: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
 def next_thought(states: torch.Tensor, available: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted average of the newest states.
 
-    states (B, J, D) newest first; available (B,) states that count per row; weights (m,), m >= J; returns (B, D).
-    A row without any state to average gets zeros.
+    states (B, J, D) newest first; available (B,) states in reach per row; weights (m,), m >= J; returns (B, D).
+    A row without a state gets zeros.
     """
     shares = window_shares(available, weights[: states.shape[1]])  # (B, J)
     return torch.einsum("bj,bjd->bd", shares.to(states.dtype), states)
@@ -97,14 +97,12 @@ class LatentWindow(nn.Module):
     def __init__(self, context: LatentContext):
         super().__init__()
         self._weights = context.weights
-        self.logits = (
-            nn.Parameter(torch.tensor([math.log(each) for each in context.weights])) if context.learned else None
-        )
+        self.logits = nn.Parameter(torch.tensor([*map(math.log, context.weights)])) if context.learned else None
 
     def forward(self, prefix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights (m,), newest first, and the hidden states of the prefix (B, T, D), unchanged.
 
-        The passes use the states returned. Through them the logits get a gradient in every backward, of zeros without a
+        The passes use the returned states. Through them the logits get a gradient in every backward, zeros without a
         thought, and always at the same place in the order of gradients (`fast/__init__.py` says why).
         """
         if self.logits is None:
@@ -120,7 +118,7 @@ class LatentWindow(nn.Module):
 
 
 class _Joined(torch.autograd.Function):
-    """Two tensors as they are, whose gradients become ready together."""
+    """Identity of two tensors, whose gradients become ready together."""
 
     @staticmethod
     def forward(ctx: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

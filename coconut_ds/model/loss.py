@@ -1,4 +1,4 @@
-"""Cross entropy of supervised positions, never with more than one chunk of logits alive.
+"""Chunked cross entropy of supervised positions: at most one chunk of logits is in memory.
 
 Shapes: N supervised positions, D hidden size, V vocabulary.
 """
@@ -11,14 +11,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256
-"""Positions whose logits exist at once: 49 MiB in fp32 for the vocabulary of GPT-2."""
+"""Positions per chunk of logits: 49 MiB in fp32 for the vocabulary of GPT-2."""
 
 
 def summed_cross_entropy(lm_head: nn.Module, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum of the cross entropies of states (N, D) against targets (N,), softmax in fp32; 0-d, 0 for N = 0.
 
-    More than `CHUNK` positions are done in chunks whose logits are computed again in the backward. The head is called
-    as a module: under ZeRO-3 its weight is only there during such a call.
+    More than `CHUNK` positions are split into chunks whose logits are recomputed in the backward. The head is called as
+    a module: ZeRO-3 gathers its weight only for such a call.
     """
     if len(targets) <= CHUNK:
         return _chunk_loss(lm_head, states, targets)

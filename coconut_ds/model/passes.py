@@ -1,4 +1,4 @@
-"""The passes of Coconut: how thoughts are made and fed, on any KV cache.
+"""The passes of Coconut: how thoughts are computed and fed, on any KV cache.
 
 Shapes: B rows, T columns, D hidden size.
 """
@@ -22,20 +22,20 @@ TOKEN_IDS = ("latent_token_id", "start_latent_id", "end_latent_id", "eos_token_i
 """Attributes and arguments of `LatentPasses` that are token ids."""
 
 Intervention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(number (B,), thought (B, D)) -> (B, D): what is fed instead of the `number`-th thought, from 0, of each row.
+"""(number (B,), thought (B, D)) -> (B, D): the embedding to feed instead of each row's `number`-th thought, from 0.
 
-`number` is -1 in a row whose column holds an ordinary token, which stays.
+`number` is -1 in a row whose column holds an ordinary token, which is not replaced.
 """
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """All columns after the passes: hidden states after the final norm, and the embeddings that were fed."""
+    """Result of all passes: hidden states after the final norm, and the embeddings that were fed."""
 
     hidden: torch.Tensor
     """(B, T, D)"""
     fed: Sequence[torch.Tensor]
-    """What each pass was fed, (B, columns, D) each."""
+    """The embeddings fed to each pass, (B, columns, D) each."""
 
     @property
     def inputs_embeds(self) -> torch.Tensor:
@@ -84,15 +84,15 @@ class LatentPasses(nn.Module):
         self.latent_context = latent_context or LatentContext()
         self.latent_window = LatentWindow(self.latent_context)
         self.training_settings: dict[str, Any] = {}
-        """What `coconut.json` says of the run the weights are of; travels with them."""
+        """The contents of `coconut.json` about the run that trained the weights; saved with them."""
         self.speed_layer: SpeedLayer | None = None
         """Set by `fast.install`."""
         self.decodes_on_static_cache = takes_static_cache(base_causallm)
-        """Else answers are decoded on a cache that grows."""
+        """Otherwise answers are decoded on a growing cache."""
         self._demand_fit()
 
     def _demand_fit(self) -> None:
-        """Raise ModelError for a backbone that these passes do not fit: a subclass knows how to find out."""
+        """Raise ModelError for a backbone that these passes do not fit; implemented by the subclass."""
 
     @property
     def lm_head(self) -> nn.Module:
@@ -107,9 +107,9 @@ class LatentPasses(nn.Module):
         cache: Cache | None = None,
         intervene: Intervention | None = None,
     ) -> Encoded:
-        """Run all passes over (B, T) inputs. A `cache` that is given is empty, and covers every column afterwards.
+        """Run all passes over (B, T) inputs. A given `cache` must be empty, and holds every column afterwards.
 
-        `intervene` sees every thought before it is fed and returns what is fed instead.
+        `intervene` is called with every thought before it is fed and returns the embedding to feed instead.
         """
         if self.training and self.base_causallm.is_activation_checkpointing:
             raise ValueError(
@@ -122,13 +122,13 @@ class LatentPasses(nn.Module):
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
         span = self._find_thoughts(input_ids) if thought_span is None else tuple(thought_span)
         embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (B, T, D)
-        # -1 for a cache that grows.
+        # -1 for a growing cache.
         keys = cache.get_max_length() if cache is not None and cache.layers else 0
         layer = self.speed_layer
         if cache is None and span:
             cache = layer.cache(input_ids.shape[1]) if layer else DynamicCache(config=self.base_causallm.config)
         mask = causal_mask(attention_mask, self.base_causallm.config)
-        # Also where there are no thoughts: gradients must become ready in one order on every rank (`fast/__init__.py`).
+        # Also without thoughts: gradients must become ready in one order on every rank (`fast/__init__.py`).
         around = layer.forward() if layer else nullcontext
 
         def run(embeds: torch.Tensor, start: int) -> torch.Tensor:

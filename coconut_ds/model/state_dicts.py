@@ -1,4 +1,4 @@
-"""State dicts as they are saved elsewhere: the prefixes of wrappers, and whether all of a model is in one."""
+"""State dicts saved by other tools: prefixes of wrappers, completeness, quantized and non-finite weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from coconut_ds.errors import ModelError
 PLAIN_NAMES = {
     # DataParallel, published Coconut, torch.compile, FSDP
     r"^(?:(?:module|base_causallm|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+": "",
-    # The last three stand before any part of a name.
+    # These three also occur inside a name.
     r"\.(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)": "",
 }
-"""Patterns of wrappers and what replaces them, as `key_mapping` of transformers' `from_pretrained` takes them."""
+"""Prefix patterns and their replacements, in the format of `key_mapping` of transformers' `from_pretrained`."""
 
 _STORED_BY_OLDER_VERSIONS = re.compile(r"\.(?:attn\.bias|attention\.bias|masked_bias|inv_freq|position_ids)$")
-"""Buffers that older versions of transformers saved and newer ones work out."""
+"""Buffers that older versions of transformers saved and newer ones compute."""
 _NAMED = 3
 SECOND_TABLE = "embedding.weight"
 """The name under which published Coconut stores its embedding table once more."""
@@ -44,9 +44,9 @@ def demand_whole(
     unexpected: Sequence[str],
     misshaped: Mapping[str, str],
 ) -> None:
-    """Raise ModelError naming what `source` lacks of `model`, has beside it, and has in another shape or type.
+    """Raise ModelError naming missing, unexpected and misshaped weights of `source` for `model`.
 
-    `misshaped` says for each name what there is and what the model has.
+    `misshaped`: name -> the shape found and the shape of the model.
     """
     found = {
         "missing": missing,
@@ -63,10 +63,10 @@ def demand_whole(
 
 
 def demand_plain_tensors(folder: Path, model: PreTrainedModel) -> None:
-    """Look at the headers of the safetensors that `model` was read from.
+    """Check the headers of the safetensors files that `model` was loaded from.
 
-    Raises ModelError for names that are one without the prefixes of wrappers, of which one would win, and for weights
-    in integers or 8 bits, whose numbers mean nothing without their scales.
+    Raises ModelError for names that are equal without the prefixes of wrappers, of which one would win, and for
+    quantized weights (integers or 8 bits), which are meaningless without their scales.
     """
     names: list[str] = []
     odd: list[str] = []
@@ -85,7 +85,7 @@ def demand_plain_tensors(folder: Path, model: PreTrainedModel) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder that exist; transformers reports a missing shard."""
+    """The existing safetensors files of a folder; transformers reports a missing shard."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     try:
         if single.is_file():
@@ -97,7 +97,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def is_plain(value: torch.Tensor) -> bool:
-    """Whether a tensor holds numbers as they are: neither quantized, nor sparse, nor without data."""
+    """Whether a tensor is an ordinary float tensor: not quantized, not sparse, not on the meta device."""
     return value.dtype in _PLAIN_DTYPES and value.layout == torch.strided and not value.is_meta
 
 

@@ -1,4 +1,4 @@
-"""What the thoughts of a batch are: the states they average, what was fed, and what the LM head reads in them.
+"""Inspection of a batch's thoughts: the averaged states, the embeddings fed, and the LM head's reading of them.
 
 Shapes: B rows, T columns, K thoughts of the row with the most, J states in the window, D hidden size, V vocabulary.
 """
@@ -16,23 +16,23 @@ from coconut_ds.model.passes import Encoded, LatentPasses
 
 @dataclass(frozen=True)
 class Thoughts:
-    """The thoughts of each row in order; rows with fewer than K end in entries without a meaning."""
+    """The thoughts of each row in order; entries beyond a row's count are meaningless."""
 
     counts: torch.Tensor
     """(B,) thoughts of each row."""
     fed: torch.Tensor
-    """(B, K, D) what the thought columns were fed."""
+    """(B, K, D) the embeddings fed at the thought columns."""
     averages: torch.Tensor
-    """(B, K, D) the windows' averages, before `latent_norm` and interventions: fed as they are where there are none."""
+    """(B, K, D) the windows' averages, before `latent_norm` and interventions; without these, equal to `fed`."""
     shares: torch.Tensor
-    """(B, K, J) what each state of the window counts for, newest first; a row without that many states has zeros."""
+    """(B, K, J) the weight of each state of the window, newest first; zeros if a row has fewer states."""
 
 
 @torch.no_grad()
 def read_thoughts(
     model: LatentPasses, encoded: Encoded, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> Thoughts:
-    """The thoughts in `encoded`, which may lack the last columns of the (B, T) inputs if none of them is a thought."""
+    """The thoughts in `encoded`, which may lack final columns of the (B, T) inputs if they hold no thought."""
     context, first_real = model.latent_context, attention_mask.argmax(dim=1)
     is_thought = torch.eq(input_ids, -1 if model.latent_token_id is None else model.latent_token_id)
     counts = is_thought.sum(dim=1)
@@ -65,9 +65,9 @@ Readings = list[list[tuple[str, float]]]
 
 @torch.no_grad()
 def vocabulary_reading(model: LatentPasses, averages: torch.Tensor) -> torch.Tensor:
-    """Probabilities (..., V), fp32, that the LM head gives the vocabulary after states like the averages (..., D).
+    """The LM head's probabilities (..., V), fp32, for averages (..., D).
 
-    Of a thought that averages one state this is the distribution of the token that would stand in its place.
+    For a thought that averages one state, this is the distribution of the token that would be generated in its place.
     """
     return model.lm_head(averages).float().softmax(dim=-1)
 
@@ -77,7 +77,7 @@ def top_tokens(
 ) -> list[Readings]:
     """The readings of every row, most probable tokens first, as text."""
     readings: list[Readings] = [[] for _ in thoughts.counts]
-    # Thought by thought: the probabilities of all of them would take K times the memory.
+    # One thought at a time: the probabilities of all would take K times the memory.
     for number, averages in enumerate(thoughts.averages.unbind(dim=1)):
         values, ids = (each.tolist() for each in vocabulary_reading(model, averages).topk(top_k, dim=-1))
         texts = {token: str(tokenizer.decode([token])) for token in {token for row in ids for token in row}}
