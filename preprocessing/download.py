@@ -1,8 +1,8 @@
-"""Fetch published files: partial ones are gone on with, finished ones checked against their size and SHA-256.
+"""Downloads published files: resumes partial downloads, retries, and verifies size and SHA-256.
 
-`urllib` rather than `huggingface_hub.file_download.http_get`: that one gives up at once on a server error or a
-connection reset, writes in blocks of 10 MB that a cut loses, and raises the errors of a client library that is not
-the same in all versions this project runs with.
+`urllib` rather than `huggingface_hub.file_download.http_get`: that one does not retry after a server error or a
+connection reset, writes in blocks of 10 MB that an interruption loses, and raises the errors of a client library that
+differs between the versions this project supports.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 WAITS = (1.0, 2.0, 4.0)
-"""Seconds before the second and each later try."""
+"""Seconds to wait before each retry."""
 
 _TIMEOUT_S = 30
 _BLOCK = 1 << 16
@@ -28,7 +28,7 @@ _BLOCK = 1 << 16
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A published file; `size` in bytes and `sha256` in hexadecimal digits are None where nobody published them."""
+    """A published file; `size` in bytes and `sha256` in hexadecimal digits are None if they were not published."""
 
     url: str
     name: str
@@ -37,14 +37,14 @@ class RemoteFile:
 
 
 class DownloadError(Exception):
-    """A file that could not be fetched or is not the published one: one line with the URL or path and the way out."""
+    """A failed or wrong download; the message, one line, names the URL or path and the way out."""
 
 
 def fetch(files: Iterable[RemoteFile], folder: Path) -> list[Path]:
-    """Return the paths of `files` in `folder`; those not there are downloaded as `NAME.part` and renamed when right.
+    """Return the paths of `files` in `folder`; missing ones are downloaded as `NAME.part`, verified and renamed.
 
-    A file without a published SHA-256 is taken as it is and its SHA-256 printed.
-    Raises DownloadError for the first file that cannot be had.
+    A file without a published SHA-256 is accepted, and its SHA-256 printed.
+    Raises DownloadError for the first file that cannot be downloaded.
     """
     folder.mkdir(parents=True, exist_ok=True)
     return [_fetch_one(file, folder / file.name) for file in files]
@@ -62,8 +62,7 @@ def _fetch_one(file: RemoteFile, path: Path) -> Path:
     if problem:
         part.unlink()
         raise DownloadError(
-            f"{file.url}: {problem}; what came was deleted: run this again to start afresh, "
-            f"or put the right file at {path}"
+            f"{file.url}: {problem}; the download was deleted: run this again, or put the right file at {path}"
         )
     part.replace(path)
     return path
@@ -85,11 +84,8 @@ def _problem_with(path: Path, file: RemoteFile) -> str | None:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _transfer_with_retries(file: RemoteFile, part: Path, path: Path) -> None:
@@ -100,7 +96,7 @@ def _transfer_with_retries(file: RemoteFile, part: Path, path: Path) -> None:
             error.close()
             reason = f"HTTP {error.code} {error.reason}"
             may_pass = error.code >= 500 or error.code in (408, 416, 429)
-            if error.code == 416:  # nothing follows what is there, so it is no beginning of this file
+            if error.code == 416:  # no such range, so the partial file is not the beginning of this file
                 part.unlink(missing_ok=True)
         except (OSError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
@@ -109,14 +105,14 @@ def _transfer_with_retries(file: RemoteFile, part: Path, path: Path) -> None:
             break
         print(f"{file.name}: {reason}; try {number} of {len(WAITS) + 1} in {wait:g} s", file=sys.stderr)
         time.sleep(wait)
-    again = "run this again (it goes on where it stopped), or " if may_pass else ""
+    again = "run this again (it resumes where it stopped), or " if may_pass else ""
     raise DownloadError(f"{file.url}: {reason}; {again}fetch the file by other means and put it at {path}")
 
 
 def _transfer(file: RemoteFile, part: Path) -> None:
-    """Append what is missing to `part`, or write it anew where the server sends the whole file.
+    """Append the missing bytes to `part`, or overwrite it if the server sends the whole file.
 
-    Raises OSError or HTTPException when not all of it came; what did come stays in `part`.
+    Raises OSError or HTTPException for an incomplete transfer; the bytes received stay in `part`.
     """
     have = part.stat().st_size if part.exists() else 0
     if have == file.size:
@@ -125,7 +121,7 @@ def _transfer(file: RemoteFile, part: Path) -> None:
     with urlopen(request, timeout=_TIMEOUT_S) as response:
         if response.status != 206:
             have = 0
-        coming = response.length  # None when the server does not say
+        coming = response.length  # None if the server does not say
         total = file.size if coming is None else have + coming
         with (
             open(part, "ab" if have else "wb") as target,

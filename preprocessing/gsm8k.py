@@ -1,14 +1,14 @@
-"""GSM8K-Aug: fetch it, convert its text form to the JSON the trainer reads, check and describe the result.
+"""GSM8K-Aug: download it, convert its text format to the JSON the trainer reads, check it, print statistics.
 
     python preprocessing/gsm8k.py download --out data/gsm8k      (also: python preprocessing/gsm8k.py --download)
     python preprocessing/gsm8k.py convert train.txt valid.txt --out data/gsm8k
     python preprocessing/gsm8k.py check data/gsm8k/gsm_valid.json
     python preprocessing/gsm8k.py stats data/gsm8k/gsm_train.json
 
-The text form (Internalize_CoT_Step_by_Step, MIT) has one example a line: `question||step step #### answer`. It is split
-as the published Coconut code does, but for one case: a line without steps gets an empty list here, there a list
-with one empty step. Steps are calculations, `<<2+3=5>>`. A line whose steps are numbers and signs (the digits of
-Internalize_CoT's multiplication sets) is malformed; lines with other steps are converted, counted and said.
+The text format (Internalize_CoT_Step_by_Step, MIT) has one example per line: `question||step step #### answer`. It is
+split as in the published Coconut code, except for lines without steps: an empty list here, a list with one empty step
+there. Steps are calculations, `<<2+3=5>>`. A line whose steps are numbers and signs (the digits of
+Internalize_CoT's multiplication sets) is malformed; lines with other steps are converted, counted and reported.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ PUBLISHED = (
     ),
     (RemoteFile(f"{_RAW}/test.txt", "test.txt"), 1_319),
 )
-"""The published files, each with its number of lines."""
+"""The published files with their number of lines."""
 
 LONGEST_LINE = 1 << 20
-"""Bytes; the longest published line has under a thousand, and memory must not grow with the file."""
+"""Bytes, so that memory does not grow with the file; the longest published line has under a thousand."""
 
 _CALCULATION = re.compile(r"<<.*=.*>>")
 _NUMBER_OR_SIGN = re.compile(r"[0-9.,]+|[-+*/%=()]+")
@@ -72,7 +72,7 @@ _NAMED_RECORDS = 100
 
 @dataclass
 class Counts:
-    """What became of a file's lines: `lines` is the sum of `records`, `malformed` and `empty`."""
+    """Counts over a file's lines: `lines` is the sum of `records`, `malformed` and `empty`."""
 
     lines: int = 0
     records: int = 0
@@ -80,9 +80,9 @@ class Counts:
     empty: int = 0
     repeated: int = 0
     uncalculated: int = field(default=0, compare=False)
-    """Of the records, those with a step that is no calculation."""
+    """Records with a step that is not a calculation."""
     first_uncalculated: int = field(default=0, compare=False)
-    """The number of its line, from 1."""
+    """Line number of the first one, from 1."""
 
 
 class FileError(Exception):
@@ -90,7 +90,7 @@ class FileError(Exception):
 
 
 def parse(line: str) -> dict[str, Any]:
-    """Return the record of one line without its line end. Raises ValueError with the reason when it is malformed."""
+    """Parse one line, without its line end, into a record. Raises ValueError with the reason if it is malformed."""
     if "\0" in line:
         raise ValueError("has a NUL character")
     if line.count("||") != 1:
@@ -107,13 +107,13 @@ def parse(line: str) -> dict[str, Any]:
     if record["steps"] and all(map(_NUMBER_OR_SIGN.fullmatch, record["steps"])):
         raise ValueError(
             f"has {len(record['steps'])} steps that are numbers and signs, {shorten(steps, 30, placeholder=' ..')!r}, "
-            "and none that is a calculation <<2+3=5>>: a set in another form"
+            "and none that is a calculation <<2+3=5>>: a set in another format"
         )
     return record
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a file, line ends included; of one beyond LONGEST_LINE only its first bytes."""
+    """Yield the lines of a file, line ends included; a line beyond LONGEST_LINE is truncated."""
     while line := file.readline(LONGEST_LINE + 1):
         yield line
         while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
@@ -121,7 +121,7 @@ def read_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def decode(line: bytes) -> str:
-    """Return a line as text without its LF or CRLF. Raises ValueError when it is too long or not UTF-8."""
+    """A line as text without its LF or CRLF. Raises ValueError if it is too long or not UTF-8."""
     if len(line) > LONGEST_LINE:
         raise ValueError(f"is longer than {LONGEST_LINE:,} bytes")
     try:
@@ -131,7 +131,7 @@ def decode(line: bytes) -> str:
 
 
 def examples(lines: Iterable[bytes], counts: Counts, complain: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Yield the records of lines, one held at a time; the others are counted, malformed ones complained about."""
+    """Yield the records of lines, one at a time; empty and malformed lines are counted, malformed ones reported."""
     for number, line in enumerate(lines, start=1):
         counts.lines += 1
         if number == 1:
@@ -155,16 +155,16 @@ def examples(lines: Iterable[bytes], counts: Counts, complain: Callable[[str], N
 
 
 def convert(source: Path, target: Path) -> Counts:
-    """Write the examples of the text file `source` to `target` as one JSON list, a record a line.
+    """Write the examples of the text file `source` to `target` as one JSON list, one record per line.
 
-    A question that stood before is kept and counted. Raises FileError, and writes nothing, when there is no example
-    or a file cannot be read or written.
+    Repeated questions are kept and counted. Raises FileError, and writes nothing, if there is no example or a file
+    cannot be read or written.
     """
     counts = Counts()
-    seen: set[bytes] = set()  # 8 bytes a question, so that memory is bounded
+    seen: set[bytes] = set()  # hashes of 8 bytes per question, to save memory
     encode = json.JSONEncoder(separators=(",", ":")).encode
     try:
-        with _lines_with_bar(source) as lines, _written_whole(target) as output:
+        with _lines_with_bar(source) as lines, _atomic_file(target) as output:
             for record in examples(lines, counts, lambda text: tqdm.write(f"{source}: {text}", file=sys.stderr)):
                 question = hashlib.blake2b(record["question"].encode(), digest_size=8).digest()
                 counts.repeated += question in seen
@@ -198,8 +198,8 @@ def _lines_with_bar(path: Path) -> Iterator[Iterator[bytes]]:
 
 
 @contextmanager
-def _written_whole(path: Path) -> Iterator[TextIO]:
-    """A file to write that becomes `path` when all went well and disappears otherwise."""
+def _atomic_file(path: Path) -> Iterator[TextIO]:
+    """Open a temporary file for writing, renamed to `path` on success and deleted after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
     try:
@@ -211,14 +211,14 @@ def _written_whole(path: Path) -> Iterator[TextIO]:
 
 
 def target_name(source: Path, name: str | None = None) -> str:
-    """`gsm_NAME.json`, the name taken from a stem such as `valid` or `gsm8k_aug_valid` when it is not given.
+    """`gsm_NAME.json`; by default the name comes from a stem such as `valid` or `gsm8k_aug_valid`.
 
-    Raises FileError when there is no telling.
+    Raises FileError for a stem or name that does not give one.
     """
     if name is None:
         split = re.search(r"(?:^|[^a-z])(train|valid|test)$", source.stem)
         if not split:
-            raise FileError(f"{source}: its name does not end in train, valid or test; say which by --name")
+            raise FileError(f"{source}: its name does not end in train, valid or test; give it with --name")
         name = split[1]
     if not re.fullmatch(r"[\w-]+", name):
         raise FileError(f"--name {name!r}: must be letters, digits, _ and -")
@@ -226,7 +226,7 @@ def target_name(source: Path, name: str | None = None) -> str:
 
 
 def convert_all(sources: list[Path], folder: Path, name: str | None = None, strict: bool = False) -> int:
-    """Convert files and print a line for each; the exit status: 1 for malformed lines when `strict`, otherwise 0.
+    """Convert files and print a line for each. Returns the exit status: 1 for malformed lines if `strict`, else 0.
 
     Raises FileError for the first file that cannot be converted.
     """
@@ -246,9 +246,9 @@ def convert_all(sources: list[Path], folder: Path, name: str | None = None, stri
         )
         if counts.uncalculated:
             print(
-                f"{source}: {counts.uncalculated:,} of {counts.records:,} examples have steps that are no "
-                f"calculations <<2+3=5>>, the first on line {counts.first_uncalculated}; steps are what spaces "
-                "divide here, so a set in another form needs a converter of its own",
+                f"{source}: {counts.uncalculated:,} of {counts.records:,} examples have steps that are not "
+                f"calculations <<2+3=5>>, the first on line {counts.first_uncalculated}; steps are separated by "
+                "spaces here, so a set in another format needs another converter",
                 file=sys.stderr,
             )
         if strict and counts.malformed:
@@ -257,7 +257,7 @@ def convert_all(sources: list[Path], folder: Path, name: str | None = None, stri
 
 
 def download(folder: Path) -> int:
-    """Fetch the published files into `folder` and convert them. Raises DownloadError or FileError."""
+    """Download the published files into `folder` and convert them. Raises DownloadError or FileError."""
     try:
         paths = fetch([file for file, _ in PUBLISHED], folder)
     except OSError as error:
@@ -295,7 +295,7 @@ def _is_record(record: Any) -> bool:
 
 
 def statistics(records: list[dict[str, Any]]) -> dict[str, float | dict[int, float]]:
-    """Means and shares over a file; question length is in words, `steps_share` by number of steps."""
+    """Means and shares over a file; question length in words, `steps_share` by number of steps."""
     n_steps = Counter(len(record["steps"]) for record in records)
     return {
         "examples": len(records),

@@ -1,8 +1,8 @@
-"""Is each step of a GSM8K-Aug record right, and is its answer the value of one of its steps?
+"""Verifies the arithmetic of GSM8K-Aug steps, and that each answer is the value of a step.
 
-In the 500 published validation examples all 1,573 steps are exact: none of them rounds. A value written with decimals
-may still be off by half a unit of its last decimal here, so that `<<10/3=3.33>>` is right and `<<10/3=3.34>>` is not;
-a whole number must be exact.
+In the 500 published validation examples all 1,573 steps are exact, without rounding. A value with decimals may still
+be off by half a unit of its last decimal here, so that `<<10/3=3.33>>` is right and `<<10/3=3.34>>` is not; a whole
+number must be exact.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MOST_BITS = 4096  # of a power's numerator or denominator
 
 @dataclass(frozen=True)
 class Step:
-    """`exact` is what the expression comes to, `written` the value after `=`; `bare` that nothing is computed."""
+    """`exact`: value of the expression; `written`: value after `=`; `bare`: the expression is a number alone."""
 
     exact: Fraction
     written: Fraction
@@ -46,7 +46,7 @@ class Step:
 
 @dataclass
 class Report:
-    """Counts over a file and the indices (from 0) of records; `restated` have their answer only from a bare step."""
+    """Counts over a file and record indices (from 0); `restated`: the answer comes from bare steps only."""
 
     records: int = 0
     steps: int = 0
@@ -120,7 +120,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
 
 
 def read_step(step: str) -> Step:
-    """Read `<<expression=value>>`. Raises ValueError when it is not of that form or cannot be evaluated."""
+    """Parse `<<expression=value>>`. Raises ValueError if it has another form or cannot be evaluated."""
     parts = _STEP.fullmatch(step)
     if not parts:
         raise ValueError(f"{step!r} is not of the form <<expression=value>>")
@@ -131,7 +131,7 @@ def read_step(step: str) -> Step:
 
 
 def outcome_of(steps: list[Step], answer: str) -> str:
-    """Where the answer comes from, one of OUTCOMES; the number is compared, not its form (`5,000` is 5000)."""
+    """The source of the answer, one of OUTCOMES; numbers are compared by value (`5,000` is 5000)."""
     if not steps:
         return NO_STEPS
     try:
@@ -144,7 +144,7 @@ def outcome_of(steps: list[Step], answer: str) -> str:
 
 
 def check(records: Iterable[dict]) -> Report:
-    """Check every record with `steps` and `answer` in the form `gsm8k.py convert` writes."""
+    """Check every record with `steps` and `answer` in the format that `gsm8k.py convert` writes."""
     report = Report()
     for index, record in enumerate(records):
         report.records += 1
@@ -176,7 +176,7 @@ def _decimal(value: Fraction) -> str:
 
 
 def lines(report: Report, most: int | None) -> Iterable[str]:
-    """The report as lines of text; of each list of indices the first `most` are named (None: all)."""
+    """The report as lines of text; each list of indices is truncated to `most` (None: all)."""
     yield f"{'records':>26}  {report.records:,}"
     yield f"{'steps':>26}  {report.steps:,}"
     yield f"{'that are only a number':>26}  {report.bare_steps:,}"

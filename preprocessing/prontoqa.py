@@ -1,12 +1,12 @@
-"""ProntoQA: convert the official generator's file, or generate one; check the proofs of a file, and describe it.
+"""ProntoQA: convert the official generator's file, or generate one; check the proofs of a file, print statistics.
 
     python preprocessing/prontoqa.py convert 5hop_0shot_random.json.gz --out data/prontoqa
     python preprocessing/prontoqa.py generate --out data/prontoqa
     python preprocessing/prontoqa.py check data/prontoqa/prontoqa_train.json
     python preprocessing/prontoqa.py stats data/prontoqa/prontoqa_train.json
 
-`convert` does what the published preprocessing of Coconut does: question and query joined by a space, two sentences
-of the chain of thought a step, the first 9,000 trials for training, 200 for validation, the rest for testing.
+`convert` follows the published preprocessing of Coconut: question and query joined by a space, two sentences of the
+chain of thought per step, the first 9,000 trials for training, 200 for validation, the rest for testing.
 The task itself is in `prontoqa_generator.py`.
 """
 
@@ -43,9 +43,9 @@ _JSON_NAMES = {tuple: "an object", list: "a list", str: "text", bool: "true or f
 
 
 def load_json(path: Path, object_pairs_hook: Callable | None = None) -> object:
-    """The value in a UTF-8 JSON file, packed by gzip or not, with or without a byte order mark.
+    """Load a UTF-8 JSON file, gzipped or not, with or without a byte order mark.
 
-    Raises OSError where the file cannot be read and ValueError, naming the file, where it is not such a file.
+    Raises OSError if it cannot be read and ValueError, naming the file, if it has another format.
     """
     data = path.read_bytes()
     if data.startswith(_GZIP_MAGIC):
@@ -64,9 +64,9 @@ def load_json(path: Path, object_pairs_hook: Callable | None = None) -> object:
 
 
 def read_trials(path: Path) -> list[tuple[str, object]]:
-    """Trial ids with their trials, in file order, an id that stands twice twice; JSON objects come as tuples of pairs.
+    """Trial ids with their trials, in file order, duplicates included; JSON objects are tuples of pairs.
 
-    Raises as `load_json`, and ValueError where the file is not one object with a trial or more.
+    Raises as `load_json`, and ValueError unless the file is one object with at least one trial.
     """
     trials = load_json(path, object_pairs_hook=tuple)
     if not isinstance(trials, tuple):
@@ -77,7 +77,7 @@ def read_trials(path: Path) -> list[tuple[str, object]]:
 
 
 def convert_trials(trials: list[tuple[str, object]]) -> Iterator[tuple[str, dict | None, str]]:
-    """Yield trial id, record and "", or trial id, None and what is wrong with the trial."""
+    """Yield (trial id, record, ""), or (trial id, None, the reason why the trial is invalid)."""
     ids: set[str] = set()
     asked_by: dict[str, str] = {}
     for trial_id, trial in trials:
@@ -98,7 +98,7 @@ def convert_trials(trials: list[tuple[str, object]]) -> Iterator[tuple[str, dict
 
 
 def convert_trial(trial: object) -> dict:
-    """The record of one trial; raises ValueError with the key that is missing, of another type, empty or doubled."""
+    """The record of one trial; raises ValueError naming a key that is missing, mistyped, empty or duplicated."""
     example = _object(_object(trial, "the trial").get("test_example"), "'test_example'")
     question, query, answer = (_text(example.get(key), f"{key!r}") for key in ("question", "query", "answer"))
     if answer not in ("True", "False"):
@@ -134,7 +134,7 @@ def _kind(value: object) -> str:
 
 
 def convert(options: argparse.Namespace) -> int:
-    """Write the three files; trials left out are named on stderr and counted. Raises ValueError where too few stay."""
+    """Write the three files; invalid trials are skipped and named on stderr. Raises ValueError if too few remain."""
     records = []
     trials = read_trials(options.file)
     for trial_id, record, problem in convert_trials(trials):
@@ -172,7 +172,7 @@ def write_generated(options: argparse.Namespace) -> int:
 
 
 def read_records(path: Path) -> list:
-    """The list in a file of records; raises as `load_json`, and ValueError where it is no list or an empty one."""
+    """The list in a file of records; raises as `load_json`, and ValueError unless it is a list that is not empty."""
     records = load_json(path)
     if not isinstance(records, list) or not records:
         raise ValueError(f"{path} is not a list of records with question, steps and answer")
@@ -180,7 +180,7 @@ def read_records(path: Path) -> list:
 
 
 def find_problems(records: list) -> Iterator[tuple[int, str]]:
-    """Index and reason of every record whose proof does not hold or whose question was asked before."""
+    """Index and reason of every record with an invalid proof or a repeated question."""
     asked_by: dict[tuple, int] = {}
     for index, record in enumerate(records):
         try:
@@ -194,7 +194,7 @@ def find_problems(records: list) -> Iterator[tuple[int, str]]:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Print how many proofs hold, and on stderr which do not and why."""
+    """Print the number of valid proofs, and on stderr the invalid ones with the reason."""
     records = read_records(options.file)
     problems = list(find_problems(records))
     for index, problem in problems:
@@ -204,7 +204,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def shortcuts(records: list[dict]) -> dict[str, float]:
-    """Shares of the examples that a reader gets right who answers from one surface cue and follows no proof."""
+    """The accuracy of answering from one surface cue each, without following the proof."""
     right: Counter[str] = Counter()
     for record in records:
         question = read_question(record["question"])
@@ -221,11 +221,11 @@ def shortcuts(records: list[dict]) -> dict[str, float]:
 
 
 def statistics(records: list[dict]) -> dict[str, float | dict]:
-    """Means over a file of checked records; those named share are shares of the examples, the sentences or the rules.
+    """Means over a file of checked records; shares are of the examples, the sentences or the rules.
 
-    `shapes` counts questions that differ in more than words and signs. Of the places, `asked_place` is that of the
-    proof's last rule among the rules (0 the first, 1 the last), `proof_in_order` the share of neighbouring rules of
-    a proof that stand in the context in the proof's order.
+    `shapes` counts questions that differ in more than words and signs. `asked_place` is the place of the proof's last
+    rule among the rules (0 the first, 1 the last), `proof_in_order` the share of consecutive rules of a proof that are
+    in the same order in the context.
     """
     questions = [read_question(record["question"]) for record in records]
     return {
@@ -255,7 +255,7 @@ def _form(sentence: str) -> str:
 
 
 def _negated_shares(records: list[dict]) -> dict[str, float]:
-    """Of the rules about properties, by part: asked, others on the proof's path, off it, opposing the asked one."""
+    """Share of negated rules about properties: the asked one, others on the proof's path, off it, the opposing one."""
     signs: dict[str, list[bool]] = {"asked": [], "on the path": [], "off the path": [], "opposing": []}
     for record in records:
         parts = roles(record)

@@ -1,4 +1,4 @@
-"""One example of ProntoQA: its words, its sentences, how to draw it, and how to follow its proof.
+"""ProntoQA examples: vocabulary, sentences, random generation, and proof checking.
 
 The task is that of the PrOntoQA paper (arXiv 2210.01240) as the Coconut paper uses it (arXiv 2412.06769): five hops,
 fictional concepts, distractors, sentences in random order. Its parts and shares are those of 10,000 trials written by
@@ -6,9 +6,9 @@ the official generator with `--ordering random --ontology fictional --min-hops 5
 that file has the same 23 rules and two facts up to names. With five hops:
 
 * a path of 5 concepts from the first concept of the entity to the concept that has the property asked about;
-* every concept of the path has a second parent beside the path, the last one a third parent, the top, of which
-  nothing is said;
-* a second fact about the entity, whose concept has one parent of which nothing is said;
+* every concept of the path has a second parent beside the path, the last one a third parent, the top, without a
+  property;
+* a second fact about the entity, whose concept has one parent without a property;
 * a property of each concept on the path, of each beside it and of that of the second fact, no two of one family;
 * an opposing rule: a concept named nowhere else has the property asked about with the other sign.
 
@@ -27,7 +27,7 @@ CONCEPTS = (
     "brimpus dumpus gorpus grimpus impus jompus lempus lorpus numpus rompus shumpus sterpus tumpus vumpus wumpus "
     "yumpus zumpus"
 ).split()
-# One question says at most one word of a family, so that no two of its properties speak about each other.
+# A question uses at most one word of a family, so that its properties are independent.
 FAMILIES = [
     family.split()
     for family in (
@@ -49,16 +49,16 @@ FAMILIES = [
 QUERY = "True or false: "
 MOST_HOPS = min((len(CONCEPTS) - 4) // 2, (len(FAMILIES) - 1) // 2)
 
-# A property is negated with probability 1/3. The official walk up the path asks about the property of the concept it
-# has reached with weight 0.3, or 0.7 where it is negated, against weight 1 for going on; walks of another length are
-# thrown away. By Bayes' rule that leaves fewer negations on the way (13/47) and more where the walk ended (91/193).
+# A property is negated with probability 1/3. The official walk up the path stops and asks about the property of the
+# current concept with weight 0.3, or 0.7 if it is negated, against weight 1 for continuing; walks of another length are
+# discarded. By Bayes' rule that leaves fewer negations on the way (13/47) and more at its end (91/193).
 NEGATED = 1 / 3
 NEGATED_ON_THE_WAY = (1 / 1.7) / (1 / 1.7 + 2 / 1.3)
 NEGATED_ASKED = (0.7 / 1.7) / (0.7 / 1.7 + 2 * 0.3 / 1.3)
 
 
 class Statement(NamedTuple):
-    """`subject` (a name or a concept) is `predicate` (a concept or a property), or is not where `holds` is False."""
+    """`subject` (a name or a concept) is `predicate` (a concept or a property), or is not if `holds` is False."""
 
     subject: str
     predicate: str
@@ -69,7 +69,7 @@ class Statement(NamedTuple):
 
 
 class Question(NamedTuple):
-    """The sentences of the context, what each of them says, and what is asked."""
+    """The sentences of the context, their statements, and the query."""
 
     sentences: tuple[str, ...]
     statements: tuple[Statement, ...]
@@ -77,7 +77,7 @@ class Question(NamedTuple):
 
 
 def forms(statement: Statement) -> tuple[str, ...]:
-    """Every sentence that says `statement`: one about a name, three about a concept (plural, each, every)."""
+    """All sentences for `statement`: one about a name, three about a concept (plural, each, every)."""
     subject, predicate, holds = statement
     negation = "" if holds else "not "
     article = "" if predicate not in CONCEPTS else "an " if predicate[0] in "aeiou" else "a "
@@ -97,12 +97,12 @@ def _every_statement() -> Iterator[Statement]:
                 yield from (Statement(subject, word, True), Statement(subject, word, False))
 
 
-# The language is finite: reading is looking up, and what is not in here is not a sentence of the task.
+# The language is finite, so a table parses it; other sentences are not part of the task.
 _READ = {sentence: statement for statement in _every_statement() for sentence in forms(statement)}
 
 
 def read_sentence(sentence: str) -> Statement:
-    """What a sentence says; raises ValueError where it is not one of the task."""
+    """Parse a sentence; raises ValueError if it is not one of the task."""
     statement = _READ.get(sentence)
     if statement is None:
         raise ValueError(f"{sentence!r} is not a sentence of the task")
@@ -110,13 +110,13 @@ def read_sentence(sentence: str) -> Statement:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text that sets one space between two of them."""
+    """The sentences of a text, which are separated by single spaces."""
     parts = text.split(". ")
     return [part + "." for part in parts[:-1]] + parts[-1:]
 
 
 def read_question(text: str) -> Question:
-    """Read context and query; raises ValueError with the sentence that is not one of the task."""
+    """Parse context and query; raises ValueError with a sentence that is not one of the task."""
     *sentences, query = split_sentences(text)
     if not query.startswith(QUERY):
         raise ValueError(f"the question ends in {query!r}, not in {QUERY + '...'!r}")
@@ -127,25 +127,25 @@ def read_question(text: str) -> Question:
 
 
 def question_key(record: dict) -> tuple:
-    """What is said and asked, whatever the order and the form of the sentences: equal keys are the same question."""
+    """A key that is equal for equal questions, regardless of order and form of the sentences."""
     question = read_question(record["question"])
     return frozenset(question.statements), question.query
 
 
 def pair_steps(chain: list[str]) -> list[str]:
-    """Two sentences a step (what is known, the rule applied to it); the last conclusion stands alone."""
+    """Two sentences per step (a fact, the rule applied to it); the last conclusion stands alone."""
     return [" ".join(chain[start : start + 2]) for start in range(0, len(chain), 2)]
 
 
 def modus_ponens(fact: Statement, rule: Statement) -> Statement | None:
-    """What follows from a fact and a rule about what it says; None where the rule does not apply."""
+    """The conclusion from a fact and a rule; None if the rule does not apply."""
     if not fact.holds or fact.predicate != rule.subject:
         return None
     return Statement(fact.subject, rule.predicate, rule.holds)
 
 
 def draw_record(rng: random.Random, hops: int = 5) -> dict:
-    """One example: question, steps and answer."""
+    """Draw one example: question, steps and answer."""
     concepts = rng.sample(CONCEPTS, 2 * hops + 4)
     path, beside = concepts[:hops], concepts[hops : 2 * hops]
     top, second, above_second, opposing = concepts[2 * hops :]
@@ -187,7 +187,7 @@ def _say(statement: Statement) -> str:
 
 
 def generate(count: int, seed: str, *, hops: int = 5, exclude: Iterable[tuple] = ()) -> Iterator[dict]:
-    """Yield `count` checked examples with different questions, none of whose `question_key` is in `exclude`."""
+    """Yield `count` checked examples with different questions, whose `question_key` is not in `exclude`."""
     rng = random.Random(seed)
     seen = set(exclude)
     made = 0
@@ -203,7 +203,7 @@ def generate(count: int, seed: str, *, hops: int = 5, exclude: Iterable[tuple] =
 
 
 def derive(statements: Iterable[Statement]) -> set[Statement]:
-    """Every fact about a name that the statements say or that follows from them."""
+    """All facts about names that the statements contain or imply."""
     rules: dict[str, list[Statement]] = {}
     frontier = []
     for statement in statements:
@@ -222,7 +222,7 @@ def derive(statements: Iterable[Statement]) -> set[Statement]:
 
 
 def check_record(record: object) -> None:
-    """Raise ValueError, with the reason, unless the proof holds line by line and decides the question as answered."""
+    """Raise ValueError, with the reason, unless every line of the proof is valid and it proves the given answer."""
     record = _checked_fields(record)
     question = read_question(record["question"])
     conclusion = follow_proof(proof_sentences(record["steps"]), question)
@@ -253,7 +253,7 @@ def _checked_fields(record: object) -> dict:
 
 
 def proof_sentences(steps: list[str]) -> list[str]:
-    """The sentences of the steps in order; raises ValueError unless all steps have two but the last, which has one."""
+    """The sentences of the steps in order; raises ValueError unless the last step has one and all others two."""
     if len(steps) < 2:
         raise ValueError(f"{len(steps)} step(s): a proof needs a step for its fact and one for its conclusion")
     pairs = [split_sentences(step) for step in steps]
@@ -265,10 +265,10 @@ def proof_sentences(steps: list[str]) -> list[str]:
 
 
 def follow_proof(sentences: list[str], question: Question) -> Statement:
-    """The last conclusion of a proof that goes fact, rule, conclusion, rule, conclusion, and so on.
+    """The last conclusion of a proof of the form fact, rule, conclusion, rule, conclusion, and so on.
 
-    Facts and rules have to stand in the context word for word, conclusions to follow from the two sentences before.
-    Raises ValueError with the step (counted from 1) and the sentence that does not.
+    Facts and rules must be sentences of the context, conclusions must follow from the two sentences before.
+    Raises ValueError with the step (counted from 1) and the sentence that breaks this.
     """
     known: list[Statement] = []
     for index, sentence in enumerate(sentences):
@@ -284,7 +284,7 @@ def follow_proof(sentences: list[str], question: Question) -> Statement:
 
 
 def roles(record: dict) -> dict[str, str]:
-    """The parts that the name, the concepts and the properties of a checked record play in its question, by word."""
+    """Word -> its role in the question of a checked record, for name, concepts and properties."""
     question = read_question(record["question"])
     chain = [read_sentence(sentence) for sentence in proof_sentences(record["steps"])]
     about = [said for said in question.statements if said.predicate not in CONCEPTS]
@@ -304,6 +304,7 @@ def roles(record: dict) -> dict[str, str]:
 
 
 def shape(record: dict) -> tuple[tuple[str, str], ...]:
-    """Facts and rules of a checked record, with parts for words: one shape, one question but for words and signs."""
+    """Facts and rules of a checked record, with words replaced by roles: questions of one shape differ only in words
+    and signs."""
     parts = roles(record)
     return tuple(sorted((parts[said[0]], parts[said[1]]) for said in read_question(record["question"]).statements))

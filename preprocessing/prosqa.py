@@ -1,4 +1,4 @@
-"""ProsQA: generate it from its published construction, download the published files, check and describe a file.
+"""ProsQA: generate it by its published construction, download the published files, check a file, print statistics.
 
     python preprocessing/prosqa.py generate --out data/prosqa --train 17886 --valid 300 --test 500
     python preprocessing/prosqa.py ood --out data/prosqa
@@ -6,7 +6,7 @@
     python preprocessing/prosqa.py check data/prosqa/prosqa_train.json
     python preprocessing/prosqa.py stats data/prosqa/prosqa_train.json
 
-The graphs, and how they differ from the paper's where it is silent, are in `prosqa_graphs.py`.
+The graphs, and the choices that the paper leaves open, are in `prosqa_graphs.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FORMS = ("text", "symbolic", "edges")
 
 
 def text_example(rng: random.Random, graph: Graph) -> dict:
-    """Words as in the published files: parentless nodes are persons, the others concepts."""
+    """Text as in the published files: parentless nodes are persons, the others concepts."""
     children = {child for _, child in graph.edges}
     persons = iter(rng.sample(PERSONS, len(PERSONS)))
     concepts = iter(rng.sample(CONCEPTS, len(CONCEPTS)))
@@ -56,12 +56,12 @@ def text_example(rng: random.Random, graph: Graph) -> dict:
 
 
 def symbolic_example(rng: random.Random, graph: Graph, n_symbols: int) -> dict:
-    """The same task with one word a node: `a b |` is an edge, `? r x y` asks which of x and y is reached from r."""
+    """The same task with one word per node: `a b |` is an edge, `? r x y` asks which of x and y r reaches."""
     return _words_example(rng, graph, n_symbols, fact="{} {} |", step="{} {}")
 
 
 def edge_example(rng: random.Random, graph: Graph, n_symbols: int) -> dict:
-    """The same with one word an edge, `a>b`: a fact need not be put together from its parts before it is used."""
+    """The same with one word per edge, `a>b`: a fact is one token and need not be composed of its parts first."""
     return _words_example(rng, graph, n_symbols, fact="{}>{}", step="{}>{}")
 
 
@@ -92,7 +92,7 @@ def _record(graph: Graph, symbols: list[str], question: str, steps: list[str], a
 
 
 def question_key(record: dict) -> tuple:
-    """What is asked, whatever the order of the facts and of the options: equal keys are the same question."""
+    """A key that is equal for equal questions, regardless of the order of facts and options."""
     symbols = record["idx_to_symbol"]
     facts = frozenset((symbols[parent], symbols[child]) for parent, child in record["edges"])
     return facts, symbols[record["root"]], frozenset((symbols[record["target"]], symbols[record["neg_target"]]))
@@ -110,7 +110,7 @@ def generate(
     n_symbols: int | None = None,
     exclude: frozenset | set = frozenset(),
 ) -> Iterator[dict]:
-    """Yield `count` checked examples; questions whose `question_key` is in `exclude` are left out."""
+    """Yield `count` checked examples, skipping questions whose `question_key` is in `exclude`."""
     rng = random.Random(seed)
     made = 0
     while made < count:
@@ -142,16 +142,16 @@ _STEPS = _FACTS | {"symbolic": re.compile(r"(\w+) (\w+)")}
 
 
 def form_of(record: dict[str, Any]) -> str:
-    """The form a question is written in, one of `FORMS`."""
+    """The form of a question, one of `FORMS`."""
     if record["question"].endswith("?"):
         return "text"
     return "edges" if ">" in record["question"] else "symbolic"
 
 
 def problem_with(record: Any) -> str | None:
-    """Why the answer of a record does not follow from its steps, or its steps from its graph; None where they do.
+    """Why the answer of a record does not follow from its steps, or its steps from its graph; None if it is valid.
 
-    The steps are walked in `edges` from `root` to `target`; the text has to say the same as the graph.
+    The steps must be a walk in `edges` from `root` to `target`, and the text must match the graph.
     """
     try:
         form, symbols = form_of(record), record["idx_to_symbol"]
@@ -161,7 +161,7 @@ def problem_with(record: Any) -> str | None:
         written = set(_FACTS[form].findall(record["question"]))
         hops = [_STEPS[form].fullmatch(step) for step in record["steps"]]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        return f"is no ProsQA record: {type(error).__name__}: {error}"
+        return f"is not a ProsQA record: {type(error).__name__}: {error}"
     if written != edges:
         return f"question and edges differ in {sorted(written ^ edges)[:3]}"
     if not hops or None in hops:
@@ -180,7 +180,7 @@ def problem_with(record: Any) -> str | None:
 
 
 def statistics(records: list[dict]) -> dict[str, float | dict[int, float]]:
-    """Means over a file; histograms are shares of the examples. Question length is in words."""
+    """Means over a file; histograms are shares of the examples, question length is in words."""
     n_steps = Counter(len(record["steps"]) for record in records)
     return {
         "examples": len(records),
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _UnusableError(ValueError):
-    """What the user asked for cannot be done; the message says why."""
+    """A request that cannot be fulfilled; the message says why."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -293,11 +293,11 @@ OUT_OF_DISTRIBUTION: dict[str, dict[str, Any]] = {
     "longer": {"n_nodes": 40, "min_steps": 7, "max_steps": 9},
     "denser": {"n_nodes": 28, "mean_parents": 2.5},
 }
-"""What sets each set apart from the training distribution: paths of more steps, or more edges a node."""
+"""The settings that differ from the training distribution: more steps per path, or more edges per node."""
 
 
 def _generate_out_of_distribution(options: argparse.Namespace) -> int:
-    """Write prosqa_ood_{longer,denser}.json; no question of the sets that lie in the folder is in them."""
+    """Write prosqa_ood_{longer,denser}.json, without questions of the other sets in the folder."""
     seen: set = set()
     for split in ("train", "valid", "test"):
         path = options.out / f"prosqa_{split}.json"
@@ -318,8 +318,8 @@ PUBLISHED_COUNTS = {"train": 17886, "valid": 300, "test": 500}
 
 
 def _download(options: argparse.Namespace) -> int:
-    """Fetch the published files; of those whose checksum is not known, every example is checked and counted."""
-    # Here, so that generating needs nothing but Python.
+    """Download the published files and check every example, since not all have a published checksum."""
+    # Imported here, so that generating needs nothing but Python.
     from download import DownloadError, RemoteFile, fetch
 
     names = {split: f"prosqa_{split}.json" for split in PUBLISHED_COUNTS}
@@ -357,7 +357,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _report(path: Path, records: list[dict[str, Any]]) -> int:
-    """Print every problem and their number; 1 where there are any."""
+    """Print every problem and their number; returns the exit status, 1 if there are any."""
     problems = {index: problem for index, record in enumerate(records) if (problem := problem_with(record))}
     for index, problem in problems.items():
         print(f"{path}: record {index}: {problem}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """The graphs of ProsQA: Algorithm 1 of the Coconut paper (arXiv 2412.06769, appendix A.2) and the question asked.
 
-The paper leaves three things open; they are set here so that the statistics of the published validation set come out
-(`tests/test_prosqa.py`):
+The paper leaves three choices open; they are made here to reproduce the statistics of the published validation set
+(`tests/preprocessing/test_prosqa.py`):
 
 * 28 nodes are drawn, and those left with neither parent nor child are dropped (17 to 28 remain);
 * the entity asked about is the one of the two roots whose deepest exclusive leaf lies farther away, and that leaf
@@ -18,7 +18,7 @@ from itertools import accumulate
 from math import exp, factorial
 
 MEAN_PARENTS = 1.5
-"""Of Algorithm 1, before parents are limited to the candidates there are."""
+"""Of Algorithm 1, before the number of parents is limited by that of candidates."""
 _MOST_PARENTS = 24  # the Poisson tail beyond it has probability 1e-8 for a mean of 6
 
 
@@ -137,7 +137,7 @@ def _drop_isolated(n_nodes, edges, root, target, neg_target, path) -> Graph:
 
 
 def check_graph(graph: Graph) -> None:
-    """Raise ValueError unless the answer is reachable, the other option is not, and the path is a shortest one."""
+    """Raise ValueError unless the answer is reachable, the other option is not, and the path is shortest."""
     paths = shortest_paths(list(graph.edges), graph.root)
     if graph.target not in paths:
         raise ValueError(f"the answer {graph.target} cannot be reached from {graph.root}: {graph}")

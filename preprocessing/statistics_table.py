@@ -1,4 +1,4 @@
-"""What every `stats` command prints."""
+"""The output of every `stats` command."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def print_statistics(found: Mapping[str, Any]) -> None:
-    """A line for each figure; those that are dicts are shares, and floats have four digits."""
+    """Print one line per figure; dicts are shares, floats have four digits."""
     for name, value in found.items():
         if isinstance(value, dict):
             text = "  ".join(f"{key}: {share:.1%}" for key, share in value.items())

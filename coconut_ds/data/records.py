@@ -67,7 +67,7 @@ def _problem_with(record: Any) -> str | None:
         if not record[key].strip():
             return f"key {key!r} is empty"
         if not _is_unicode(record[key]):
-            return f"key {key!r} holds half of a surrogate pair, which is no text: {record[key]!r}"
+            return f"key {key!r} holds half of a surrogate pair, which is not text: {record[key]!r}"
     if not clean_answer(record["answer"]):
         return f"key 'answer' has only commas, which the comparison leaves out: {record['answer']!r}"
     if not isinstance(record["steps"], list):
@@ -76,7 +76,7 @@ def _problem_with(record: Any) -> str | None:
         if not isinstance(step, str):
             return f"key 'steps': entry {number} must be text, found {type(step).__name__} {step!r}"
         if not _is_unicode(step):
-            return f"key 'steps': entry {number} holds half of a surrogate pair, which is no text: {step!r}"
+            return f"key 'steps': entry {number} holds half of a surrogate pair, which is not text: {step!r}"
     return None
 
 

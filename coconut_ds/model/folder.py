@@ -48,10 +48,10 @@ def where_it_is(name: str) -> str:
         return f"{name} is a run folder; name one of its checkpoints, the newest is {newest[-1]}"
     if Path(name).exists():
         return (
-            f"{name} has no coconut.json, so it is no Coconut model; build one around a plain model with "
+            f"{name} has no coconut.json, so it is not a Coconut model; build one around a plain model with "
             "Coconut(base_causallm, latent_token_id=..., ...)"
         )
-    return f"{name}: there is no such folder, and no Coconut model of that name could be had from the hub"
+    return f"{name}: there is no such folder, and no Coconut model of that name could be loaded from the hub"
 
 
 def write_folder(

@@ -153,7 +153,7 @@ def test_cut_every_time_keeps_what_came_for_the_next_run(server, tmp_path):
 def test_another_file_than_published_is_refused_and_removed(server, tmp_path, published, message):
     with pytest.raises(DownloadError) as refusal:
         fetch([some_file(server, **published)], tmp_path)
-    assert str(refusal.value).startswith(f"{server.url}: {message}; what came was deleted")
+    assert str(refusal.value).startswith(f"{server.url}: {message}; the download was deleted")
     assert str(tmp_path / "some.txt") in str(refusal.value)
     assert names(tmp_path) == []
 

@@ -286,13 +286,13 @@ def test_steps_that_are_no_calculations_are_converted_counted_and_said(tmp_path,
     assert gsm8k.main(["convert", str(tmp_path / "train.txt"), "--out", str(tmp_path), "--strict"]) == 0
     assert read_records(tmp_path / "gsm_train.json")[1]["steps"] == steps.split()
     said = capsys.readouterr().err
-    assert "1 of 3 examples have steps that are no calculations <<2+3=5>>, the first on line 2; " in said
+    assert "1 of 3 examples have steps that are not calculations <<2+3=5>>, the first on line 2; " in said
 
 
 @pytest.mark.shared
 def test_of_the_published_lines_nothing_is_said(valid_text, tmp_path, capsys):
     assert gsm8k.main(["convert", str(valid_text), "--out", str(tmp_path), "--strict"]) == 0
-    assert "no calculations" not in capsys.readouterr().err
+    assert "not calculations" not in capsys.readouterr().err
 
 
 def test_empty_lines_are_counted(convert):

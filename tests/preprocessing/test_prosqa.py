@@ -133,7 +133,7 @@ def spoiled(record: dict) -> dict[str, dict]:
         "the answer is": edited(record, answer=f"{root} is a {other}."),
         "question and edges differ": edited(record, question=record["question"].replace(sentence, "", 1)),
         "can be reached from": edited(record, edges=[*record["edges"], [record["root"], record["neg_target"]]]),
-        "is no ProsQA record": edited(record, target=99),
+        "is not a ProsQA record": edited(record, target=99),
     }
 
 
@@ -150,7 +150,7 @@ def test_the_checker_rejects_what_was_spoiled(generated):
 
 @pytest.mark.parametrize("record", [None, 3, [], {}, {"question": 5}, {"question": "a b | ? a b c"}], ids=str)
 def test_the_checker_names_what_is_no_record(record):
-    assert "is no ProsQA record" in str(prosqa.problem_with(record))
+    assert "is not a ProsQA record" in str(prosqa.problem_with(record))
 
 
 @pytest.mark.parametrize(
