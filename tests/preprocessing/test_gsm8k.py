@@ -417,7 +417,7 @@ def test_strict_makes_malformed_lines_a_failure(tmp_path):
     [
         (["convert", "missing_train.txt"], "missing_train.txt: No such file or directory"),
         (["convert", "folder_train"], "folder_train: Is a directory"),
-        (["convert", "other.txt"], "other.txt: its name does not end in train, valid or test; say which by --name"),
+        (["convert", "other.txt"], "other.txt: its name does not end in train, valid or test; give it with --name"),
         (["convert", "other.txt", "--name", "a/b"], "--name 'a/b': must be letters"),
         (["convert", "train.txt", "a_train.txt"], "gsm_train.json would be written 2 times"),
         (["convert", "train.txt", "--out", "other.txt"], "other.txt: File exists"),
