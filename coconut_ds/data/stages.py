@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from coconut_ds.config.methods import METHODS, Method, Traits
 from coconut_ds.config.run_config import RunConfig
@@ -28,7 +28,10 @@ _EVERYTHING = 2**31
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The schedule of a run, and the layouts of its stages (section 3 of arXiv 2412.06769; iCoT: 2405.14838)."""
+    """The schedule of a run, and the layouts of its stages (section 3 of arXiv 2412.06769; iCoT: 2405.14838).
+
+    The fields are the attributes of the run's configuration of the same names.
+    """
 
     method: Method
     thoughts_per_step: int
@@ -41,16 +44,8 @@ class Curriculum:
 
     @classmethod
     def of(cls, config: RunConfig) -> Curriculum:
-        return cls(
-            method=config.method,
-            thoughts_per_step=config.thoughts_per_step,
-            epochs_per_stage=config.epochs_per_stage,
-            max_latent_stage=config.max_latent_stage,
-            pad_latent_to_max=config.pad_latent_to_max,
-            uniform_prob=config.uniform_prob,
-            seed=config.seed,
-            icot=config.icot or IcotConfig(),
-        )
+        settings = {each.name: getattr(config, each.name) for each in fields(cls)}
+        return cls(**settings | {"icot": config.icot or IcotConfig()})
 
     @property
     def traits(self) -> Traits:

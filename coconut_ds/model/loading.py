@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -80,18 +79,12 @@ def load_model(name: str) -> PreTrainedModel:
     Prefixes of wrappers in the names of its weights are ignored. Raises ModelError naming the weights that are
     missing, unexpected, misshaped or not finite: transformers itself initialises missing ones at random.
     """
-    load = partial(
-        _load,
-        name,
-        AutoModelForCausalLM.from_pretrained,
-        dtype=torch.float32,
-        output_loading_info=True,
-        # Otherwise the names of misshaped weights would only be in a log.
-        ignore_mismatched_sizes=True,
-    )
-    model, report = load()
+    load = AutoModelForCausalLM.from_pretrained
+    # Mismatched sizes are reported below; otherwise the names would only be in a log.
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = _load(name, load, **options)
     if any(plain_name(key) != key for key in report["unexpected_keys"]):
-        model, report = load(key_mapping=PLAIN_NAMES)
+        model, report = _load(name, load, **options, key_mapping=PLAIN_NAMES)
     demand_plain_head(model, name)
     _keep_own_head(model)
     misshaped = {key: f"{list(found)}, not {list(own)}" for key, found, own in sorted(report["mismatched_keys"])}
