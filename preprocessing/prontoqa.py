@@ -330,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--test", type=int, default=800, help="number of examples (published: 800)")
     make.add_argument("--seed", type=int, default=0)
     make.add_argument("--hops", type=int, default=5, help=f"rules in a proof, 1 to {MOST_HOPS} (published: 5)")
-    follow = commands.add_parser("check", help="follow every proof of a file; exit status 1 where one does not hold")
+    follow = commands.add_parser("check", help="verify every proof of a file; exit status 1 if one is invalid")
     stats = commands.add_parser("stats", help="print the statistics of a file")
     for command in (follow, stats):
         command.add_argument("file", type=Path, help="a file that `convert` or `generate` wrote")

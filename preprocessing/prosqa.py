@@ -225,23 +225,23 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--train", type=int, default=17886, help="number of examples (published: 17886)")
     make.add_argument("--valid", type=int, default=300, help="number of examples (published: 300)")
     make.add_argument("--test", type=int, default=500, help="number of examples (published: 500)")
-    make.add_argument("--nodes", type=int, default=28, help="nodes drawn per graph, isolated ones are dropped")
-    make.add_argument("--min-steps", type=int, default=3, help="edges between entity and answer, at least")
-    make.add_argument("--max-steps", type=int, default=6, help="edges between entity and answer, at most")
+    make.add_argument("--nodes", type=int, default=28, help="nodes drawn per graph; isolated ones are dropped")
+    make.add_argument("--min-steps", type=int, default=3, help="minimum number of edges between entity and answer")
+    make.add_argument("--max-steps", type=int, default=6, help="maximum number of edges between entity and answer")
     make.add_argument("--mean-parents", type=float, default=MEAN_PARENTS, help="edges into a node (published: 1.5)")
     other = commands.add_parser("ood", help=f"write out-of-distribution test sets: {', '.join(OUT_OF_DISTRIBUTION)}")
     other.set_defaults(run=_generate_out_of_distribution)
-    other.add_argument("--count", type=int, default=500, help="examples of each set")
+    other.add_argument("--count", type=int, default=500, help="examples per set")
     for command in (make, other):
         command.add_argument("--out", type=Path, required=True, help="folder to write to")
         command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--form", choices=FORMS, default="text", help="sentences, one word a node, or an edge")
-        command.add_argument("--symbols", type=int, help="how many node names the word forms have (default: the nodes)")
-    get = commands.add_parser("download", help="fetch the published files")
+        command.add_argument("--form", choices=FORMS, default="text", help="sentences, one word per node, or per edge")
+        command.add_argument("--symbols", type=int, help="number of node names for word forms (default: that of nodes)")
+    get = commands.add_parser("download", help="download the published files")
     get.set_defaults(run=_download)
     get.add_argument("--out", type=Path, default=Path("data/prosqa_published"), help="folder to write to")
     for name, run, text in (
-        ("check", _check, "walk the steps of every example in its graph"),
+        ("check", _check, "verify that the steps of every example are a path in its graph"),
         ("stats", _print_statistics, "print the statistics of a file"),
     ):
         reader = commands.add_parser(name, help=text)

@@ -20,7 +20,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Tokens:
-    """The token ids a sequence is built from, other than the example's own."""
+    """The token ids in a sequence besides those of the example's text."""
 
     pad: int
     start_latent: int | None = None
@@ -28,11 +28,11 @@ class Tokens:
     latent: int | None = None
     """The three markers are None for methods that use none."""
     is_pause: bool = False
-    """`latent` is a token like any other, with an embedding of its own: a pause."""
+    """Whether `latent` is an ordinary token with a learned embedding, a pause."""
     fact_end: int | None = None
-    """Ends a fact of a question, where facts are shuffled."""
+    """Ends a fact of a question, if facts are shuffled."""
     bos: int | None = None
-    """Stands before a question under some tokenizers."""
+    """Precedes a question under some tokenizers."""
 
     @classmethod
     def of(cls, method: Method, tokenizer: PreTrainedTokenizerBase, fact_end: int | None = None) -> Tokens:

@@ -19,7 +19,7 @@ from coconut_ds.data.records import target_ids
 
 Record = dict[str, Any]
 Finding = tuple[list[str], str, str]
-"""The records concerned, if any, with what is in them; what they are, following their number; what to do."""
+"""Descriptions of the records concerned, which may be none; the problem, to follow their count; the advice."""
 
 _QUOTED = 60
 _MOST_WORDS = 3
@@ -39,7 +39,7 @@ def doubts(
         texts = (_text([*chain.from_iterable(row["steps_ids"]), *row["answer_ids"]], tokenizer) for row in rows)
         written = enumerate(texts)
     else:
-        # A text without a # of its own is read back whatever else it holds.
+        # A text without another # can always be read back.
         targets = enumerate(target(each["steps"], each["answer"]) for each in records)
         written = ((index, text) for index, text in targets if text.count("#") > len("###"))
     findings = [

@@ -92,7 +92,7 @@ def _row_without_text(key: str, examples: Dataset, tokenizer: PreTrainedTokenize
     frame = answer_line("") if key == "answer" else "\n"
     end = [tokenizer.eos_token_id] if key == "answer" else []
     frames = tokenizer([frame, frame.strip(" ")], add_special_tokens=key == "question")["input_ids"]
-    # Where a space alone is unknown, it looks like a word that is: that one stays, and is warned of.
+    # An unknown space looks like an unknown word, which is accepted with a warning.
     empty = [[*tokens, *end] for tokens in frames if tokenizer.unk_token_id not in tokens]
     around = [token for tokens in empty for token in tokens]
     for first, n_rows, rows, tokens in _chunks(examples, _COLUMNS[key]):

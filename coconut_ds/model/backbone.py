@@ -36,10 +36,7 @@ class Backbone:
 
 
 def add_markers(backbone: Backbone) -> None:
-    """Add the marker tokens; their rows start from `<<` where the vocabulary has it, else from the mean row.
-
-    Nothing happens to a model that has them already.
-    """
+    """Add missing marker tokens; their embeddings start as that of `<<`, if the vocabulary has it, or the mean row."""
     model, tokenizer = backbone.model, backbone.tokenizer
     vocabulary = tokenizer.get_vocab()
     missing = [marker for marker in MARKERS if marker not in vocabulary]

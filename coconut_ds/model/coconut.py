@@ -45,7 +45,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> 
 
 
 class Coconut(LatentPasses):
-    """The passes with a loss, decoding, loading and saving. `base_causallm` stays as it is until `fast.install`.
+    """The passes with a loss, decoding, loading and saving. `base_causallm` is not changed without `fast.install`.
 
     Raises ModelError for a `base_causallm` that the passes, or decoding, do not fit (model/self_check.py).
     """

@@ -2,7 +2,7 @@
 
 config.json, model.safetensors, tokenizer files    of the backbone
 coconut.json                                       latent settings; of a run also method, stage, data and results
-latent_window.safetensors                          where the window is learned
+latent_window.safetensors                          if the window is learned
 README.md                                          the model card
 """
 
@@ -131,7 +131,7 @@ def load_window(logits: torch.Tensor | None, name: str) -> None:
     if stored.shape != logits.shape:
         raise InputError(
             f"load_model_path: {name} learned a window of {len(stored)} states, the run's has {len(logits)}; give "
-            "latent_context as many weights"
+            "latent_context the same number of weights"
         )
     logits.data.copy_(stored)
 
@@ -168,7 +168,7 @@ def latent_context(settings: Mapping[str, Any]) -> LatentContext:
 
 
 def push(folder: Path, repo_id: str, private: bool | None = None) -> str:
-    """Upload the folder as it is and return its address; the repository is created if it does not exist.
+    """Upload the folder and return its address; the repository is created if it does not exist.
 
     Raises InputError, one line, if the hub rejects it.
     """

@@ -120,7 +120,7 @@ def _load(name: str, load: Callable[..., Any], **options: Any) -> Any:
         if not isinstance(error, OSError | ValueError | SafetensorError):  # the files exist, but cannot be loaded
             raise ModelError(f"{name} cannot be loaded: {in_one_line(error)}") from None
     try:
-        # One request with a time limit first: loading alone would retry for minutes where the hub cannot be reached.
+        # One request with a time limit first: loading alone retries for minutes without a connection.
         HfApi().model_info(name, timeout=10)
         return load(name, **options)
     except Exception as error:

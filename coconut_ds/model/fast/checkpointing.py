@@ -108,7 +108,7 @@ def _checkpointed(
 
 
 def on_host(hidden: torch.Tensor) -> AbstractContextManager[Any]:
-    """Inside it, autograd saves `hidden` in (pinned) host memory, and all other tensors where they are."""
+    """Saved-tensor hooks with which autograd keeps `hidden` in (pinned) host memory; other tensors are not moved."""
     host: Any = save_on_cpu(pin_memory=True)
 
     def pack(tensor: torch.Tensor) -> Any:

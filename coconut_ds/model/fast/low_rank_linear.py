@@ -127,7 +127,7 @@ class _Short(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """Weight and bias as they are; the backward adds the product of the factors that short passes kept."""
+    """Identity of weight and bias, whose backward adds the product of the factors that short passes kept."""
 
     @staticmethod
     def forward(
