@@ -19,8 +19,8 @@ from coconut_ds import strict_json
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config
 from coconut_ds.errors import InputError
-from coconut_ds.runs.folder import RunFolder
 from coconut_ds.runs.lock import run_folder_held
+from coconut_ds.runs.paths import RunFolder
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -14,9 +14,9 @@ import numpy as np
 from coconut_ds.analysis import intervals
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.errors import InputError
-from coconut_ds.runs.folder import RunFolder, epoch_of
+from coconut_ds.runs.paths import RunFolder, epoch_of
 from coconut_ds.runs.predictions import Prediction, chosen_file, cut_answers, cut_warning, read_predictions
-from coconut_ds.runs.records import read_config
+from coconut_ds.runs.read_run import read_config
 
 DRAWS, BOOTSTRAP_SEED = 10_000, 0
 _FEW = 10  # with fewer differing answers a bootstrap of them says little

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from coconut_ds.analysis.report_page import PagePicture, RunColour, render
 from coconut_ds.errors import InputError
-from coconut_ds.runs.folder import REPORT_PAGE
-from coconut_ds.runs.records import RunRecords
+from coconut_ds.runs.paths import REPORT_PAGE
+from coconut_ds.runs.read_run import RunRecords
 
 
 def named(runs: Sequence[RunRecords]) -> dict[str, RunRecords]:

@@ -14,9 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from coconut_ds import strict_json
 from coconut_ds.analysis import report_tables
-from coconut_ds.runs.folder import epoch_of
+from coconut_ds.runs.paths import epoch_of
 from coconut_ds.runs.predictions import Prediction
-from coconut_ds.runs.records import RunRecords
+from coconut_ds.runs.read_run import RunRecords
 
 ROWS_PER_FILE = 1000
 """Most predictions of one file in a page; wrong ones come first."""

@@ -9,10 +9,10 @@ from typing import Any
 
 from coconut_ds import strict_json
 from coconut_ds.config.run_config import RunConfig
-from coconut_ds.runs.events import skipped_warning, skips_most
-from coconut_ds.runs.folder import epoch_of
+from coconut_ds.runs.metrics import skipped_warning, skips_most
+from coconut_ds.runs.paths import epoch_of
 from coconut_ds.runs.predictions import cut_answers, cut_warning
-from coconut_ds.runs.records import RunRecords
+from coconut_ds.runs.read_run import RunRecords
 
 NOTHING = "\N{EN DASH}"
 

@@ -35,7 +35,7 @@ from coconut_ds.memory.meter import GIB
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.folder import MODEL_FOLDER, WEIGHTS_FILE, stored_window, write_folder
 from coconut_ds.runs import atomic_folder
-from coconut_ds.runs.folder import RunFolder, is_within_epoch
+from coconut_ds.runs.paths import RunFolder, is_within_epoch
 from coconut_ds.runs.terminal import say
 from coconut_ds.runtime import distributed, watchdog
 

@@ -32,9 +32,9 @@ from coconut_ds.data.doubts import unread
 from coconut_ds.data.plain_text import unknown_words
 from coconut_ds.data.records import read_records
 from coconut_ds.errors import InputError
-from coconut_ds.inference.asking import Question, Reply
+from coconut_ds.inference.replies import Question, Reply
 from coconut_ds.inference.trained_model import TrainedModel
-from coconut_ds.model.thoughts import Readings
+from coconut_ds.model.thought_readings import Readings
 from coconut_ds.runs.terminal import quiet_libraries
 
 _PROMPT = "> "

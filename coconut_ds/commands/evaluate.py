@@ -15,7 +15,7 @@ from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.commands.launcher import Launcher, add_run_options, trainer_command
 from coconut_ds.config.run_file import load_run_config, override
 from coconut_ds.errors import InputError
-from coconut_ds.runs.folder import RunFolder
+from coconut_ds.runs.paths import RunFolder
 
 
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} eval") -> int:

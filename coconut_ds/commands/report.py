@@ -16,8 +16,8 @@ from pathlib import Path
 from coconut_ds.analysis.report import named, write_report
 from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.errors import InputError, demand_libraries
-from coconut_ds.runs.folder import RunFolder
-from coconut_ds.runs.records import read_run
+from coconut_ds.runs.paths import RunFolder
+from coconut_ds.runs.read_run import read_run
 
 
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} report") -> int:

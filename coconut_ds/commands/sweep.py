@@ -24,9 +24,9 @@ from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config
 from coconut_ds.errors import InputError, problem_list
 from coconut_ds.runs.changes import changed_contents, changed_keys
-from coconut_ds.runs.events import read_metrics
-from coconut_ds.runs.folder import RunFolder
 from coconut_ds.runs.lock import holder_text, run_folder_is_held
+from coconut_ds.runs.metrics import read_metrics
+from coconut_ds.runs.paths import RunFolder
 
 
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} sweep") -> int:

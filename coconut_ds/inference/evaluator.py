@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from coconut_ds.data.batches import Batch, Tokens, to_device
 from coconut_ds.data.loaders import loss_loader, prompt_loader
 from coconut_ds.data.stages import Curriculum
-from coconut_ds.inference.asking import Question, Reply, ask
+from coconut_ds.inference.replies import Question, Reply, ask
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.model.thoughts import Readings
+from coconut_ds.model.thought_readings import Readings
 from coconut_ds.runs.terminal import progress
 from coconut_ds.runtime import distributed, watchdog
 

@@ -14,7 +14,7 @@ from coconut_ds.data.batches import Batch, Tokens, collate_prompts, prompt_seque
 from coconut_ds.data.plain_text import reserved_in
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.errors import InputError
-from coconut_ds.inference.asking import Answered, Question, ask, quoted
+from coconut_ds.inference.replies import Answered, Question, ask, quoted
 from coconut_ds.model import fast
 from coconut_ds.model.backbone import demand_rows, n_positions
 from coconut_ds.model.coconut import Coconut
@@ -95,7 +95,7 @@ class TrainedModel:
         return room
 
     def ask(self, questions: Sequence[Question], new_tokens: int, **options: Any) -> Answered:
-        """`asking.ask` in the prompts of the evaluation."""
+        """`replies.ask` in the prompts of the evaluation."""
         prompts = self.prompts([each.text for each in questions], [self.thoughts_of(each) for each in questions])
         return ask(self.model, self.tokenizer, questions, prompts, new_tokens, **options)
 

@@ -11,7 +11,7 @@ Read in this order; after the first three files a thought is understood:
 6. `coconut.py`: `Coconut`, the passes with that loss and decoder; loading and saving.
 7. `self_check.py`: the compatibility check of a model family, run on a few tokens when a model is wrapped.
 
-`thoughts.py` reads the thoughts of a batch back, for inspection. Around the model:
+`thought_readings.py` reads the thoughts of a batch back, for inspection. Around the model:
 
 * `backbone.py` (the transformers model and its tokenizer, marker tokens), `loading.py` (from a folder or the hub),
   `scratch.py` (with random weights), `state_dicts.py` (weights saved by others).

@@ -26,7 +26,7 @@ from coconut_ds.errors import InputError, in_one_line
 from coconut_ds.model.card import model_card
 from coconut_ds.model.latents import LatentContext
 from coconut_ds.model.state_dicts import demand_finite
-from coconut_ds.runs.folder import RunFolder
+from coconut_ds.runs.paths import RunFolder
 
 MODEL_FOLDER, WEIGHTS_FILE, WINDOW_FILE = "model", "model.safetensors", "latent_window.safetensors"
 _SETTINGS_FILE, _CARD_FILE = "coconut.json", "README.md"

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from coconut_ds import strict_json
-from coconut_ds.runs.folder import DAMAGED, REMOVED, UNFINISHED
+from coconut_ds.runs.paths import DAMAGED, REMOVED, UNFINISHED
 
 MANIFEST = "manifest.json"
 

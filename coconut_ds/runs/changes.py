@@ -16,7 +16,7 @@ from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config
 from coconut_ds.errors import InputError
 from coconut_ds.runs.atomic_folder import fingerprint
-from coconut_ds.runs.folder import RunFolder
+from coconut_ds.runs.paths import RunFolder
 
 DATA_KEYS = ("train_path", "val_path")
 _PLACE = ("save_path", "name")

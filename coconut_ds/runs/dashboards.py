@@ -17,7 +17,7 @@ from typing import Any
 from coconut_ds import strict_json
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.errors import InputError, demand_libraries
-from coconut_ds.runs.folder import RunFolder
+from coconut_ds.runs.paths import RunFolder
 
 _WANDB_WAIT_S = 20
 _WANDB_UPLOAD_S = 300

@@ -24,7 +24,7 @@ from typing import Any
 
 from coconut_ds import strict_json
 from coconut_ds.errors import InputError, unwritable_output, unwritable_save_path
-from coconut_ds.runs.folder import RunFolder
+from coconut_ds.runs.paths import RunFolder
 
 _HELD = (errno.EACCES, errno.EAGAIN)
 _PATIENCE_S = 0.5

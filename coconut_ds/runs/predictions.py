@@ -9,8 +9,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coconut_ds.errors import InputError, did_you_mean
-from coconut_ds.runs.events import Number
-from coconut_ds.runs.folder import RunFolder, epoch_of
+from coconut_ds.runs.metrics import Number
+from coconut_ds.runs.paths import RunFolder, epoch_of
 
 
 class Prediction(BaseModel):

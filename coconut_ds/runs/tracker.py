@@ -14,7 +14,7 @@ from coconut_ds import strict_json
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.errors import InputError, in_one_line
 from coconut_ds.runs.dashboards import Dashboard, dashboards_of, forget_earlier_run
-from coconut_ds.runs.folder import RunFolder
+from coconut_ds.runs.paths import RunFolder
 from coconut_ds.runs.terminal import say
 
 _LONGEST_REASON = 200

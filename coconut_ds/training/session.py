@@ -31,8 +31,8 @@ from coconut_ds.runs import changes as run_changes
 from coconut_ds.runs.changes import DATA_KEYS, DataFile
 from coconut_ds.runs.dashboards import demand_libraries_of
 from coconut_ds.runs.environment import describe_environment
-from coconut_ds.runs.events import Metrics, read_metrics
-from coconut_ds.runs.folder import RunFolder
+from coconut_ds.runs.metrics import Metrics, read_metrics
+from coconut_ds.runs.paths import RunFolder
 from coconut_ds.runs.predictions import cut_warning
 from coconut_ds.runs.terminal import say, terminal
 from coconut_ds.runs.tracker import Tracker, write_predictions, write_record

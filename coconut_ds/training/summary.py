@@ -16,8 +16,8 @@ from coconut_ds.data.stages import Curriculum
 from coconut_ds.inference.evaluator import Evaluation
 from coconut_ds.memory.meter import GIB
 from coconut_ds.memory.model_states import bucket_note
-from coconut_ds.runs.events import EpochEvaluation, skipped_text, skipped_warning, skips_most
-from coconut_ds.runs.folder import RunFolder
+from coconut_ds.runs.metrics import EpochEvaluation, skipped_text, skipped_warning, skips_most
+from coconut_ds.runs.paths import RunFolder
 from coconut_ds.runs.predictions import cut_warning
 from coconut_ds.runtime import distributed
 from coconut_ds.training.setup import Setup

@@ -20,8 +20,8 @@ from coconut_ds.engine.states import updates_done, whole_weights
 from coconut_ds.errors import InputError
 from coconut_ds.inference.evaluator import Evaluation, Evaluator
 from coconut_ds.memory.meter import peak_memory_gib
-from coconut_ds.runs.events import skipped_text, skipped_warning, skips_most
-from coconut_ds.runs.folder import RunFolder, epoch_name
+from coconut_ds.runs.metrics import skipped_text, skipped_warning, skips_most
+from coconut_ds.runs.paths import RunFolder, epoch_name
 from coconut_ds.runs.predictions import cut_warning
 from coconut_ds.runs.terminal import EpochProgress, Pace, log_line, say, terminal
 from coconut_ds.runs.tracker import Tracker, write_predictions

@@ -24,7 +24,7 @@ from coconut_ds.analysis.inspection.prosqa_graph import ProsqaGraph, graph_of
 from coconut_ds.analysis.inspection.readings import read
 from coconut_ds.analysis.inspection.tables import question_tables
 from coconut_ds.data.batches import Tokens
-from coconut_ds.inference.asking import Question
+from coconut_ds.inference.replies import Question
 from coconut_ds.inference.trained_model import TrainedModel, curriculum_of
 from coconut_ds.model.backbone import Backbone, add_markers
 from coconut_ds.model.scratch import word_tokenizer

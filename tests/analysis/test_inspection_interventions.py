@@ -13,7 +13,7 @@ from test_inspection import PLAIN, SHORT, SYMBOLIC, trained_on, words_of
 from coconut_ds import LatentContext
 from coconut_ds.analysis.inspection.averages import averages
 from coconut_ds.analysis.inspection.interventions import KINDS, intervene, outcome, replacements, replacing, stacked
-from coconut_ds.inference.asking import Question, Reply
+from coconut_ds.inference.replies import Question, Reply
 
 CONTEXTS = {
     "plain": None,

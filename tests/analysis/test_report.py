@@ -11,7 +11,7 @@ import recorded
 from coconut_ds.analysis import report_tables
 from coconut_ds.analysis.report import named
 from coconut_ds.commands import report
-from coconut_ds.runs.records import read_run
+from coconut_ds.runs.read_run import read_run
 
 PICTURES = {"loss", "accuracy", "accuracy_by_steps", "throughput", "memory", "padding"}
 

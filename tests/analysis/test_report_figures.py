@@ -9,7 +9,7 @@ import recorded
 from coconut_ds.analysis.plots.canvas import DARK, LIGHT, png
 from coconut_ds.analysis.plots.curves import averaged, stage_starts
 from coconut_ds.analysis.plots.training import pictures
-from coconut_ds.runs.records import read_run
+from coconut_ds.runs.read_run import read_run
 
 
 def picture(name: str, runs):

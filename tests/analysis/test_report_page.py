@@ -14,7 +14,7 @@ from coconut_ds.analysis import report_page
 from coconut_ds.analysis.report import named
 from coconut_ds.commands import report
 from coconut_ds.runs.predictions import read_predictions
-from coconut_ds.runs.records import read_run
+from coconut_ds.runs.read_run import read_run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = "</script><script>window.hit = 1</script><img src=x onerror='window.hit = 1'>{{ 7 * 7 }} & <b>bold</b>"

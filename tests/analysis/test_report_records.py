@@ -12,9 +12,9 @@ import recorded
 from safetensors.numpy import save_file
 
 from coconut_ds.errors import InputError
-from coconut_ds.runs.events import read_metrics
+from coconut_ds.runs.metrics import read_metrics
 from coconut_ds.runs.predictions import last_epoch, read_predictions
-from coconut_ds.runs.records import read_run
+from coconut_ds.runs.read_run import read_run
 
 
 def test_a_finished_run_is_read_back(tmp_path):
@@ -187,7 +187,8 @@ def test_a_checkpoint_that_is_being_written_does_not_count_as_one_without_parame
 def test_reading_a_run_loads_nothing_heavy(tmp_path):
     folder = recorded.write_run(tmp_path)
     code = (
-        "import sys; from pathlib import Path; import coconut_ds.report; from coconut_ds.runs.records import read_run; "
+        "import sys; from pathlib import Path; import coconut_ds.report; "
+        "from coconut_ds.runs.read_run import read_run; "
         f"read_run(Path({json.dumps(str(folder))})); "
         "print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
     )

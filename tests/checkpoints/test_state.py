@@ -154,7 +154,7 @@ PLACES = (
     "training.trainer.TrainingSteps",
     "training.step.accumulate_gradients",
     "training.step.update",
-    "inference.asking.decode",
+    "inference.replies.decode",
     "training.trainer.write_predictions",
     "training.trainer.latent_settings",
     "training.summary.closing",

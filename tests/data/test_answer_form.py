@@ -13,7 +13,7 @@ from launching import ROOT
 from coconut_ds.data.answers import clean_answer, clean_chain, given_answer, given_chain, target
 from coconut_ds.data.batches import Tokens
 from coconut_ds.data.records import tokenize
-from coconut_ds.inference import asking
+from coconut_ds.inference import replies
 from coconut_ds.inference.evaluator import Evaluator
 from coconut_ds.model.decoding import Decoded
 from coconut_ds.model.scratch import word_tokenizer
@@ -100,7 +100,7 @@ def test_a_model_that_writes_the_target_is_right(monkeypatch, curriculum, steps,
     examples = tokenize([record], tokenizer)
     row = examples[0]
     ids = [token for step in row["steps_ids"] for token in step] + row["answer_ids"]
-    monkeypatch.setattr(asking, "decode", lambda *_, **__: Decoded(torch.tensor([ids]), None))
+    monkeypatch.setattr(replies, "decode", lambda *_, **__: Decoded(torch.tensor([ids]), None))
     monkeypatch.setattr(Evaluator, "loss", lambda *_: 0.0)
     tokens = Tokens(pad=tokenizer.pad_token_id)
     model = torch.nn.Module()

@@ -24,8 +24,8 @@ from coconut_ds.checkpoints.weights import latent_settings
 from coconut_ds.commands import ask
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.records import tokenize
-from coconut_ds.inference.asking import Question
 from coconut_ds.inference.evaluator import Evaluator
+from coconut_ds.inference.replies import Question
 from coconut_ds.inference.trained_model import TrainedModel
 from coconut_ds.model.backbone import add_markers
 from coconut_ds.model.folder import write_folder

@@ -32,10 +32,10 @@ from coconut_ds.model.backbone import add_markers
 from coconut_ds.model.card import model_card
 from coconut_ds.model.folder import write_folder
 from coconut_ds.model.scratch import scratch_backbone, word_tokenizer
-from coconut_ds.runs.events import read_metrics
-from coconut_ds.runs.folder import RunFolder
+from coconut_ds.runs.metrics import read_metrics
+from coconut_ds.runs.paths import RunFolder
 from coconut_ds.runs.predictions import cut_answers, read_predictions
-from coconut_ds.runs.records import read_run
+from coconut_ds.runs.read_run import read_run
 from coconut_ds.training.summary import closing, lengths_text
 
 WARNING = "answers reached max_new_tokens ({}) before their end and are compared as cut off there; raise max_new_tokens"

@@ -19,8 +19,8 @@ from test_summary import config as closing_config
 
 from coconut_ds.analysis import report_tables
 from coconut_ds.runs import terminal as console
-from coconut_ds.runs.folder import RunFolder
-from coconut_ds.runs.records import read_run
+from coconut_ds.runs.paths import RunFolder
+from coconut_ds.runs.read_run import read_run
 from coconut_ds.runs.terminal import Pace
 from coconut_ds.training.summary import closing
 

@@ -35,14 +35,14 @@ from coconut_ds.commands.export import export
 from coconut_ds.config.batch_sizes import BatchSizes
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.inference.evaluator import Evaluator
-from coconut_ds.model import thoughts
+from coconut_ds.model import thought_readings
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import stored_settings
-from coconut_ds.model.thoughts import vocabulary_reading
-from coconut_ds.runs.events import read_metrics
-from coconut_ds.runs.folder import RunFolder
+from coconut_ds.model.thought_readings import vocabulary_reading
+from coconut_ds.runs.metrics import read_metrics
+from coconut_ds.runs.paths import RunFolder
 from coconut_ds.runs.predictions import read_predictions
-from coconut_ds.runs.records import read_run
+from coconut_ds.runs.read_run import read_run
 from coconut_ds.runs.tracker import Tracker, write_predictions
 from coconut_ds.training.session import _record_start
 
@@ -187,7 +187,7 @@ def overflown(tmp_path, monkeypatch) -> tuple[Path, Path]:
     def of_overflow(model: Coconut, states: torch.Tensor) -> torch.Tensor:
         return vocabulary_reading(model, states) * math.nan
 
-    for module in (thoughts, readings):
+    for module in (thought_readings, readings):
         monkeypatch.setattr(module, "vocabulary_reading", of_overflow)
     monkeypatch.setattr(Evaluator, "loss", lambda evaluator, stage: math.inf)
     data = tmp_path / "prosqa.json"

@@ -9,8 +9,8 @@ import pytest
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config, override
 from coconut_ds.data.stages import Curriculum
-from coconut_ds.runs.events import EpochEvaluation
-from coconut_ds.runs.folder import RunFolder
+from coconut_ds.runs.metrics import EpochEvaluation
+from coconut_ds.runs.paths import RunFolder
 from coconut_ds.training.summary import _stages_text, closing
 
 

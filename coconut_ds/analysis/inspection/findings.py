@@ -14,7 +14,7 @@ from coconut_ds.analysis.inspection.next_steps import NextStep, next_steps
 from coconut_ds.analysis.inspection.prosqa_graph import ProsqaGraph, graph_of
 from coconut_ds.analysis.inspection.readings import QuestionReading, read
 from coconut_ds.errors import InputError
-from coconut_ds.inference.asking import Question, Reply
+from coconut_ds.inference.replies import Question, Reply
 from coconut_ds.inference.trained_model import TrainedModel
 from coconut_ds.runs.terminal import progress
 

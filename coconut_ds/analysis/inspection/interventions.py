@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from coconut_ds.analysis.intervals import bootstrap, percentile_interval
-from coconut_ds.inference.asking import Reply
+from coconut_ds.inference.replies import Reply
 from coconut_ds.inference.trained_model import TrainedModel
 from coconut_ds.model.passes import Intervention
 from coconut_ds.runs.terminal import progress

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from coconut_ds.inference.asking import Answered
+from coconut_ds.inference.replies import Answered
 from coconut_ds.inference.trained_model import TrainedModel
-from coconut_ds.model.thoughts import Thoughts, vocabulary_reading
+from coconut_ds.model.thought_readings import Thoughts, vocabulary_reading
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from coconut_ds.analysis.plots.canvas import Theme, panel
-from coconut_ds.runs.events import TrainStep
-from coconut_ds.runs.records import RunRecords
+from coconut_ds.runs.metrics import TrainStep
+from coconut_ds.runs.read_run import RunRecords
 
 Runs = Mapping[str, RunRecords]
 """Runs by the name they are shown with; their colours follow this order."""

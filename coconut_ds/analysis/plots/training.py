@@ -23,8 +23,8 @@ from coconut_ds.analysis.plots.curves import (
     legend_inches,
     steps_panel,
 )
-from coconut_ds.runs.events import TrainStep
-from coconut_ds.runs.folder import epoch_name
+from coconut_ds.runs.metrics import TrainStep
+from coconut_ds.runs.paths import epoch_name
 
 _LOG_FROM = 20  # ratio of largest to smallest loss from which a linear scale would hide the end of a run
 _LABELLED_BARS = 10

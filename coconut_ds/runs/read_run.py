@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config
 from coconut_ds.errors import InputError
-from coconut_ds.runs.events import EpochEvaluation, Metrics, read_metrics
-from coconut_ds.runs.folder import RunFolder, epoch_of
+from coconut_ds.runs.metrics import EpochEvaluation, Metrics, read_metrics
+from coconut_ds.runs.paths import RunFolder, epoch_of
 from coconut_ds.runs.predictions import Prediction, last_epoch, read_predictions
 
 

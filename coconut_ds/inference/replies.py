@@ -18,7 +18,7 @@ from coconut_ds.data.batches import Batch, to_device
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.decoding import Decoded, decode
 from coconut_ds.model.passes import Encoded
-from coconut_ds.model.thoughts import Readings, Thoughts, read_thoughts, top_tokens
+from coconut_ds.model.thought_readings import Readings, Thoughts, read_thoughts, top_tokens
 
 
 @dataclass(frozen=True)
