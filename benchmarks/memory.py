@@ -8,7 +8,7 @@ One process for every ZeRO file, precision and treatment of activations. On a CP
 of an optimizer step through the engine, the host's part included; on a GPU the allocator's peak. Columns:
   step      peak of the step beyond what lives between steps
   beyond    the same without gradients (one full set of them): activations and temporaries
-  planned   `training.activations` from micro-batches of 2 and 3, and the plain forward and backward it stands for
+  planned   `memory.activations` from micro-batches of 2 and 3, and the plain forward and backward it stands for
 A row that runs out of memory stays in the table. Prints a table and one JSON line.
 """
 

@@ -1,4 +1,4 @@
-"""What a user can put right: `train.py` prints these without a traceback and exits with status 2."""
+"""What a user can fix: `train.py` prints these without a traceback and exits with status 2."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class _Streams(NamedTuple):
 
 
 _diverted: list[_Streams] = []
-"""Of every `libraries_to` under way, the innermost last."""
+"""Of every active `libraries_to`, the innermost last."""
 
 
 def quiet_libraries() -> None:

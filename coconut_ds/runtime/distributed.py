@@ -40,7 +40,7 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this rank: its GPU where there is one, else the CPU."""
+    """The device of this rank: its GPU if it has one, else the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 

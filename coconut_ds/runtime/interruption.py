@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run after the step under way, with a checkpoint, instead of at once."""
+"""SIGTERM and SIGINT end a run after the current step, with a checkpoint, instead of at once."""
 
 from __future__ import annotations
 
