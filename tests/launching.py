@@ -26,6 +26,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT_S = 300
 _TO_END_S = 30  # what the launcher gives ranks that it ends
+_TO_FOLLOW_S = 5
+"""For ranks with the same error to report it. The launcher looks once a second; a busy machine takes longer."""
 may_start_ranks = True
 """False while a test runs that does not have the marker `ranks`."""
 fresh_ranks = False
@@ -243,7 +245,11 @@ def _first_failure(processes: list[Any], give_up: float, abruptly: bool) -> int 
             if process.exitcode and not status:
                 status = process.exitcode
                 for other in running.values():
-                    other.kill() if abruptly else other.terminate()
+                    if abruptly:
+                        other.kill()
+                    else:
+                        other.join(_TO_FOLLOW_S)
+                        other.terminate()
                 give_up = min(give_up, time.monotonic() + _TO_END_S)
     return status
 
