@@ -51,7 +51,7 @@ def where_it_is(name: str) -> str:
             f"{name} has no coconut.json, so it is not a Coconut model; build one around a plain model with "
             "Coconut(base_causallm, latent_token_id=..., ...)"
         )
-    return f"{name}: there is no such folder, and no Coconut model of that name could be loaded from the hub"
+    return f"{name}: there is no such folder, and loading a Coconut model of that name from the hub failed"
 
 
 def write_folder(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -81,12 +81,13 @@ class End(_Record):
 
 
 _Event = StageStart | TrainStep | EpochEvaluation | CheckpointWritten | End
+_Kind = TypeVar("_Kind", bound=_Record)
 _EVENT: TypeAdapter[_Event] = TypeAdapter(Annotated[_Event, Field(discriminator="event")])
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The events of a `metrics.jsonl`, oldest first, by kind in the order of `_Event`."""
+    """The events of a `metrics.jsonl`, by kind, oldest first."""
 
     stages: tuple[StageStart, ...] = ()
     steps: tuple[TrainStep, ...] = ()
@@ -128,13 +129,23 @@ def read_metrics(path: Path) -> Metrics:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; it comes with the first optimizer step") from None
-    events, n_damaged = [], 0
+    events: list[_Event] = []
+    n_damaged = 0
     # What follows the last newline is empty, or a line that is still being written.
     for line in lines[:-1]:
         try:
             events.append(_EVENT.validate_json(line))
         except ValidationError as error:
             n_damaged += error.errors()[0]["type"] != "union_tag_invalid"
-    by_kind = (tuple(event for event in events if isinstance(event, kind)) for kind in get_args(_Event))
-    values: tuple[Any, ...] = (*by_kind, n_damaged)
-    return Metrics(*values)
+    return Metrics(
+        _of_kind(StageStart, events),
+        _of_kind(TrainStep, events),
+        _of_kind(EpochEvaluation, events),
+        _of_kind(CheckpointWritten, events),
+        _of_kind(End, events),
+        n_damaged,
+    )
+
+
+def _of_kind(kind: type[_Kind], events: list[_Event]) -> tuple[_Kind, ...]:
+    return tuple(event for event in events if isinstance(event, kind))
