@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +20,7 @@ import torch
 from datasets import Dataset
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coconut_ds import Coconut, LatentContext
 from coconut_ds.checkpoints.store import Checkpoints, Progress, Stored, read_stored, restore
@@ -252,6 +255,66 @@ def matrix(cases: list[list[Any]]) -> list[dict[str, Any]]:
             }
         )
     return outcomes
+
+
+_COPIES = {
+    "_restore_cpu_offload_grad_to_gpu": "back to the device",
+    "async_accumulate_grad_in_cpu_via_gpu": "to a sum on the host",
+    "async_inplace_copy_grad_to_fp32_buffer_from_gpu": "to the fp32 gradient on the host",
+}
+
+
+def offloaded_steps(precision: str, accumulation: int, fast: str) -> dict[str, Any]:
+    """Steps with an offloaded optimizer: losses and weights, and what the last step copies and waits for."""
+    start_process_group()
+    sizes = BatchSizes(8 // accumulation, accumulation, 1)
+    config = RunConfig(lr=1e-2, precision=precision, fast=fast)
+    settings = ds_config("zero2_offload", config, sizes)
+    settings["fp16"]["initial_scale_power"] = 26
+    engine = build_engine(tiny.coconut(context=CONTEXT), config, settings)
+    new_schedule(engine, config, 10)
+    window = windows_of("zero2_offload", examples(8), sizes, epoch=1)[0]
+    counted: Counter[str] = Counter()
+    with ExitStack() as counting:
+        losses = []
+        for _ in range(24):
+            if engine.global_steps == 23:
+                for name, copy in _COPIES.items():
+                    counting.enter_context(_counted(engine.optimizer, name, counted, copy))
+                counting.enter_context(_Waits(counted))
+            losses.append(optimizer_step(engine, window, "token").loss)
+    return {
+        "losses": losses,
+        "weights": hashlib.sha256(b"".join(each.numpy().tobytes() for each in gather(engine).values())).hexdigest(),
+        "applied": engine.was_step_applied(),
+        "parameters": len(list(engine.module.parameters())),
+        "counted": dict(counted),
+    }
+
+
+@contextmanager
+def _counted(holder: Any, name: str, counted: Counter[str], what: str) -> Iterator[None]:
+    original = getattr(holder, name)
+
+    def count(*given: Any) -> Any:
+        counted[what] += 1
+        return original(*given)
+
+    with mock.patch.object(holder, name, count):
+        yield
+
+
+class _Waits(TorchDispatchMode):
+    """Counts the numbers that the host reads one by one; those of a tensor that was fetched whole are there already."""
+
+    def __init__(self, counted: Counter[str]):
+        super().__init__()
+        self.counted = counted
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_local_scalar_dense" in str(function) and args[0].untyped_storage().nbytes() == args[0].element_size():
+            self.counted["waits"] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def reset_growth(name: str) -> list[int]:

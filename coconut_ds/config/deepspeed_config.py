@@ -105,8 +105,6 @@ def resolve_ds_config(
     resolved.pop("bfloat16", None)
     resolved |= {
         **batch_keys(sizes),
-        # Accumulation ends with the epoch, so the loop and not DeepSpeed's counter says when to step.
-        "managed_gradient_accumulation": False,
         "gradient_clipping": config.max_grad_norm,
         "zero_optimization": zero,
         "bf16": {**resolved.get("bf16", {}), "enabled": precision == "bf16"},
@@ -179,7 +177,8 @@ def _clashes(
         # Their numbers come later, so that none can stand here.
         **(dict.fromkeys(measured, "auto") if config.batch_size_training == "auto" else {}),
         "gradient_clipping": config.max_grad_norm,
-        "managed_gradient_accumulation": False,
+        # Accumulation ends with the epoch, so the loop says in either mode which micro-batch is the last.
+        "managed_gradient_accumulation": (True, False),
         "bf16.enabled": precision == "bf16",
         "bfloat16.enabled": precision == "bf16",
         "fp16.enabled": precision == "fp16",

@@ -19,7 +19,12 @@ from torch import nn
 from coconut_ds.config.deepspeed_config import Device, offloads_optimizer
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.engine.hostfile import demand_hostfile
-from coconut_ds.engine.internals import all_reduce_buffer, default_timeout, demand_internals
+from coconut_ds.engine.internals import (
+    all_reduce_buffer,
+    check_gradients_on_device,
+    default_timeout,
+    demand_internals,
+)
 from coconut_ds.engine.operator_build import builds_announced
 from coconut_ds.errors import InputError
 from coconut_ds.runtime import distributed
@@ -96,6 +101,8 @@ def build_engine(model: nn.Module, config: RunConfig, ds_config: dict[str, Any])
         optimizer = _optimizer(model, config, on_host=offloads_optimizer(ds_config))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     demand_internals(engine)
+    if config.fast == "auto":
+        check_gradients_on_device(engine)
     # At stage 0 with bf16 DeepSpeed 0.19.8 takes an update without gradients here: it would decay the weights, which a
     # rate of 0 prevents, and Adam would begin to count at 1.
     engine.basic_optimizer.state.clear()

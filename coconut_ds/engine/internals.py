@@ -32,6 +32,8 @@ LAUNCHER, RANK_STARTER = "deepspeed.launcher.runner", "deepspeed.launcher.launch
 """Modules of DeepSpeed's launcher: the command a user gives, and its child that starts the ranks of a machine."""
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _AT_MINIMUM = "loss scale already at minimum"
+_OFFLOADED = ("update_offload_overflow_tracker", "local_overflow", "_has_inf_or_nan", "norm_for_param_grads")
+_NORM = "complete_grad_norm_calculation_for_cpu_offload"
 _HOOKS = ("_remove_module_hooks", "setup_zero_stage3_hooks", "forward_hooks", "backward_hooks")
 
 
@@ -86,6 +88,8 @@ def demand_internals(engine: deepspeed.DeepSpeedEngine) -> None:
         for parameter in trained:
             demand("deepspeed", parameter, ("ds_id", "ds_tensor", "ds_numel"))
     if updates_on_host(engine):
+        if stage in (1, 2):
+            demand("deepspeed", wrapper, (*_OFFLOADED, _NORM))
         demand("deepspeed", engine.basic_optimizer, ("ds_opt_adam", "opt_id"))
         demand("deepspeed", engine.basic_optimizer.ds_opt_adam, ("adam_update",))
     if engine.fp16_enabled():
@@ -126,6 +130,32 @@ def updates_on_host(engine: deepspeed.DeepSpeedEngine) -> bool:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return isinstance(engine.basic_optimizer, DeepSpeedCPUAdam)
+
+
+def check_gradients_on_device(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Have ZeRO-1 and ZeRO-2 with offload check and measure gradients without waiting for each of them.
+
+    DeepSpeed's own code makes the host wait twice per parameter and step: in the backward, for whether the gradient is
+    finite, and in the update, for its norm. Here both stay on the device until the update; the values are the same.
+    """
+    if not (updates_on_host(engine) and engine.zero_optimization_stage() in (1, 2)):
+        return
+    wrapper = engine.optimizer
+    norm_of_all = getattr(wrapper, _NORM)
+
+    def note_overflow(gradient: torch.Tensor | None) -> None:
+        if gradient is not None:
+            wrapper.local_overflow = wrapper.local_overflow | wrapper._has_inf_or_nan(gradient.data)
+
+    def norm(parameters: Any) -> torch.Tensor:
+        norms: dict[int, torch.Tensor] = wrapper.norm_for_param_grads
+        if norms:
+            wrapper.norm_for_param_grads = dict(zip(norms, torch.stack([*norms.values()]).cpu(), strict=True))
+        total: torch.Tensor = norm_of_all(parameters)
+        return total
+
+    wrapper.update_offload_overflow_tracker = note_overflow
+    setattr(wrapper, _NORM, norm)
 
 
 def fp32_masters(engine: deepspeed.DeepSpeedEngine) -> dict[nn.Parameter, torch.Tensor]:

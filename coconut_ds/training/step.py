@@ -66,7 +66,10 @@ def accumulate_gradients(
     totals = distributed.sum_over_ranks(_to_device_async(_counts(batches), device))
     share = 1 / (totals[0] if normalization == "token" else totals[1]).float()
     loss = torch.zeros((), device=device)
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
+        # Accumulation ends with the epoch, not with DeepSpeed's count. Told before the last backward, an offloaded
+        # optimizer gets its gradients from that backward; otherwise `step` would fetch each one back from the host.
+        engine.set_gradient_accumulation_boundary(number == len(batches))
         output = engine(**to_device(batch.inputs))
         part = output.loss_sum * (share if normalization == "token" else share / max(batch.n_targets, 1))
         # DeepSpeed averages gradients over ranks, the shares are meant to be summed.

@@ -50,7 +50,6 @@ def test_a_json_written_for_the_hf_trainer_works():
     assert resolved["train_micro_batch_size_per_gpu"] == 4
     assert resolved["gradient_accumulation_steps"] == 2
     assert resolved["gradient_clipping"] == 1.0
-    assert resolved["managed_gradient_accumulation"] is False
     assert resolved["fp16"] == {"enabled": False, "loss_scale": 0, "initial_scale_power": 16}
     assert resolved["zero_optimization"]["reduce_bucket_size"] == 50_000_000
     assert not {"optimizer", "scheduler"} & set(resolved)

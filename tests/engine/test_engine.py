@@ -49,6 +49,25 @@ def test_resets_need_no_more_memory():
             assert after == before, name
 
 
+def test_an_offloaded_step_copies_each_gradient_once_and_waits_for_none():
+    """Against DeepSpeed's own checks (`fast: off`), which wait twice for each gradient: the same to the last bit."""
+    cases = [(precision, 1, fast) for precision in ("fp32", "fp16") for fast in ("auto", "off")]
+    cases += [("fp16", 2, "auto"), ("fp16", 2, "off")]
+    code = "import rank_checks\nresult = [rank_checks.offloaded_steps(*case) for case in cases]"
+    (found,) = launching.on_ranks(1, code, cases=cases)
+    by_case = dict(zip(cases, found, strict=True))
+    for (precision, accumulation, fast), mine in by_case.items():
+        own = by_case[precision, accumulation, "off"]
+        assert (mine["losses"], mine["weights"]) == (own["losses"], own["weights"])
+        assert mine["applied"]
+        assert (len(set(mine["losses"])) < len(mine["losses"])) is (precision == "fp16"), "steps that overflowed"
+        n, counted = mine["parameters"], mine["counted"]
+        assert counted["to the fp32 gradient on the host"] == n
+        assert "back to the device" not in counted
+        assert counted.get("to a sum on the host", 0) == (0 if accumulation == 1 else accumulation * n)
+        assert counted["waits"] > 2 * n if fast == "off" else counted["waits"] <= 3, (precision, counted)
+
+
 def test_ranks_leave_nothing_in_shared_memory():
     code = "from coconut_ds.engine.build import start_process_group\nfrom coconut_ds.runtime import distributed\n"
     code += "import torch, glob\nstart_process_group()\ndistributed.sum_over_ranks(torch.ones(4))\n"

@@ -32,6 +32,8 @@ NAMES = {
     ],
     ("zero2_offload", "fp32"): [
         *(f"basic_optimizer.{each}" for each in ("ds_opt_adam", "opt_id", "ds_opt_adam.adam_update")),
+        *(f"optimizer.{each}" for each in ("update_offload_overflow_tracker", "local_overflow", "_has_inf_or_nan")),
+        *("optimizer.norm_for_param_grads", "optimizer.complete_grad_norm_calculation_for_cpu_offload"),
     ],
     ("zero3", "fp32"): [
         "optimizer.fp32_partitioned_groups_flat",
