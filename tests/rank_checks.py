@@ -119,6 +119,27 @@ def gradient_errors(names: list[str], splits: list[list[int]], speed: str) -> di
     return errors
 
 
+def bf16_error(name: str, accumulation: int) -> float:
+    """Relative error of a step's gradient in bf16, all parameters as one vector; 64 examples in micro-batches."""
+    start_process_group()
+    rows, sizes = examples(64), BatchSizes(64 // accumulation, accumulation, 1)
+    reference = tiny.coconut(context=CONTEXT, plain=True)
+    reference(**undivided(rows, epoch=2).inputs).loss.backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in reference.parameters()])
+    settings = ds_config(name, RunConfig(precision="bf16"), sizes) | {"zero_force_ds_cpu_optimizer": False}
+    model = tiny.coconut(context=CONTEXT)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), config=settings
+    )
+
+    def masters() -> torch.Tensor:
+        return torch.cat([safe_get_full_fp32_param(each).flatten() for each in model.parameters()])
+
+    before = masters()
+    optimizer_step(engine, windows_of(name, rows, sizes, epoch=2)[0], "token")
+    return float((before - masters() - expected).norm() / expected.norm())
+
+
 def _model(speed: str) -> Coconut:
     model = tiny.coconut(context=CONTEXT, plain=speed == "plain")
     if speed == "recomputed":

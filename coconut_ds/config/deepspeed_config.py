@@ -55,6 +55,9 @@ SMALL_BUCKETS = {
 }
 """Elements that "auto" stands for: the values of `ds_configs/`."""
 
+FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
+"""What DeepSpeed reads as fp32 in `data_types`."""
+
 _AUTO_VALUES = SMALL_BUCKETS | {"stage3_param_persistence_threshold": 100_000}
 """What "auto" stands for: the values of `ds_configs/`, where DeepSpeed's own would take up to 1.9 GiB."""
 
@@ -111,6 +114,9 @@ def resolve_ds_config(
         "fp16": {**resolved.get("fp16", {}), "enabled": precision == "fp16"},
         "zero_allow_untested_optimizer": True,
     }
+    # Summed in bf16, gradients lose more than in the passes (errors: docs/ZERO.md). DeepSpeed cannot at stage 0.
+    if precision == "bf16" and sizes.accumulation > 1 and zero.get("stage", 0) > 0:
+        resolved["data_types"] = {"grad_accum_dtype": "fp32", **resolved.get("data_types", {})}
     return {"steps_per_print": 2**31 - 1} | resolved
 
 
@@ -243,13 +249,13 @@ def _broken_combinations(zero: Any, raw: dict[str, Any], precision: Precision) -
         "offload_optimizer.device: nvme is not supported; use cpu": offload == "nvme",
         "offload_param.device: nvme is not supported; use cpu": param == "nvme",
         **{f"{old}: is deprecated in DeepSpeed; {new}": old in zero for old, new in _REPLACED.items()},
-        "overlap_comm: true is not possible at stage 1, since accumulation ends with the epoch here; set it to "
+        "overlap_comm: true was never tried at stage 1, which sends nothing before its last backward; set it to "
         "false": stage == 1 and zero.get("overlap_comm"),
         "round_robin_gradients: on several ranks DeepSpeed 0.19.8 then hands out the fp32 weights of other parameters, "
         "so an exported bf16 or fp16 model would be wrong; set it to false": zero.get("round_robin_gradients"),
     }
     yield from (f"zero_optimization.{problem}" for problem, is_so in refused.items() if is_so)
-    sums_in_fp32 = dict(leaves(raw)).get("data_types.grad_accum_dtype") in ("fp32", "float32", "float", "torch.float32")
+    sums_in_fp32 = dict(leaves(raw)).get("data_types.grad_accum_dtype") in FP32_NAMES
     if offload != "none" and fp16 and sums_in_fp32:
         yield (
             "data_types.grad_accum_dtype: fp32 with fp16 and an offloaded optimizer never recovers from an overflow in "

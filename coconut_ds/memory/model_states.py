@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from coconut_ds.config.deepspeed_config import DEFAULT_BUCKETS, SMALL_BUCKETS
+from coconut_ds.config.deepspeed_config import DEFAULT_BUCKETS, FP32_NAMES, SMALL_BUCKETS
 
 _FP32 = 4
 _MOMENTS = 2 * _FP32
@@ -31,14 +31,16 @@ def model_states(ds_config: dict[str, Any], n_parameters: int, largest_parameter
     zero = ds_config["zero_optimization"]
     stage = zero.get("stage", 0)
     width = element_bytes(ds_config)
-    weights, gradients = n_parameters * width, n_parameters * width
+    sums_in_fp32 = width < _FP32 and ds_config.get("data_types", {}).get("grad_accum_dtype") in FP32_NAMES
+    gradient_width = _FP32 if sums_in_fp32 else width
+    weights, gradients = n_parameters * width, n_parameters * gradient_width
     if stage == 0:
         masters = n_parameters * _FP32 if width == 2 else 0
         return ModelStates(weights + gradients + masters + n_parameters * _MOMENTS, 0)
     share = -(-n_parameters // world)
     buckets = sum(bucket_bytes(ds_config).values())
     if stage >= 2:
-        gradients = share * width
+        gradients = share * gradient_width
     resident, on_host = weights, 0
     if stage == 3:
         # A multi-pass backward releases weights late, so the number of gathered ones reaches the file's limit.
@@ -48,7 +50,9 @@ def model_states(ds_config: dict[str, Any], n_parameters: int, largest_parameter
     optimizer = share * (_FP32 + _MOMENTS)
     if (zero.get("offload_optimizer") or {}).get("device", "none") == "none":
         return ModelStates(resident + gradients + optimizer + buckets, on_host)
-    passing = largest_parameter * width + (0 if stage >= 2 else gradients)
+    # Sums in another type than the weights' stay on the device at stage 2.
+    stay = stage < 2 or (stage == 2 and sums_in_fp32)
+    passing = largest_parameter * width + (gradients if stay else 0)
     return ModelStates(resident + buckets + passing, on_host + optimizer + share * _FP32)
 
 

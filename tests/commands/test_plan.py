@@ -145,6 +145,9 @@ def test_what_carries_no_coconut_is_refused_by_its_config(run_file, saved, capsy
         assert said in capsys.readouterr().err
 
 
+SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+
+
 @pytest.mark.parametrize(
     ("zero", "world", "precision", "device", "host"),
     [
@@ -153,6 +156,15 @@ def test_what_carries_no_coconut_is_refused_by_its_config(run_file, saved, capsy
         ({"stage": 1, "reduce_bucket_size": 0}, 2, {}, 4 + 4 + 6, 0),
         ({"stage": 2, "reduce_bucket_size": 0}, 2, {}, 4 + 2 + 6, 0),
         ({"stage": 2, "reduce_bucket_size": 0}, 1, {"bf16": {"enabled": True}}, 2 + 2 + 12, 0),
+        # Sums in fp32 stay on the card, also where the optimizer does not.
+        ({"stage": 2, "reduce_bucket_size": 0}, 1, {"bf16": {"enabled": True}, **SUMS}, 2 + 4 + 12, 0),
+        (
+            {"stage": 2, "reduce_bucket_size": 0, "offload_optimizer": {"device": "cpu"}},
+            1,
+            {"bf16": {"enabled": True}, **SUMS},
+            2 + 4 + 0.5,
+            12 + 4,
+        ),
         # On the card only the weights and the buffer of the largest parameter stay.
         ({"stage": 2, "reduce_bucket_size": 0, "offload_optimizer": {"device": "cpu"}}, 2, {}, 4 + 1, 6 + 2),
         ({"stage": 2, "reduce_bucket_size": 100, "overlap_comm": True}, 2, {}, 4 + 2 + 6 + 8 / 10, 0),

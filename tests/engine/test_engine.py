@@ -42,6 +42,17 @@ def test_two_stages_are_the_same_with_every_file(ranks):
         assert (found["overflows"] > 0) is (case[1] == "fp16"), (case, found)
 
 
+def test_many_micro_batches_in_bf16_are_no_less_exact_than_one():
+    """Their sum is in fp32; the shares of one micro-batch are summed in bf16 only within kernels."""
+    cases = [(name, accumulation) for name in ("zero1", "zero2", "zero2_offload", "zero3") for accumulation in (1, 64)]
+    (found,) = launching.on_ranks(
+        1, "import rank_checks\nresult = [rank_checks.bf16_error(*c) for c in cases]", cases=cases
+    )
+    errors = dict(zip(cases, found, strict=True))
+    for name, _ in cases:
+        assert errors[name, 64] < errors[name, 1] < 0.02, errors
+
+
 def test_resets_need_no_more_memory():
     code = "import rank_checks\nresult = [rank_checks.reset_growth(name) for name in names]"
     for outcomes in launching.on_ranks(2, code, names=CONFIGS):
