@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedTokenizerFast
 
 from coconut_ds import Coconut, LatentContext
@@ -135,6 +136,28 @@ def test_continuations_have_the_probabilities_of_a_model_that_runs_everything_ag
         prompt = prompts["input_ids"][each.row][mask[each.row].bool()].tolist()
         prompt = [*prompt[: len(prompt) - each.n_dropped], each.tokens[0]]
         assert found[each] == pytest.approx(naive_log_probs(trained, prompt, each.tokens[1:]), abs=2e-5)
+
+
+class Transfers(TorchFunctionMode):
+    """Counts what reads a tensor's values, which synchronises with a GPU."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += getattr(function, "__name__", "") in ("__float__", "__int__", "__bool__", "item", "tolist")
+        return function(*args, **(kwargs or {}))
+
+
+def test_probabilities_are_transferred_once_per_text_not_per_token():
+    trained = trained_on(character_tokenizer(SYMBOLIC["question"]))
+    prompts = trained.prompts(["n1 n2 |"], [2]).inputs
+    counts = []
+    for length in (2, 6):
+        with Transfers() as transfers:
+            wanted = [Continuation(0, 0, (5, *range(6, 6 + length), last)) for last in (12, 13, 14)]
+            token_log_probs(trained.model, prompts["input_ids"], prompts["attention_mask"], wanted, rows_at_once=2)
+        counts.append(transfers.count)
+    assert counts[0] == counts[1]
 
 
 def test_a_name_that_begins_others_keeps_what_is_left_of_them():

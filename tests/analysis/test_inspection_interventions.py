@@ -13,6 +13,7 @@ from test_inspection import PLAIN, SHORT, SYMBOLIC, trained_on, words_of
 from coconut_ds import LatentContext
 from coconut_ds.analysis.inspection.averages import averages
 from coconut_ds.analysis.inspection.interventions import KINDS, intervene, outcome, replacements, replacing, stacked
+from coconut_ds.engine.internals import FakeTensorMode
 from coconut_ds.inference.replies import Question, Reply
 
 CONTEXTS = {
@@ -95,6 +96,12 @@ def test_the_thought_of_another_question_is_never_the_own_one_and_each_is_used_o
 def test_a_thought_that_only_one_question_has_stays_its_own():
     fed = stacked([torch.ones(2, 1), torch.zeros(1, 1)])
     assert replacements("other", fed, seed=0)[0].flatten().tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("by", KINDS)
+def test_no_shape_depends_on_data_so_a_gpu_is_not_waited_for(by):
+    with FakeTensorMode() as mode:  # refuses such a shape
+        assert replacements(by, mode.from_tensor(FED), seed=0).shape == FED.shape
 
 
 def replies(given: str, expected: str) -> list[Reply]:

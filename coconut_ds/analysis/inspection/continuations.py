@@ -5,6 +5,7 @@ Shapes: B prompts of T columns, R continuations of at most L tokens, V vocabular
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,7 +57,7 @@ def token_log_probs(
     by_head: dict[Continuation, list[Continuation]] = defaultdict(list)
     for each in wanted:
         by_head[longest[each.head]].append(each)
-    found = {}
+    found: dict[Continuation, list[float]] = {}
     heads = list(by_head)
     for start in range(0, len(heads), rows_at_once):
         chunk = heads[start : start + rows_at_once]
@@ -64,8 +65,12 @@ def token_log_probs(
         for head, row in zip(chunk, states):
             # In fp64, because sums of many probabilities are subtracted from 1.
             log_probs = model.lm_head(row[: len(head.tokens)]).double().log_softmax(dim=-1)  # (L, V)
-            for each in by_head[head]:
-                found[each] = [float(log_probs[place, token]) for place, token in enumerate(each.tokens[1:])]
+            mine = by_head[head]
+            places = [place for each in mine for place in range(len(each.tokens) - 1)]
+            tokens = [token for each in mine for token in each.tokens[1:]]
+            # One transfer for the head: each synchronises with a GPU.
+            values = iter(log_probs[places, tokens].tolist())
+            found.update((each, list(itertools.islice(values, len(each.tokens) - 1))) for each in mine)
     return found
 
 

@@ -72,11 +72,16 @@ def replacements(by: str, fed: torch.Tensor, seed: int) -> torch.Tensor:
         return torch.zeros_like(fed)
     if by == "mean":
         return fed.nanmean(dim=0, keepdim=True).expand_as(fed)
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(fed)))
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(fed))).to(fed.device)
+    places = torch.arange(len(fed), device=fed.device)
     others = fed.clone()
     for thought in range(fed.shape[1]):
-        having = order[~fed[order, thought, 0].isnan()]
-        others[having, thought] = fed[having.roll(-1), thought]
+        # Sorted, not picked by a mask: a shape that depends on data would synchronise with a GPU.
+        lacks = fed[order, thought, 0].isnan()
+        ordered = order[lacks.int().argsort(stable=True)]  # (N,), questions that have the thought first
+        n_having = len(fed) - lacks.sum()
+        following = torch.where(places < n_having, (places + 1) % n_having.clamp_min(1), places)
+        others[ordered, thought] = fed[ordered[following], thought]
     return others
 
 

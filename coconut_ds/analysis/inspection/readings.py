@@ -50,20 +50,21 @@ def read(trained: TrainedModel, answered: Answered, thoughts: Thoughts, top_k: i
     """The readings of an answered batch, with the `top_k` most probable tokens of each thought."""
     embedding_norms = answered.encoded.inputs_embeds.norm(dim=-1)  # (B, T - 1)
     is_question = _is_question(trained, answered)[:, :-1]  # (B, T - 1)
-    counts = thoughts.counts.tolist()
+    # Whole tensors are transferred: each element would synchronise with a GPU.
+    counts, shares, ids = (each.tolist() for each in (thoughts.counts, thoughts.shares, answered.inputs["input_ids"]))
     by_row: list[list[ThoughtReading]] = [[] for _ in counts]
     # Thought by thought: the probabilities of all of them would take K times the memory.
     for number, averages in enumerate(thoughts.averages.unbind(dim=1)):
         probabilities = vocabulary_reading(trained.model, averages)  # (B, V)
-        entropies = torch.special.entr(probabilities).sum(dim=1) / math.log(2)
-        values, tokens = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
-        norms = thoughts.fed[:, number].norm(dim=-1)
+        entropies = (torch.special.entr(probabilities).sum(dim=1) / math.log(2)).tolist()
+        values, tokens = (each.tolist() for each in probabilities.topk(min(top_k, probabilities.shape[1]), dim=1))
+        norms = thoughts.fed[:, number].norm(dim=-1).tolist()
         for row, count in enumerate(counts):
             if number < count:
-                texts = [_text(trained, token) for token in tokens[row].tolist()]
-                top = list(zip(texts, values[row].tolist()))
-                window = _window(trained, answered, row, number, thoughts.shares[row, number].tolist())
-                by_row[row].append(ThoughtReading(norms[row].item(), entropies[row].item(), top, window))
+                texts = [_text(trained, token) for token in tokens[row]]
+                top = list(zip(texts, values[row]))
+                window = _window(trained, ids[row], number, shares[row][number])
+                by_row[row].append(ThoughtReading(norms[row], entropies[row], top, window))
     return [
         QuestionReading(
             index=reply.question.index,
@@ -87,10 +88,7 @@ def _is_question(trained: TrainedModel, answered: Answered) -> torch.Tensor:
     return answered.inputs["attention_mask"].bool() & ~torch.isin(ids, torch.tensor(markers, device=ids.device))
 
 
-def _window(
-    trained: TrainedModel, answered: Answered, row: int, number: int, shares: Sequence[float]
-) -> list[tuple[str, float]]:
-    ids: list[int] = answered.inputs["input_ids"][row].tolist()
+def _window(trained: TrainedModel, ids: Sequence[int], number: int, shares: Sequence[float]) -> list[tuple[str, float]]:
     thought = trained.tokens.thought
     column = [place for place, token in enumerate(ids) if token == thought][number]
     # Zeros at the end may stand for states that the row does not have.
