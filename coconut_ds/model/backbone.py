@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coconut_ds.data.markers import MARKERS, marker_ids
@@ -55,6 +56,16 @@ def add_markers(backbone: Backbone) -> None:
     with torch.no_grad():
         for weight in tables:
             weight[new] = weight[source].clone() if source is not None else weight[:n_before].mean(dim=0)
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the floating-point parameters of a model in place, as DeepSpeed does in half precision, and no buffers.
+
+    `nn.Module.to` would also cast the frequencies of rotary embeddings, which are wrong by tenths of a radian in half.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def n_positions(model: PreTrainedModel) -> int:

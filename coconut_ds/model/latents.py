@@ -85,10 +85,12 @@ def next_thought(states: torch.Tensor, available: torch.Tensor, weights: torch.T
     """Weighted average of the newest states.
 
     states (B, J, D) newest first; available (B,) states in reach per row; weights (m,), m >= J; returns (B, D).
-    A row without a state gets zeros.
+    A row without a state gets zeros. Half precision is averaged in fp32 and rounded once: shares rounded to bf16 do not
+    sum to 1.
     """
     shares = window_shares(available, weights[: states.shape[1]])  # (B, J)
-    return torch.einsum("bj,bjd->bd", shares.to(states.dtype), states)
+    wide = torch.promote_types(states.dtype, torch.float32)
+    return torch.einsum("bj,bjd->bd", shares.to(wide), states.to(wide)).to(states.dtype)
 
 
 class LatentWindow(nn.Module):

@@ -24,7 +24,7 @@ from coconut_ds.engine.build import build_engine, process_group
 from coconut_ds.errors import InputError
 from coconut_ds.inference.evaluator import Evaluator
 from coconut_ds.memory.batch_size import choose_eval_batch, choose_micro_batch, deciding_sequences, planned_peak
-from coconut_ds.model.backbone import Backbone
+from coconut_ds.model.backbone import Backbone, cast_parameters
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import stored_settings
 from coconut_ds.runs import changes as run_changes
@@ -129,7 +129,7 @@ def evaluate(draft: DraftRun) -> None:
         model, tokens = build_coconut(config, backbone, config.load_model_path)
         if distributed.is_main():
             _warn(_doubts(config, path, records, examples, backbone))
-        model.to(distributed.device(), _DTYPES[draft.precision])
+        cast_parameters(model.to(distributed.device()), _DTYPES[draft.precision])
         evaluator = _evaluator(draft, model, examples, curriculum, tokens, backbone)
         with watchdog.watching(config.hang_limit_s, terminal()):
             outcome = evaluator.run(stage)

@@ -10,6 +10,7 @@ import torch
 from coconut_ds import LatentContext
 from coconut_ds.data.batches import Tokens, collate_prompts, collate_training, prompt_sequence, training_sequence
 from coconut_ds.data.stages import Layout
+from coconut_ds.model.latents import next_thought, window_shares
 
 TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
 CONTEXTS = {
@@ -239,6 +240,32 @@ def test_a_prompt_ending_in_a_thought_or_in_padding_is_refused():
         model.generate(torch.tensor([[7, 8, tiny.LATENT]]))
     with pytest.raises(ValueError, match=r"prompts \[1\]"):
         model.generate(torch.tensor([[7, 8], [7, 0]]), torch.tensor([[1, 1], [1, 0]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_thought_in_half_precision_is_averaged_in_fp32_and_rounded_once(dtype):
+    states = torch.randn(256, 3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weights = torch.tensor([0.6, 0.3, 0.1])
+    thought = next_thought(states, torch.full((256,), 3), weights)
+    wide = torch.einsum("j,bjd->bd", weights, states.float())
+    assert thought.dtype == dtype
+    assert (thought == wide.to(dtype)).float().mean() > 0.999
+    length = (thought.float() * wide).sum() / wide.square().sum()
+    assert length.item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("n_states", [1, 2, 3, 5])
+def test_in_fp32_and_fp64_a_thought_is_the_plain_average_bit_for_bit(n_states):
+    for dtype in (torch.float32, torch.float64):
+        found = []
+        for average in (next_thought, lambda *args: torch.einsum("bj,bjd->bd", window_shares(*args[1:]), args[0])):
+            generator = torch.Generator().manual_seed(0)
+            states = torch.randn(5, n_states, 64, generator=generator, dtype=dtype).requires_grad_()
+            weights = torch.rand(n_states, generator=generator, dtype=dtype).requires_grad_()
+            thought = average(states, torch.arange(1, 6), weights)
+            thought.backward(torch.randn(5, 64, generator=generator, dtype=dtype))
+            found.append((thought, states.grad, weights.grad))
+        assert all(torch.equal(*pair) for pair in zip(*found))
 
 
 @pytest.mark.parametrize(
