@@ -5,7 +5,8 @@
     python benchmarks/memory.py --toy
 
 One process for every ZeRO file, precision and treatment of activations. On a CPU what is counted is live tensor bytes
-of an optimizer step through the engine, the host's part included; on a GPU the allocator's peak. Columns:
+of an optimizer step through the engine, the host's part included; on a GPU the allocator's peak, and in the JSON line
+what it had reserved then. Columns:
   step      peak of the step beyond what lives between steps
   beyond    the same without gradients (one full set of them): activations and temporaries
   planned   `memory.activations` from micro-batches of 2 and 3, and the plain forward and backward it stands for
@@ -31,6 +32,7 @@ from coconut_ds.config.batch_sizes import BatchSizes
 from coconut_ds.config.deepspeed_config import resolve_ds_config
 from coconut_ds.config.ds_json import read_ds_json
 from coconut_ds.config.run_config import RunConfig
+from coconut_ds.data.batches import Batch
 from coconut_ds.engine.build import build_engine, describe_device, start_process_group
 from coconut_ds.memory.activations import ActivationCost, batch_of, measure, measured_peak
 from coconut_ds.memory.meter import LiveTensorMeter
@@ -39,7 +41,7 @@ from coconut_ds.training.step import optimizer_step
 
 MIB = 2**20
 _TOY_COLUMNS = 40
-_TREATMENTS = ("recomputed", "kept")
+TREATMENTS = ("recomputed", "kept")
 
 
 def main() -> None:
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument("--deepspeed", nargs="+", default=sorted(map(str, Path("ds_configs").glob("*.json"))))
     parser.add_argument("--micro-batch", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--precision", nargs="+", default=["fp32"])
-    parser.add_argument("--activations", nargs="+", choices=_TREATMENTS, default=list(_TREATMENTS))
+    parser.add_argument("--activations", nargs="+", choices=TREATMENTS, default=list(TREATMENTS))
     parser.add_argument("--columns", type=int, default=workload.PROSQA_COLUMNS)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     zero2 = str(Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json")
@@ -84,28 +86,49 @@ def _in_a_process(options: argparse.Namespace, path: str, precision: str, how: s
 def _one(options: argparse.Namespace) -> list[dict[str, Any]]:
     workload.begin(options)
     start_process_group()
-    config = RunConfig(deepspeed=options.deepspeed[0], precision=options.precision[0])
+    precision = options.precision[0]
     model = workload.coconut(workload.backbone_of(options))
     if options.activations == ["recomputed"]:
         model.enable_activation_checkpointing()
     sequence = workload.sequence_of(options.columns, options.thoughts, int(model.latent_token_id or 0))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision[0]]
+    dtype = workload.DTYPES[precision]
     # What is planned and measured without an engine first: it needs the weights as they are before ZeRO holds them.
-    plain = model.to(dtype)
+    plain = workload.cast(model, dtype)
     cost = measure(plain, sequence)
     measured = {micro: _unless_full(measured_peak, plain, batch_of(sequence, micro)) for micro in options.micro_batch}
-    settings = resolve_ds_config(
-        read_ds_json(config.deepspeed), config, BatchSizes(options.micro_batch[0], 1, 1), describe_device()
-    )
-    engine = build_engine(model.to(torch.float32), config, settings)
+    engine = engine_of(model, options.deepspeed[0], precision)
     gradients = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     optimizer_step(engine, [batch_of(sequence, 1)], "token")
     rows = []
     for micro in options.micro_batch:
-        peak = _unless_full(_step_peak, engine, model, [batch_of(sequence, micro)])
-        rows.append(_row(micro, peak, gradients, cost, measured[micro]))
+        peak = _unless_full(step_peak, engine, batch_of(sequence, micro))
+        rows.append(_row(micro, peak, gradients, cost, measured[micro]) | reserved())
     distributed.close()
     return rows
+
+
+def engine_of(model: Coconut, path: str, precision: str) -> Any:
+    """The engine of a ZeRO file for micro-batches of any size, with `model` in fp32."""
+    config = RunConfig(deepspeed=path, precision=precision)
+    settings = resolve_ds_config(read_ds_json(path), config, BatchSizes(1, 1, 1), describe_device())
+    return build_engine(workload.cast(model, torch.float32), config, settings)
+
+
+def step_peak(engine: Any, batch: Batch) -> int:
+    """Bytes that an optimizer step over one micro-batch adds at most to those between steps."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        optimizer_step(engine, [batch], "token")
+        return torch.cuda.max_memory_allocated() - before
+    with LiveTensorMeter() as meter:
+        optimizer_step(engine, [batch], "token")
+    return meter.peak
+
+
+def reserved() -> dict[str, float]:
+    """What the allocator held at most since the last `step_peak` began; with its fragments it decides what fits."""
+    return {"reserved_mib": torch.cuda.max_memory_reserved() / MIB} if torch.cuda.is_available() else {}
 
 
 def _unless_full(measure: Callable[..., int], *arguments: Any) -> int | None:
@@ -123,17 +146,6 @@ def _row(micro: int, peak: int | None, gradients: int, cost: ActivationCost, mea
         return row | {"failed": "out of memory"}
     beyond = peak - gradients
     return row | {"step_mib": peak / MIB, "beyond_mib": beyond / MIB, "per_example_mib": beyond / micro / MIB}
-
-
-def _step_peak(engine: Any, model: Coconut, window: list[Any]) -> int:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        optimizer_step(engine, window, "token")
-        return torch.cuda.max_memory_allocated() - before
-    with LiveTensorMeter() as meter:
-        optimizer_step(engine, window, "token")
-    return meter.peak
 
 
 def _line(row: dict[str, Any]) -> str:

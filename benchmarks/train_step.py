@@ -1,15 +1,17 @@
 """Time of a training step: multi-pass Coconut beside one plain pass and beside a straightforward multi-pass loop.
 
     python benchmarks/train_step.py --data PROSQA.json --tokenizer FOLDER [--micro-batch 4 8] [--rounds 5]
-        [--rows floor coconut "window of 3" recomputed straightforward]
+        [--rows floor coconut "window of 3" recomputed straightforward] [--precision fp16]
     python benchmarks/train_step.py --toy
 
-Forward and backward on a micro-batch of median length, without the optimizer, which is the same for all. Rows:
+Forward and backward on a micro-batch of median length, without the optimizer, which is the same for all; in half
+precision without a loss scale, which costs nothing. Rows:
   floor          one plain pass over the same columns, LM head on supervised positions only
   coconut        thoughts from the newest state alone
   window of 3    contextual thoughts
   recomputed     the same with activation checkpointing
-  straightforward  cache on, logits of every column in every pass, inputs put together again for every pass
+  straightforward  the published loop: cache on, logits of every column in every pass, one forward per thought, inputs
+                 put together again for each. The published code also asks the device for the column of every thought
 A row that runs out of memory stays in the table. Prints a table and one JSON line; ratios are medians over rounds of
 the ratio within a round. `window_extra` compares whole steps, whose times differ by more than a window costs;
 `window_extra_alone` times what makes the thoughts, forward and backward, in a model that has embeddings and no layers:
@@ -21,7 +23,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ from coconut_ds.data.stages import Curriculum
 from coconut_ds.model.backbone import Backbone
 
 _WINDOW_ROUNDS = 200
-_ROWS = ("floor", "coconut", "window of 3", "recomputed", "straightforward")
+ROWS = ("floor", "coconut", "window of 3", "recomputed", "straightforward")
 _RATIOS = {
     "step_over_floor": ("coconut", "floor"),
     "checkpointed_over_plain": ("recomputed", "window of 3"),
@@ -52,39 +54,52 @@ def main() -> None:
     parser.add_argument("--data", help="ProsQA JSON")
     parser.add_argument("--micro-batch", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--dropout", type=float, default=0.1, help="0.1 is GPT-2's own")
+    parser.add_argument("--precision", choices=workload.DTYPES, default="fp32")
     options = workload.parse(parser, micro_batch=[1, 2], rounds=1)
     workload.begin(options)
     backbone = workload.backbone_of(options, options.dropout)
-    print(f"{'micro-batch':>11}  {'':15}  {'median s (fastest-slowest)':>27}  {'ms a target':>11}  ratio to floor")
+    print(f"{'micro-batch':>11}  {'':15}  {'median s (fastest-slowest)':>27}  {'tokens/s':>8}  ratio to floor")
     results: dict[str, dict[str, Any]] = {}
     for micro in options.micro_batch:
         batch = _batch(options, backbone, micro)
-        variants = _variants(backbone, batch)
-        seconds = workload.seconds_by_round({name: variants[name] for name in options.rows}, options.rounds)
+        found = measure(backbone, batch, options.precision, options.rows, options.rounds)
         for name in options.rows:
-            if name not in seconds:
-                print(f"{micro:>11}  {name:15}  out of memory")
-                continue
-            values = seconds[name]
-            each = 1000 * statistics.median(values) / batch.n_targets
-            over_floor = f"{workload.ratio(seconds, name, 'floor'):.3f}" if "floor" in seconds else ""
-            print(f"{micro:>11}  {name:15}  {workload.spread(values):>27}  {each:>11.1f}  {over_floor}")
-        alone = {}
-        if "coconut" in seconds:
+            print(f"{micro:>11}  {name:15}  {_line(found, name)}")
+        if "coconut" in found["seconds"]:
             extra = _window_seconds(options, batch)
-            alone["window_extra_alone"] = extra / statistics.median(seconds["coconut"])
+            found["window_extra_alone"] = extra / statistics.median(found["seconds"]["coconut"])
             print(f"{micro:>11}  a window of 3 takes {1000 * extra:.2f} ms more than one of 1 to make the thoughts")
-        results[str(micro)] = {
-            **_ratios(seconds),
-            **alone,
-            "columns": batch.inputs["input_ids"].shape[1],
-            "n_targets": batch.n_targets,
-            "seconds": seconds,
-            "out_of_memory": [name for name in options.rows if name not in seconds],
-        }
-    workload.finish(options, **_ratios(seconds), **alone, by_micro_batch=results)
+        results[str(micro)] = found
+    last = {name: found[name] for name in (*_RATIOS, "window_extra", "window_extra_alone") if name in found}
+    workload.finish(options, **last, by_micro_batch=results)
+
+
+def measure(
+    backbone: Backbone, batch: Batch, precision: str, rows: Sequence[str] = ROWS, rounds: int = 5
+) -> dict[str, Any]:
+    """Seconds by round and tokens per second of each row that fits, what did not fit, and the ratios between rows."""
+    variants = _variants(backbone, batch, workload.DTYPES[precision])
+    seconds = workload.seconds_by_round({name: variants[name] for name in rows}, rounds)
+    return {
+        **_ratios(seconds),
+        "columns": batch.inputs["input_ids"].shape[1],
+        "n_targets": batch.n_targets,
+        "n_tokens": batch.n_tokens,
+        "seconds": seconds,
+        "tokens_per_second": {name: batch.n_tokens / statistics.median(values) for name, values in seconds.items()},
+        "out_of_memory": [name for name in rows if name not in seconds],
+    }
+
+
+def _line(found: dict[str, Any], name: str) -> str:
+    """A row of the table after its names."""
+    seconds = found["seconds"]
+    if name not in seconds:
+        return "out of memory"
+    over_floor = f"{workload.ratio(seconds, name, 'floor'):.3f}" if "floor" in seconds else ""
+    return f"{workload.spread(seconds[name]):>27}  {found['tokens_per_second'][name]:>8.0f}  {over_floor}"
 
 
 def _ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
@@ -106,10 +121,10 @@ def _batch(options: argparse.Namespace, backbone: Backbone, micro: int) -> Batch
     return batches[len(batches) // 2]
 
 
-def _variants(backbone: Backbone, batch: Batch) -> dict[str, Callable[[], Any]]:
+def _variants(backbone: Backbone, batch: Batch, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     inputs = to_device(batch.inputs)
-    plain = workload.coconut(backbone, LatentContext())
-    window = workload.coconut(backbone)
+    plain = workload.cast(workload.coconut(backbone, LatentContext()), dtype)
+    window = workload.cast(workload.coconut(backbone), dtype)
 
     def step(model: Coconut, **changes: Any) -> None:
         model(**(inputs | changes)).loss.backward()

@@ -42,6 +42,7 @@ _ORDINARY_TOKENS = 50_000
 """Of GPT-2's vocabulary, to draw from; a smaller one has its own."""
 _TOY_POSITIONS = 128
 _TOY_QUESTIONS: dict[str, Any] = {"n_nodes": 5, "min_steps": 2, "max_steps": 2, "form": "edges"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOY_MODEL = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": _TOY_POSITIONS}
 
 
@@ -123,6 +124,13 @@ def coconut(backbone: Backbone, context: LatentContext | None = WINDOW) -> Cocon
     )
     fast.install(model)
     return model.to(distributed.device()).train()
+
+
+def cast(model: Coconut, dtype: torch.dtype) -> Coconut:
+    """The parameters in `dtype`, as DeepSpeed casts them; buffers, which may hold angles, keep theirs."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def tokens_of(backbone: Backbone) -> Tokens:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import launching
@@ -86,6 +87,18 @@ def test_environment_names_versions_commit_and_hardware():
     assert found["packages"]["deepspeed"]
     assert found["cpus"] >= 1
     assert json.dumps(found)
+
+
+def test_environment_has_none_for_a_package_that_is_not_installed(monkeypatch):
+    def version(name: str) -> str:
+        if name in ("wandb", "datasets"):
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr("coconut_ds.runs.environment.version", version)
+    packages = describe_environment()["packages"]
+    assert {name for name, found in packages.items() if found is None} == {"wandb", "datasets"}
+    assert packages["torch"] == "1.0"
 
 
 def run_with_wandb(tmp_path: Path, mode: str, **environment: str) -> subprocess.CompletedProcess:
