@@ -96,6 +96,9 @@ class PlainEngine:
     def __call__(self, **inputs):
         return self.module(**inputs)
 
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        self.is_boundary = is_boundary
+
     def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:
         loss.backward()
 
