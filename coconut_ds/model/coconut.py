@@ -102,9 +102,10 @@ class Coconut(LatentPasses):
     def enable_activation_checkpointing(self, every_n_layers: int = 1, offload: bool = False) -> None:
         """Keep only the input, keys and values of every `every_n_layers`-th decoder layer and recompute the rest.
 
-        Same loss and gradients, dropout included. `offload` moves the layer inputs of the prefix to pinned host memory;
-        on a CPU it only warns. Raises ValueError without `fast.install`, whose KV cache it needs, for a model whose
-        layers cannot be checkpointed, and if it is on already.
+        Same loss and gradients, dropout included. Passes of one column, the thoughts, are kept whole. `offload` moves
+        the layer inputs of the prefix to pinned host memory; on a CPU it only warns. Raises ValueError without
+        `fast.install`, whose KV cache it needs, for a model whose layers cannot be checkpointed, and if it is on
+        already.
         """
         if self.speed_layer is None:
             raise ValueError(

@@ -2,7 +2,8 @@
 
 HF's own checkpointing drops the cache in training and with it every thought. Here a layer's keys and values so far are
 inputs of the recomputed function, and those of the pass its outputs; recomputing writes the same columns of the layer's
-buffer once more. Each layer keeps that buffer, and its input of every pass.
+buffer once more. Each layer keeps that buffer, and its input of every pass. A thought's pass of one column keeps all
+activations: they are small, and the time of such a pass is that of launching its operations, which recomputing doubles.
 
 Shapes: B rows, T columns of the pass, D hidden size, H key-value heads, d their size.
 """
@@ -23,9 +24,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from coconut_ds.model.fast.kv_cache import TrainingCache
+from coconut_ds.model.fast.low_rank import pays
+from coconut_ds.model.fast.low_rank_attention import GATHERING_SDPA
 from coconut_ds.model.fast.low_rank_linear import current_pass, within
+from coconut_ds.model.internals import attention_of
 
 _LOG = logging.getLogger(__name__)
+SHORTEST_RECOMPUTED = 2
+"""Columns of the shortest pass after the prefix whose layers are recomputed."""
 _CACHE_ARGUMENTS = ("past_key_values", "cache")
 """Names of a decoder layer's cache argument: up to transformers 5.23, and from 5.24 on."""
 
@@ -42,9 +48,11 @@ def checkpoint_layers(model: PreTrainedModel, every_n_layers: int = 1, offload: 
         raise ValueError("activation checkpointing is on already, or something else replaced the layers' forward")
     if offload and not torch.cuda.is_available():
         _LOG.warning("activation checkpointing: offload does nothing on a CPU, layer inputs are in host memory already")
+    # Another attention may save copies of all keys and values in every pass, as eager attention does.
+    shortest = SHORTEST_RECOMPUTED if attention_of(model.config) == GATHERING_SDPA else 1
     for index in range(0, len(layers), every_n_layers):
         signature = inspect.signature(layers[index].forward)
-        layers[index].forward = functools.partial(_checkpointed, layers[index], index, signature, offload)
+        layers[index].forward = functools.partial(_checkpointed, layers[index], index, signature, offload, shortest)
 
 
 def restore_layers(model: PreTrainedModel) -> None:
@@ -71,7 +79,13 @@ def _cache_argument(signature: inspect.Signature) -> str | None:
 
 
 def _checkpointed(
-    layer: nn.Module, index: int, signature: inspect.Signature, offload: bool, *args: Any, **kwargs: Any
+    layer: nn.Module,
+    index: int,
+    signature: inspect.Signature,
+    offload: bool,
+    shortest: int,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """The forward of a checkpointed layer: same arguments, same result."""
     forward = functools.partial(type(layer).forward, layer)
@@ -80,6 +94,9 @@ def _checkpointed(
     if not torch.is_grad_enabled() or not (cache is None or isinstance(cache, TrainingCache)):
         return forward(*args, **kwargs)
     (hidden, *rest), options, this = call.args, call.kwargs, current_pass()
+    earlier = cache.layer(index).written if cache is not None else ()
+    if earlier and hidden.shape[1] < shortest and _attention_keeps_no_copies(hidden):
+        return forward(*args, **kwargs)
     # `run` lives until its backward, so it must not hold the layer's input, or the keys and values of all layers.
     empty = cache.of_layer(index, ()) if cache is not None else None
 
@@ -98,13 +115,20 @@ def _checkpointed(
                 )
             return (output, *own.layer(index).written)
 
-    earlier = cache.layer(index).written if cache is not None else ()
     # Only the prefix is worth offloading; the passes after it have a column or a few.
     with on_host(hidden) if offload and hidden.is_cuda and not earlier else nullcontext():
         output, *written = checkpoint(run, hidden, *earlier, use_reentrant=False)
     if cache is not None:
         cache.layer(index).written = tuple(written)
     return output
+
+
+def _attention_keeps_no_copies(hidden: torch.Tensor) -> bool:
+    """Whether attention saves the keys and values so far as views of their buffer.
+
+    With dropout in half precision torch's attention on a CPU saves them in fp32: for GPT-2 small two thirds of all.
+    """
+    return hidden.device.type != "cpu" or pays(hidden)
 
 
 def on_host(hidden: torch.Tensor) -> AbstractContextManager[Any]:

@@ -11,6 +11,8 @@ import torch
 from test_coconut import ALIGNED, CONTEXTS, RAGGED, batch_of, prompts
 
 from coconut_ds.memory.meter import LiveTensorMeter
+from coconut_ds.model import fast
+from coconut_ds.model.fast import checkpointing
 from coconut_ds.model.fast.checkpointing import on_host
 
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3"]
@@ -38,6 +40,49 @@ def test_loss_and_gradients_stay(family, every_n_layers, shapes, dropout):
     for name, gradient in gradients.items():
         error = (same[name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
         assert error < 2e-6, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shapes", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
+def test_passes_of_thoughts_are_not_recomputed_and_no_bit_changes(family, shapes, monkeypatch):
+    model = tiny.coconut(family, CONTEXTS["learned"], dropout=0.1).train()
+    inputs = batch_of(shapes).inputs
+    forwards: list[int] = []
+    checkpointing.decoder_layers(model.base_causallm)[1].mlp.register_forward_pre_hook(
+        lambda _, given: forwards.append(given[0].shape[1])
+    )
+    found = {"kept": loss_and_gradients(model, inputs)}
+    first, end = inputs["thought_span"]
+    tail = inputs["input_ids"].shape[1] - end + 1  # with the last thought
+    thoughts = [1] * (end - 1 - first)
+    assert forwards == [first, *thoughts, tail]
+    model.enable_activation_checkpointing()
+    forwards.clear()
+    found["now"] = loss_and_gradients(model, inputs)
+    assert forwards == [first, *thoughts, tail, tail, first]
+    model.disable_activation_checkpointing()
+    monkeypatch.setattr(checkpointing, "SHORTEST_RECOMPUTED", 1)
+    model.enable_activation_checkpointing()
+    forwards.clear()
+    found["all recomputed"] = loss_and_gradients(model, inputs)
+    assert forwards == [first, *thoughts, tail, tail, *thoughts, first]
+    for loss, gradients in found.values():
+        assert loss == found["kept"][0]
+        assert all(torch.equal(gradient, found["kept"][1][name]) for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize(("dtype", "implementation"), [(torch.bfloat16, "sdpa"), (torch.float32, "eager")])
+def test_where_attention_may_save_copies_of_all_keys_every_pass_is_recomputed(dtype, implementation):
+    model = tiny.coconut("llama", CONTEXTS["sequence"], dropout=0.1, plain=True).to(dtype).train()
+    model.base_causallm.set_attn_implementation(implementation)
+    fast.install(model)
+    model.enable_activation_checkpointing()
+    forwards: list[int] = []
+    checkpointing.decoder_layers(model.base_causallm)[0].mlp.register_forward_pre_hook(
+        lambda _, given: forwards.append(given[0].shape[1])
+    )
+    loss_and_gradients(model, batch_of(RAGGED).inputs)
+    assert forwards[: len(forwards) // 2] == forwards[: len(forwards) // 2 - 1 : -1]
 
 
 def test_dropout_is_drawn_so_the_comparison_above_covers_it():
