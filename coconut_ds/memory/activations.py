@@ -5,13 +5,18 @@ shapes but no data, so nothing is computed. Bytes are counted per operation: bot
 the same order, and the live bytes after each one are linear in the number of rows. The peak for any number of rows is
 the maximum over those lines, whichever operation it occurs at. One row cannot be used: copies of several rows can be
 views of one.
+
+The tensors lie on a CPU. `for_card` plans for a GPU all the same: the kernels are then those that keep what a card's do
+(`model/fast/planning.py`). Not counted in any case: what a kernel needs while it runs, such as the fp32 sums of
+attention's backward in half precision (1.2 MiB a row of 382 columns of GPT-2 small), and cuBLAS's workspace.
 """
 
 from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +30,7 @@ from coconut_ds.data.stages import Curriculum
 from coconut_ds.engine.internals import FakeTensorMode, tree_map_only
 from coconut_ds.memory.meter import LiveTensorMeter
 from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.fast.planning import planning_for_card
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,17 @@ class ActivationCost:
         return bisect_right(range(1, 2**20), budget, key=self.peak)
 
 
-def measure(model: Coconut, sequence: TokenSequence, dtype: torch.dtype | None = None) -> ActivationCost:
+def measure(
+    model: Coconut, sequence: TokenSequence, dtype: torch.dtype | None = None, for_card: bool = False
+) -> ActivationCost:
     """The cost of micro-batches whose rows are all as long as `sequence`; `dtype` defaults to that of `model`."""
-    histories = _predicted(model, [batch_of(sequence, rows) for rows in (2, 3)], dtype)
+    histories = _predicted(model, [batch_of(sequence, rows) for rows in (2, 3)], dtype, for_card)
     return ActivationCost(*map(torch.tensor, histories))
 
 
-def predicted_peak(model: Coconut, batch: Batch, dtype: torch.dtype | None = None) -> int:
+def predicted_peak(model: Coconut, batch: Batch, dtype: torch.dtype | None = None, for_card: bool = False) -> int:
     """The result of `measured_peak` for a model in `dtype`, without running it."""
-    (history,) = _predicted(model, [batch], dtype)
+    (history,) = _predicted(model, [batch], dtype, for_card)
     return max(history)
 
 
@@ -84,7 +92,7 @@ def widest_sequence(examples: Dataset, curriculum: Curriculum, stage: int, token
     return TokenSequence(ids, prefix, thoughts, len(ids) - targets)
 
 
-def _predicted(model: Coconut, batches: Sequence[Batch], dtype: torch.dtype | None) -> list[list[int]]:
+def _predicted(model: Coconut, batches: Sequence[Batch], dtype: torch.dtype | None, for_card: bool) -> list[list[int]]:
     """Live bytes after each operation of a forward and backward over each batch."""
     # Values that are cached, such as the window's weights, must be created from real numbers before.
     thoughts = [] if model.latent_token_id is None else [model.latent_token_id]
@@ -97,14 +105,14 @@ def _predicted(model: Coconut, batches: Sequence[Batch], dtype: torch.dtype | No
         # With the fakes as memo, the copy has no weights of its own.
         fake = copy.deepcopy(model, dict(fakes))
         inputs = [tree_map_only(torch.Tensor, mode.from_tensor, batch.inputs) for batch in batches]
-        return [_live_bytes(fake, each) for each in inputs]
+        with planning_for_card() if for_card else nullcontext():
+            return [_live_bytes(fake, each) for each in inputs]
 
 
 def _fake(tensor: torch.Tensor, mode: FakeTensorMode, dtype: torch.dtype | None) -> torch.Tensor:
+    """Parameters in `dtype`, buffers as they are: DeepSpeed casts parameters only."""
     fake: torch.Tensor = mode.from_tensor(tensor).detach()
-    if tensor.is_floating_point():
-        fake = fake.to(dtype or tensor.dtype)
-    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    return nn.Parameter(fake.to(dtype), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
 def _live_bytes(model: Coconut, inputs: dict[str, Any]) -> list[int]:
@@ -115,16 +123,27 @@ def _live_bytes(model: Coconut, inputs: dict[str, Any]) -> list[int]:
         for parameter in model.parameters()
         if parameter.requires_grad
     ]
-    was_training = model.training
-    model.train()
+    # Without GPUs to fork there is nothing to say about their number.
+    devices: list[int] | None = [] if next(model.parameters()).device.type == "cpu" else None
     try:
-        with torch.random.fork_rng(), LiveTensorMeter() as meter:
+        with in_training(model), torch.random.fork_rng(devices), LiveTensorMeter() as meter:
             model(**inputs).loss_sum.backward()
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return meter.history
+
+
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """Within it every module is in training mode; then each has its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:

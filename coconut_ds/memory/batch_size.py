@@ -16,20 +16,30 @@ from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.batches import Tokens, TokenSequence, to_device
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.errors import InputError
-from coconut_ds.memory.activations import batch_of, measure, predicted_peak, widest_sequence
-from coconut_ds.memory.model_states import element_bytes, model_states
+from coconut_ds.memory.activations import batch_of, in_training, measure, predicted_peak, widest_sequence
+from coconut_ds.memory.meter import GIB
+from coconut_ds.memory.model_states import model_states
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.runs.terminal import say
 from coconut_ds.runtime import distributed
 
 USABLE_SHARE = 0.9
-"""Share of the memory to plan with; the rest is for fragmentation, CUDA workspaces and what the meter cannot see."""
+"""Share of the free memory to take; the rest is for fragmentation, CUDA workspaces and what the meter cannot see."""
+CARD_OVERHEAD_GIB = 0.7
+"""Of an empty card, before the first tensor: the CUDA context (0.3 to 0.45) and NCCL (0.1 to 0.3), as users report."""
+CARD_SHARE = 0.93
+"""Share of what is left that a plan counts on. `auto` counts on less: nobody is there to try a smaller batch."""
 _MOST_EVAL_ROWS = 256
 
 
+def card_budget(seen_gib: float) -> int:
+    """Bytes for model states and activations on an empty card of which torch sees `seen_gib`; 0 if there is no room."""
+    return int(max(0.0, CARD_SHARE * (seen_gib - CARD_OVERHEAD_GIB)) * GIB)
+
+
 def memory_budget() -> int:
-    """Bytes this rank may use: its GPU's free memory, else its share of the free host memory."""
-    if torch.cuda.is_available():
+    """Bytes this rank may use now: of its GPU's free memory, which CUDA and NCCL have left, or of the host's."""
+    if distributed.device().type == "cuda":
         return int(USABLE_SHARE * torch.cuda.mem_get_info(distributed.device())[0])
     ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return int(USABLE_SHARE * psutil.virtual_memory().available / ranks_here)
@@ -55,11 +65,12 @@ def choose_micro_batch(
     budget = memory_budget() - kept
     deciding = deciding_sequences(draft.config, examples, curriculum, tokens)
     dtype = memory_dtype(draft.ds_config)
-    rows = min(measure(model, sequence, dtype).most_rows(budget) for sequence in deciding)
+    on_card = distributed.device().type == "cuda"
+    rows = min(measure(model, sequence, dtype, on_card).most_rows(budget) for sequence in deciding)
     micro = largest_divisor(per_rank, rows)
-    if torch.cuda.is_available():
+    if on_card:
         # A copy: the weights to train keep their precision.
-        micro = halved_until_it_fits(copy.deepcopy(model).to(dtype), deciding, micro, per_rank, kept)
+        micro = halved_until_it_fits(_cast(copy.deepcopy(model), dtype), deciding, micro, per_rank, kept)
     micro = distributed.min_over_ranks(micro)
     if micro == 0:
         raise InputError(
@@ -74,8 +85,8 @@ def planned_peak(
     model: Coconut, ds_config: dict[str, Any], sequences: Sequence[TokenSequence], micro: int
 ) -> tuple[int, int]:
     """Bytes per rank: kept between steps, and added at most by a forward and backward over `micro` rows."""
-    dtype = memory_dtype(ds_config)
-    activations = max(predicted_peak(model, batch_of(sequence, micro), dtype) for sequence in sequences)
+    dtype, on_card = memory_dtype(ds_config), distributed.device().type == "cuda"
+    activations = max(predicted_peak(model, batch_of(sequence, micro), dtype, on_card) for sequence in sequences)
     return kept_between_steps(model, ds_config), activations
 
 
@@ -83,7 +94,7 @@ def kept_between_steps(model: Coconut, ds_config: dict[str, Any]) -> int:
     """Bytes of a rank's model states on its GPU, or on the host if there is no GPU."""
     parameters = [parameter.numel() for parameter in model.parameters()]
     states = model_states(ds_config, sum(parameters), max(parameters), distributed.world_size())
-    return states.device if torch.cuda.is_available() else states.device + states.host
+    return states.device if distributed.device().type == "cuda" else states.device + states.host
 
 
 def deciding_sequences(
@@ -97,8 +108,17 @@ def deciding_sequences(
 
 
 def memory_dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    """The type to measure activations in: bf16 stands for fp16, which has the same size."""
-    return torch.float32 if element_bytes(ds_config) == torch.float32.itemsize else torch.bfloat16
+    """The type in which a run computes."""
+    if ds_config["fp16"]["enabled"]:
+        return torch.float16
+    return torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+
+
+def _cast(model: Coconut, dtype: torch.dtype) -> Coconut:
+    """`model` with parameters in `dtype`, as DeepSpeed casts them: buffers stay as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def largest_divisor(number: int, limit: int) -> int:
@@ -120,7 +140,8 @@ def _fits(model: Coconut, sequence: TokenSequence, rows: int, kept: int) -> bool
         model.to(device)
         # Stands for what the engine will keep beside the weights.
         reserved = torch.empty(max(0, kept - weights), dtype=torch.uint8, device=device)
-        model(**to_device(batch_of(sequence, rows).inputs)).loss.backward()
+        with in_training(model):
+            model(**to_device(batch_of(sequence, rows).inputs)).loss.backward()
         del reserved
     except torch.OutOfMemoryError:
         return False

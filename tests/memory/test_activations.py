@@ -9,6 +9,8 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from coconut_ds import Coconut, LatentContext
+from coconut_ds.config.deepspeed_config import Device
+from coconut_ds.config.resolved_run import resolve
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.batches import Tokens, TokenSequence
 from coconut_ds.memory import batch_size
@@ -145,10 +147,52 @@ def test_what_runs_out_of_memory_is_halved(monkeypatch, fitting, expected):
     assert asked == sorted(asked, reverse=True)
 
 
+SHORT = TokenSequence([5] * 6 + [tiny.LATENT] + [5] * 3, 6, 1, 8)
+
+
 def test_a_trial_leaves_no_gradients():
     model = tiny.coconut()
-    assert batch_size._fits(model, TokenSequence([5] * 6 + [tiny.LATENT] + [5] * 3, 6, 1, 8), 2, kept=0)
+    assert batch_size._fits(model, SHORT, 2, kept=0)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_trial_trains():
+    # As loaded by from_pretrained: the backbone is in evaluation mode, what is around it is not.
+    model = tiny.coconut("gpt2", dropout=0.5)
+    model.base_causallm.eval()
+    before = [module.training for module in model.modules()]
+    seen = []
+    for module in model.modules():
+        module.register_forward_hook(lambda module, *_: seen.append(module.training))
+    assert batch_size._fits(model, SHORT, 2, kept=0)
+    assert seen
+    assert all(seen)
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_a_trial_is_in_the_precision_of_the_run(monkeypatch, precision, curriculum):
+    config = RunConfig(
+        batch_size_training="auto", train_batch_size=4, num_epochs=1, method="coconut", precision=precision
+    )
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    draft = resolve(config, {"zero_optimization": {"stage": 2}}, Device("cuda", has_bf16=True, has_fp16=True), 1)
+    model, tried = tiny.coconut("llama"), []
+
+    def trial(model, deciding, micro, per_rank, kept) -> int:
+        tried.append(model)
+        return micro
+
+    monkeypatch.setattr(batch_size.distributed, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(batch_size, "memory_budget", lambda: 2**33)
+    monkeypatch.setattr(batch_size, "halved_until_it_fits", trial)
+    examples = Dataset.from_list([tiny.row(9, [2, 2], 3, 0)])
+    assert batch_size.choose_micro_batch(draft, model, examples, curriculum(), TOKENS) == 4
+    (trial_model,) = tried
+    assert {parameter.dtype for parameter in trial_model.parameters()} == {dtype}
+    # Angles of rotary positions would be rounded: DeepSpeed leaves buffers alone.
+    assert {buffer.dtype for buffer in trial_model.buffers() if buffer.is_floating_point()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_an_evaluation_batch_fits_the_memory(monkeypatch):

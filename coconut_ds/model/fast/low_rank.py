@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from coconut_ds.model.fast.planning import plans_for_card
 from coconut_ds.model.internals import current_backward
 
 
@@ -37,4 +38,5 @@ def pays(rows: torch.Tensor) -> bool:
 
     In half precision torch's kernels sum in fp32; on a GPU it was never measured (docs/PERFORMANCE.md).
     """
-    return rows.device.type == "cpu" and rows.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    is_measured = rows.device.type == "cpu" and rows.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return is_measured and not plans_for_card()

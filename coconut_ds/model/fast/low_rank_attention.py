@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from coconut_ds.model.fast.kv_cache import collected
 from coconut_ds.model.fast.low_rank import pays
+from coconut_ds.model.fast.planning import plans_for_card
 from coconut_ds.model.internals import attention_of
 
 GATHERING_SDPA = "sdpa_gathering"
@@ -52,6 +53,7 @@ def _attention(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Query (B, H * G, N, d), keys and values (B, H, P, d) -> (B, N, H * G, d), the interface of transformers."""
+    dropout = 0.0 if plans_for_card() else dropout
     of_keys, of_values = collected(key), collected(value)
     columns, size = query.shape[2:]
     if attention_mask is None:
