@@ -2,6 +2,9 @@
 
     python -m coconut_ds plan --run RUN.yaml --memory GIB [--ranks N] [key=value ...]
 
+GIB is what torch sees of a card ("total capacity" in its messages): 10.76 of an 11 GB card. Of it the CUDA context and
+NCCL take about 0.7, and 7% of the rest are left to fragments and to what kernels need while they run.
+
 Reads the run's data and the shape of its model (of a folder or hub id only config.json and the tokenizer), measures the
 activations of every stage on tensors without data (about ten seconds per stage for GPT-2 on 2 CPU cores), and prints
 what fits on a card of that size: per stage with the run's DeepSpeed file, and for every file of `ds_configs/`.
@@ -17,15 +20,23 @@ from typing import Any
 import torch
 
 from coconut_ds.commands.command_line import PROG, add_overrides, new_parser, run_command
-from coconut_ds.config.batch_sizes import BatchSizes, stated_micro_batch
+from coconut_ds.config.batch_sizes import BatchSizes, batch_sizes, stated_micro_batch
 from coconut_ds.config.deepspeed_config import Device, resolve_checkpointing, resolve_ds_config, resolve_precision
 from coconut_ds.config.ds_json import ds_json_path, read_ds_json, shipped_ds_jsons
+from coconut_ds.config.rules import ConfigError
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config
 from coconut_ds.config.sections import ActivationCheckpointingConfig
 from coconut_ds.errors import InputError
 from coconut_ds.memory.activations import ActivationCost, measure, widest_sequence
-from coconut_ds.memory.batch_size import USABLE_SHARE, distinct_stages
+from coconut_ds.memory.batch_size import (
+    CARD_OVERHEAD_GIB,
+    CARD_SHARE,
+    card_budget,
+    distinct_stages,
+    memory_dtype,
+)
+from coconut_ds.memory.faster_file import faster_file
 from coconut_ds.memory.meter import GIB
 from coconut_ds.memory.model_states import ModelStates, bucket_note, model_states
 from coconut_ds.runs.terminal import quiet_libraries
@@ -49,7 +60,7 @@ def main(arguments: list[str] | None = None, prog: str = f"{PROG} plan") -> int:
     """0 if a plan was printed; other statuses as `run_command` says."""
     parser = new_parser(prog, __doc__)
     parser.add_argument("--run", required=True, help="run YAML, see run_configs/")
-    parser.add_argument("--memory", type=float, required=True, help="memory of one card in GiB")
+    parser.add_argument("--memory", type=float, required=True, help="GiB that torch sees of one card (11 GB: 10.76)")
     parser.add_argument("--ranks", type=int, default=2, help="number of cards (default 2)")
     add_overrides(parser)
     return run_command(_plan, parser, arguments)
@@ -61,7 +72,7 @@ def _plan(options: argparse.Namespace) -> None:
         raise InputError(f"--memory {options.memory:g} --ranks {options.ranks}: both must be above 0, memory in GiB")
     config = load_run_config(options.run, options.overrides)
     raw = read_ds_json(config.deepspeed)
-    _resolved(raw, config, options.ranks)
+    _resolved(raw, config, BatchSizes(1, 1, options.ranks))
     torch.manual_seed(config.seed)
     checkpointing = resolve_checkpointing(raw, config)
     setup = load_setup(config, config.load_model_path, checkpointing, with_weights=False)
@@ -70,14 +81,12 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def plan_stages(config: RunConfig, setup: Setup) -> list[StagePlan]:
-    """Measure every distinct stage of the run, in the precision of its training."""
-    # On a CPU fp16 is measured as bf16, which has the same width.
-    dtype = torch.float32 if resolve_precision(config, _CARD) == "fp32" else torch.bfloat16
-    setup.model.to(dtype)
+    """Measure every distinct stage of the run on a card's kernels, in the precision of its training."""
+    dtype = memory_dtype(_resolved(read_ds_json(config.deepspeed), config, BatchSizes(1, 1, 1)))
     plans = []
     for stage in distinct_stages(config, setup.curriculum):
         sequence = widest_sequence(setup.train_set, setup.curriculum, stage, setup.tokens)
-        cost = measure(setup.model, sequence)
+        cost = measure(setup.model, sequence, dtype, for_card=True)
         plans.append(StagePlan(stage, sequence.n_thoughts, len(sequence.ids), cost))
     return plans
 
@@ -92,13 +101,16 @@ def report(
 ) -> str:
     """The tables; sizes in GiB per card."""
     states = _states(config.deepspeed, config, setup, ranks)
-    note = bucket_note(_resolved(read_ds_json(config.deepspeed), config, ranks), config.deepspeed)
-    budget = int(USABLE_SHARE * memory * GIB)
+    resolved = _resolved(read_ds_json(config.deepspeed), config, BatchSizes(1, 1, ranks))
+    note = bucket_note(resolved, config.deepspeed)
+    budget = card_budget(memory)
     micro = stated_micro_batch(config)
     how = "recomputed" if checkpointing.enabled else "kept"
     lines = [
-        f"{config.name}: {ranks} cards of {memory:g} GiB, {USABLE_SHARE:.0%} of it counted on; "
-        f"{resolve_precision(config, _CARD)}, activations {how}, {config.deepspeed}",
+        f"{config.name}: {ranks} cards of {memory:g} GiB; {resolve_precision(config, _CARD)}, activations {how}, "
+        f"{config.deepspeed}",
+        f"Counted on are {budget / GIB:.2f} GiB: {CARD_SHARE:.0%} of what CUDA and NCCL leave, which take about "
+        f"{CARD_OVERHEAD_GIB:g}.",
         f"stage  thoughts  columns  model states  activations at {micro:>3}  total  largest micro-batch",
     ]
     for each in stages:
@@ -114,7 +126,18 @@ def report(
     is_shipped = ds_json_path(config.deepspeed) in map(ds_json_path, shipped)
     for path in sorted({*shipped, *([] if is_shipped else [str(Path(config.deepspeed))])}):
         lines.append(_file_line(path, config, setup, stages, budget, ranks))
+    sizes = BatchSizes(micro, _accumulation(config, ranks), ranks)
+    left = budget - max(each.cost.peak(micro) for each in stages)
+    faster = faster_file(config, resolved, sizes, _CARD, _parameters(setup), left)
+    lines += ["", f"faster: {faster}"] if faster else []
     return "\n".join(lines)
+
+
+def _accumulation(config: RunConfig, ranks: int) -> int:
+    try:
+        return batch_sizes(config, ranks).accumulation
+    except ConfigError:  # the file is for another number of ranks
+        return 1
 
 
 def _file_line(path: str, config: RunConfig, setup: Setup, stages: list[StagePlan], budget: int, ranks: int) -> str:
@@ -127,11 +150,15 @@ def _file_line(path: str, config: RunConfig, setup: Setup, stages: list[StagePla
 
 
 def _states(path: str, config: RunConfig, setup: Setup, ranks: int) -> ModelStates:
-    sizes = [parameter.numel() for parameter in setup.model.parameters()]
-    return model_states(_resolved(read_ds_json(path), config, ranks), sum(sizes), max(sizes), ranks)
+    sizes = _parameters(setup)
+    return model_states(_resolved(read_ds_json(path), config, BatchSizes(1, 1, ranks)), sum(sizes), max(sizes), ranks)
 
 
-def _resolved(raw: dict[str, Any], config: RunConfig, ranks: int) -> dict[str, Any]:
+def _parameters(setup: Setup) -> list[int]:
+    return [parameter.numel() for parameter in setup.model.parameters()]
+
+
+def _resolved(raw: dict[str, Any], config: RunConfig, sizes: BatchSizes) -> dict[str, Any]:
     # Batch sizes do not affect memory between steps, and those in a DeepSpeed file may be for other ranks.
     free = {key: value for key, value in raw.items() if "batch" not in key and key != "gradient_accumulation_steps"}
-    return resolve_ds_config(free, config, BatchSizes(1, 1, ranks), _CARD)
+    return resolve_ds_config(free, config, sizes, _CARD)

@@ -20,10 +20,18 @@ from coconut_ds.data.batches import Tokens
 from coconut_ds.data.doubts import doubts, shared_questions
 from coconut_ds.data.records import longest_prompt, read_records
 from coconut_ds.data.stages import Curriculum
-from coconut_ds.engine.build import build_engine, process_group
+from coconut_ds.engine.build import build_engine, describe_device, process_group
 from coconut_ds.errors import InputError
 from coconut_ds.inference.evaluator import Evaluator
-from coconut_ds.memory.batch_size import choose_eval_batch, choose_micro_batch, deciding_sequences, planned_peak
+from coconut_ds.memory.batch_size import (
+    card_budget,
+    choose_eval_batch,
+    choose_micro_batch,
+    deciding_sequences,
+    planned_peak,
+)
+from coconut_ds.memory.faster_file import faster_file
+from coconut_ds.memory.meter import GIB
 from coconut_ds.model.backbone import Backbone, cast_parameters
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import stored_settings
@@ -71,17 +79,18 @@ def train(draft: DraftRun) -> None:
 
 
 def _train(run: ResolvedRun, folder: RunFolder, setup: Setup, checkpoints: Checkpoints, newest: Path | None) -> None:
-    config, model, planned = run.config, setup.model, None
+    config, model, planned, faster = run.config, setup.model, None, None
     if distributed.is_main():
         _record_start(run, folder, setup, newest)
         # Before the engine partitions the weights; the other ranks wait in it.
         planned = _planned(run, setup)
+        faster = planned and _faster(run, setup, planned[1])
     # Ranks draw their own dropout from here on; weights and order were drawn from the seed they share.
     torch.manual_seed(config.seed + 1_000_003 * distributed.rank())
     engine = build_engine(model, config, run.ds_config)
     evaluator = _evaluator(run, model, setup.valid_set, setup.curriculum, setup.tokens, setup.backbone)
     if distributed.is_main():
-        say(summary.opening(run, setup, planned))
+        say(summary.opening(run, setup, planned, faster))
         _warn(setup.doubts)
     tracker = Tracker(config, distributed.is_main())
     try:
@@ -114,6 +123,16 @@ def _planned(run: ResolvedRun, setup: Setup) -> tuple[int, int] | None:
     except Exception:
         traceback.print_exc()
         return None
+
+
+def _faster(run: ResolvedRun, setup: Setup, activations: int) -> str | None:
+    """On a GPU, what `faster_file` says for a micro-batch of so many bytes; nothing is copied where there is none."""
+    device = distributed.device()
+    if device.type != "cuda":
+        return None
+    budget = card_budget(torch.cuda.mem_get_info(device)[1] / GIB) - activations
+    parameters = [parameter.numel() for parameter in setup.model.parameters()]
+    return faster_file(run.config, run.ds_config, run.sizes, describe_device(), parameters, budget)
 
 
 def evaluate(draft: DraftRun) -> None:

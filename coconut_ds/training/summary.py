@@ -23,8 +23,11 @@ from coconut_ds.runtime import distributed
 from coconut_ds.training.setup import Setup
 
 
-def opening(run: ResolvedRun, setup: Setup, planned: tuple[int, int] | None) -> str:
-    """The block at the start. `planned`: bytes of a rank kept between steps, and added by a forward and backward."""
+def opening(run: ResolvedRun, setup: Setup, planned: tuple[int, int] | None, faster: str | None = None) -> str:
+    """The block at the start. `planned`: bytes of a rank kept between steps, and added by a forward and backward.
+
+    `faster`: what `memory.faster_file` says.
+    """
     config, sizes = run.config, run.sizes
     size = f"{setup.n_parameters / 1e6:.2f} M parameters"
     backbone = setup.backbone.model
@@ -39,6 +42,7 @@ def opening(run: ResolvedRun, setup: Setup, planned: tuple[int, int] | None) -> 
         ),
         "stages": _stages_text(config, setup.curriculum, steps_per_epoch(len(setup.train_set), sizes)),
         "memory": _memory_text(planned),
+        **({"faster": faster} if faster else {}),
         **({"buckets": note} if (note := bucket_note(run.ds_config, config.deepspeed)) else {}),
         "folder": f"{config.run_folder} (run.log has what libraries say)",
     }
