@@ -13,6 +13,15 @@ class InputError(ValueError):
     """A run, a data file or a model that cannot be used; the message names the value, the rule and the way out."""
 
 
+def out_of_memory(when: str, error: Exception) -> InputError:
+    """For torch's error `error` on a GPU: when it came, and what to lower."""
+    return InputError(
+        f"out of memory on the card, {when}: {str(error).splitlines()[0]} Lower batch_size_training, or "
+        "eval_batch_size where it was evaluating, switch on activation_checkpointing, or take a deepspeed file that "
+        "keeps less on the card; python -m coconut_ds.plan says what fits"
+    )
+
+
 def problem_list(source: str, problems: Sequence[str]) -> str:
     """One message for everything that is wrong with `source`, a line each."""
     lines = "\n".join(f"  - {problem}" for problem in problems)

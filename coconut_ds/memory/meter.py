@@ -11,16 +11,28 @@ from typing import Any
 import torch
 
 from coconut_ds.engine.internals import TorchDispatchMode, tree_iter
+from coconut_ds.runtime import distributed
 
 GIB = 2**30
 
 
-def peak_memory_gib() -> float:
-    """Highest memory use since the process started, in GiB: the allocator's on a GPU, the resident set on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / GIB
+def peak_memory() -> dict[str, float]:
+    """Highest memory use for an event, in GiB: on a CPU the resident set since the process started.
+
+    On a GPU since `begin_peak`: allocated by tensors, and reserved for them, which decides whether a run fits, because
+    it holds the fragments, too.
+    """
+    if distributed.device().type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"peak_memory_gib": allocated / GIB, "peak_reserved_gib": reserved / GIB}
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
+
+
+def begin_peak() -> None:
+    """Forget the peak so far on a GPU; does nothing on a CPU."""
+    if distributed.device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 class LiveTensorMeter(TorchDispatchMode):

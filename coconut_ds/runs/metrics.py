@@ -40,6 +40,8 @@ class TrainStep(_Record):
     loss: Number
     step_time_s: float
     peak_memory_gib: float | None = None
+    peak_reserved_gib: float | None = None
+    """What torch's allocator held at most; None on a CPU."""
     n_tokens: int | None = None
     padding_share: float | None = None
     n_skipped_in_run: int | None = None

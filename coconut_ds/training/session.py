@@ -21,7 +21,7 @@ from coconut_ds.data.doubts import doubts, shared_questions
 from coconut_ds.data.records import longest_prompt, read_records
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.engine.build import build_engine, describe_device, process_group
-from coconut_ds.errors import InputError
+from coconut_ds.errors import InputError, out_of_memory
 from coconut_ds.inference.evaluator import Evaluator
 from coconut_ds.memory.batch_size import (
     card_budget,
@@ -87,7 +87,10 @@ def _train(run: ResolvedRun, folder: RunFolder, setup: Setup, checkpoints: Check
         faster = planned and _faster(run, setup, planned[1])
     # Ranks draw their own dropout from here on; weights and order were drawn from the seed they share.
     torch.manual_seed(config.seed + 1_000_003 * distributed.rank())
-    engine = build_engine(model, config, run.ds_config)
+    try:
+        engine = build_engine(model, config, run.ds_config)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory("before the first optimizer step", error) from error
     evaluator = _evaluator(run, model, setup.valid_set, setup.curriculum, setup.tokens, setup.backbone)
     if distributed.is_main():
         say(summary.opening(run, setup, planned, faster))

@@ -17,9 +17,9 @@ from coconut_ds.data.loaders import TrainingSteps, steps_per_epoch, training_loa
 from coconut_ds.engine.internals import loss_scale
 from coconut_ds.engine.reset import epochs_until_reset, new_schedule, reset_optimizer_state, resets_before
 from coconut_ds.engine.states import updates_done, whole_weights
-from coconut_ds.errors import InputError
+from coconut_ds.errors import InputError, out_of_memory
 from coconut_ds.inference.evaluator import Evaluation, Evaluator
-from coconut_ds.memory.meter import peak_memory_gib
+from coconut_ds.memory.meter import begin_peak, peak_memory
 from coconut_ds.runs.metrics import skipped_text, skipped_warning, skips_most
 from coconut_ds.runs.paths import RunFolder, epoch_name
 from coconut_ds.runs.predictions import cut_warning
@@ -73,11 +73,7 @@ class Trainer:
             with watchdog.watching(self.config.hang_limit_s, terminal()), Interruption() as self.interruption:
                 is_complete = self._run_epochs()
         except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"out of memory on the card, after optimizer step {self.progress.step}: {str(error).splitlines()[0]} "
-                "Lower batch_size_training, or eval_batch_size where it was evaluating, or switch on "
-                "activation_checkpointing; python -m coconut_ds.plan says what fits"
-            ) from error
+            raise out_of_memory(f"after optimizer step {self.progress.step}", error) from error
         if is_complete:
             self.tracker.log("end", epochs=self.progress.epochs, step=self.progress.step, **self._skips())
         return is_complete
@@ -158,6 +154,7 @@ class Trainer:
         self.engine.train()
         self.evaluation = None
         first, every = self.progress.steps_in_epoch, self.config.save_every_steps
+        begin_peak()  # an evaluation is no step
         with EpochProgress(self._place(epoch), len(self.steps) - first, self.pace) as bar:
             for batches in training_loader(self.steps, first):
                 loss = self._step(epoch, batches)
@@ -208,10 +205,11 @@ class Trainer:
                 lr=learning_rate,
                 grad_norm=None if norm is None else float(norm),
                 step_time_s=seconds,
-                peak_memory_gib=peak_memory_gib(),
+                **peak_memory(),
                 **asdict(metrics),
                 **self._skips(skipped),
             )
+            begin_peak()
         return metrics.loss
 
     def _skips(self, skipped: bool | None = None) -> dict[str, int]:

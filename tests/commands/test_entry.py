@@ -145,21 +145,29 @@ _OUT_OF_MEMORY = """
 import sys
 import torch
 from coconut_ds import train
-from coconut_ds.training import step
+from coconut_ds.training import session, step
 
 def fails(*_):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nMore of it.")
 
-step.accumulate_gradients = fails
+NAMED = fails
 sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_out_of_memory_on_the_card_says_what_to_lower(run, tmp_path):
-    command = [sys.executable, "-c", _OUT_OF_MEMORY, "--run", str(launching.write_run(run, tmp_path))]
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [
+        ("step.accumulate_gradients", "after optimizer step 0"),
+        ("session.build_engine", "before the first optimizer step"),
+    ],
+)
+def test_out_of_memory_on_the_card_says_what_to_lower(run, tmp_path, name, when):
+    code = _OUT_OF_MEMORY.replace("NAMED", name)
+    command = [sys.executable, "-c", code, "--run", str(launching.write_run(run, tmp_path))]
     done = launching.finish(launching.start(command))
     assert done.returncode == 2, done.stdout
-    said = "error: out of memory on the card, after optimizer step 0: CUDA out of memory. Tried to allocate 2.00 GiB."
+    said = f"error: out of memory on the card, {when}: CUDA out of memory. Tried to allocate 2.00 GiB."
     assert f"{said} Lower batch_size_training" in done.stdout
     assert "Traceback" not in done.stdout
 

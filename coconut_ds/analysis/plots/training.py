@@ -160,7 +160,9 @@ def _questions_by_steps(runs: Runs) -> Counter[str]:
 
 _OLD = "Not in the records: they were written by an earlier version."
 _ABOUT_TOKENS = "Tokens of a step over all ranks, without padding"
-_ABOUT_MEMORY = "Peak of the first rank so far, allocated by torch on a GPU, the resident set on a CPU"
+_ABOUT_MEMORY = (
+    "Peak of the first rank: on a GPU of tensors since the step recorded before, on a CPU the resident set so far"
+)
 _ABOUT_PADDING = "Share of the cells of a step's batches that is padding"
 
 
