@@ -19,6 +19,7 @@ from coconut_ds.errors import InputError
 from coconut_ds.memory.activations import batch_of, in_training, measure, predicted_peak, widest_sequence
 from coconut_ds.memory.meter import GIB
 from coconut_ds.memory.model_states import model_states
+from coconut_ds.model.backbone import cast_parameters
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.runs.terminal import say
 from coconut_ds.runtime import distributed
@@ -70,7 +71,9 @@ def choose_micro_batch(
     micro = largest_divisor(per_rank, rows)
     if on_card:
         # A copy: the weights to train keep their precision.
-        micro = halved_until_it_fits(_cast(copy.deepcopy(model), dtype), deciding, micro, per_rank, kept)
+        trial = copy.deepcopy(model)
+        cast_parameters(trial, dtype)
+        micro = halved_until_it_fits(trial, deciding, micro, per_rank, kept)
     micro = distributed.min_over_ranks(micro)
     if micro == 0:
         raise InputError(
@@ -112,13 +115,6 @@ def memory_dtype(ds_config: dict[str, Any]) -> torch.dtype:
     if ds_config["fp16"]["enabled"]:
         return torch.float16
     return torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-
-
-def _cast(model: Coconut, dtype: torch.dtype) -> Coconut:
-    """`model` with parameters in `dtype`, as DeepSpeed casts them: buffers stay as they are."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def largest_divisor(number: int, limit: int) -> int:

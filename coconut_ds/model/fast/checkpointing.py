@@ -27,6 +27,7 @@ from coconut_ds.model.fast.kv_cache import TrainingCache
 from coconut_ds.model.fast.low_rank import pays
 from coconut_ds.model.fast.low_rank_attention import GATHERING_SDPA
 from coconut_ds.model.fast.low_rank_linear import current_pass, within
+from coconut_ds.model.fast.planning import plans_for_card
 from coconut_ds.model.internals import attention_of
 
 _LOG = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def _attention_keeps_no_copies(hidden: torch.Tensor) -> bool:
 
     With dropout in half precision torch's attention on a CPU saves them in fp32: for GPT-2 small two thirds of all.
     """
-    return hidden.device.type != "cpu" or pays(hidden)
+    return hidden.device.type != "cpu" or pays(hidden) or plans_for_card()
 
 
 def on_host(hidden: torch.Tensor) -> AbstractContextManager[Any]:
