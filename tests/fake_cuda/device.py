@@ -15,6 +15,8 @@ import torch  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
 assert torch.accelerator.current_accelerator().type == CUDA.type
+# Called before the first tensor of the device is made, outside of torch's own fake tensors.
+torch.cuda._lazy_init = lambda: None
 
 PLAIN, EFFICIENT = 0, 2
 """Values of SDPBackend: attention by plain operations; the memory-efficient kernel, a GPU's with a mask."""
