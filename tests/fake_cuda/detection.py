@@ -41,23 +41,13 @@ REFUSED = {
 }
 
 
-def waits(name: str) -> list[str]:
-    """What the host waits for."""
-    return list(_after({**WAITING, **NOT_WAITING}[name]))
-
-
-def refusal(name: str) -> str | None:
-    """The message of the error."""
-    try:
-        _after(REFUSED[name])
-    except (RuntimeError, TypeError) as error:
-        return str(error)
-    return None
-
-
-def _after(operation: Any) -> dict[str, int]:
+def seen(name: str) -> dict[str, Any]:
+    """What the host waits for in an operation, and the message of its error."""
     with FakeCuda() as cuda:
         values = torch.tensor([1.0, 2.0, 0.0], device=CUDA)
         cuda.waits.clear()
-        operation(values)
-    return cuda.waits
+        try:
+            {**WAITING, **NOT_WAITING, **REFUSED}[name](values)
+        except (RuntimeError, TypeError) as error:
+            return {"waits": list(cuda.waits), "error": str(error)}
+    return {"waits": list(cuda.waits), "error": None}

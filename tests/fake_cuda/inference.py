@@ -71,3 +71,8 @@ def inspection(family: str, window: str, dtype: str, device: str) -> dict[str, A
     with trained(family, window, dtype, device) as (made, _):
         found = Inspection.of(made, list(enumerate(RECORDS)), new_tokens=4, batch_size=2).of_file(seed=0)
     return found
+
+
+def check(what: str, **case: Any) -> dict[str, Any]:
+    """Any of them, so that one process does for all."""
+    return {"decoding": decoding, "evaluation": evaluation, "inspection": inspection}[what](**case)

@@ -23,25 +23,23 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def waits():
-    return on_fake_cuda("fake_cuda.detection:waits", [{"name": name} for name in [*WAITING, *NOT_WAITING]])
+def facts():
+    cases = [{"name": name} for name in [*WAITING, *NOT_WAITING, *REFUSED]]
+    return on_fake_cuda("fake_cuda.detection:seen", cases)
 
 
 @pytest.mark.parametrize("name", WAITING)
-def test_a_wait_is_seen(waits, name):
-    assert len(waits.of(name=name)) == 1
+def test_a_wait_is_seen(facts, name):
+    found = facts.of(name=name)
+    assert len(found["waits"]) == 1
+    assert found["error"] is None
 
 
 @pytest.mark.parametrize("name", NOT_WAITING)
-def test_no_wait_is_made_up(waits, name):
-    assert waits.of(name=name) == []
-
-
-@pytest.fixture(scope="module")
-def refusals():
-    return on_fake_cuda("fake_cuda.detection:refusal", [{"name": name} for name in REFUSED])
+def test_no_wait_is_made_up(facts, name):
+    assert facts.of(name=name) == {"waits": [], "error": None}
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_two_devices_in_one_operation_are_refused(refusals, name):
-    assert REFUSED[name] in refusals.of(name=name)
+def test_two_devices_in_one_operation_are_refused(facts, name):
+    assert REFUSED[name] in facts.of(name=name)["error"]

@@ -43,30 +43,46 @@ def demand_equal(found: Any, expected: Any) -> None:
 
 
 DECODED = [
-    {"family": family, "dtype": dtype, "thoughts": thoughts, "new_tokens": new_tokens}
+    {"what": "decoding", "family": family, "dtype": dtype, "thoughts": thoughts, "new_tokens": new_tokens}
     for family in FAMILIES
     for dtype, thoughts, new_tokens in (("float32", 2, 4), ("float32", 2, 8), ("float32", 4, 4), ("bfloat16", 2, 4))
+]
+EVALUATED = [
+    {"what": "evaluation", "family": "gpt2", "window": "three", "dtype": "float32"},
+    {"what": "evaluation", "family": "llama", "window": "last_pass", "dtype": "float32"},
+    {"what": "evaluation", "family": "qwen3", "window": "learned", "dtype": "float16"},
+]
+INSPECTED = [
+    {"what": "inspection", "family": "gpt2", "window": "three", "dtype": "float32"},
+    {"what": "inspection", "family": "llama", "window": "learned", "dtype": "float32"},
+    {"what": "inspection", "family": "qwen3", "window": "embedding_norm", "dtype": "bfloat16"},
 ]
 
 
 @pytest.fixture(scope="module")
-def decoded():
-    return on_fake_cuda("fake_cuda.inference:decoding", on_both(DECODED))
+def facts():
+    return on_fake_cuda("fake_cuda.inference:check", on_both([*DECODED, *EVALUATED, *INSPECTED]))
 
 
 @pytest.mark.parametrize("case", DECODED, ids=named)
-def test_decoding_gives_the_tokens_of_the_cpu(decoded, case):
-    found = decoded.of(**case, device="cuda")
+def test_decoding_gives_the_tokens_of_the_cpu(facts, case):
+    found = facts.of(**case, device="cuda")
     assert found["tokens"]
     if case["dtype"] == "float32":
-        assert found["tokens"] == decoded.of(**case, device="cpu")["tokens"]
+        assert found["tokens"] == facts.of(**case, device="cpu")["tokens"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_decoding_waits_once_per_token_and_not_for_thoughts(decoded, family):
+def test_decoding_waits_once_per_token_and_not_for_thoughts(facts, family):
     def waits(thoughts: int, new_tokens: int) -> int:
-        case = {"family": family, "dtype": "float32", "thoughts": thoughts, "new_tokens": new_tokens}
-        return sum(decoded.of(**case, device="cuda")["waits"].values())
+        case = {
+            "what": "decoding",
+            "family": family,
+            "dtype": "float32",
+            "thoughts": thoughts,
+            "new_tokens": new_tokens,
+        }
+        return sum(facts.of(**case, device="cuda")["waits"].values())
 
     # Whether every answer has ended, which `generate` of transformers asks after each token.
     assert waits(2, 8) - waits(2, 4) == 4
@@ -75,49 +91,25 @@ def test_decoding_waits_once_per_token_and_not_for_thoughts(decoded, family):
     assert waits(2, 4) <= 4 + 12
 
 
-EVALUATED = [
-    {"family": "gpt2", "window": "three", "dtype": "float32"},
-    {"family": "llama", "window": "last_pass", "dtype": "float32"},
-    {"family": "qwen3", "window": "learned", "dtype": "float16"},
-]
-
-
-@pytest.fixture(scope="module")
-def evaluated():
-    return on_fake_cuda("fake_cuda.inference:evaluation", on_both(EVALUATED))
-
-
 @pytest.mark.parametrize("case", EVALUATED, ids=named)
-def test_an_evaluation_gives_what_the_cpu_gives(evaluated, case):
-    found = evaluated.of(**case, device="cuda")
+def test_an_evaluation_gives_what_the_cpu_gives(facts, case):
+    found = facts.of(**case, device="cuda")
     assert len(found["predictions"]) == found["metrics"]["n_total"] == 3
     if case["dtype"] == "float32":
-        expected = evaluated.of(**case, device="cpu")
+        expected = facts.of(**case, device="cpu")
         for part in ("metrics", "predictions"):
             demand_equal(found[part], expected[part])
 
 
 @pytest.mark.parametrize("case", EVALUATED, ids=named)
-def test_the_loss_of_an_evaluation_waits_once_per_batch_and_to_sum_over_ranks(evaluated, case):
+def test_the_loss_of_an_evaluation_waits_once_per_batch_and_to_sum_over_ranks(facts, case):
     # Two batches: a loss each, the sums to the device and back.
-    assert sum(evaluated.of(**case, device="cuda")["waits"].values()) <= 4
-
-
-INSPECTED = [
-    {"family": "gpt2", "window": "three", "dtype": "float32"},
-    {"family": "llama", "window": "learned", "dtype": "float32"},
-    {"family": "qwen3", "window": "embedding_norm", "dtype": "bfloat16"},
-]
-
-
-@pytest.fixture(scope="module")
-def inspected():
-    return on_fake_cuda("fake_cuda.inference:inspection", on_both(INSPECTED))
+    assert sum(facts.of(**case, device="cuda")["waits"].values()) <= 4
 
 
 @pytest.mark.parametrize("case", INSPECTED, ids=named)
-def test_an_inspection_with_interventions_finds_what_it_finds_on_the_cpu(inspected, case):
-    found = inspected.of(**case, device="cuda")
+def test_an_inspection_with_interventions_finds_what_it_finds_on_the_cpu(facts, case):
+    found = facts.of(**case, device="cuda")
     assert {each["by"] for each in found["interventions"]} == {"zero", "mean", "other"}
     if case["dtype"] == "float32":
-        demand_equal(found, inspected.of(**case, device="cpu"))
+        demand_equal(found, facts.of(**case, device="cpu"))

@@ -16,8 +16,8 @@ MODELS = list(itertools.product(FAMILIES, (False, True), WINDOWS))
 
 
 def case(family, recomputed, window, dtype="float16", thoughts=3, device="cuda"):
-    names = ("family", "recomputed", "window", "dtype", "thoughts", "device")
-    return dict(zip(names, (family, recomputed, window, dtype, thoughts, device)))
+    names = ("what", "family", "recomputed", "window", "dtype", "thoughts", "device")
+    return dict(zip(names, ("backward", family, recomputed, window, dtype, thoughts, device)))
 
 
 ON_CUDA = [case(*model, dtype) for model in MODELS for dtype in DTYPES]
@@ -31,9 +31,15 @@ OTHERS = [
 LOW_RANK = [case(family, False, "three", dtype="float32", device="cpu") for family in FAMILIES]
 
 
+STEPS = [
+    {"what": "step", "family": family, "normalization": normalization, "micro_batches": 4}
+    for family, normalization in itertools.product(("gpt2", "llama"), ("token", "micro_batch"))
+]
+
+
 @pytest.fixture(scope="module")
 def facts():
-    return on_fake_cuda("fake_cuda.training:backward", [*ON_CUDA, *OTHERS, *LOW_RANK])
+    return on_fake_cuda("fake_cuda.training:check", [*ON_CUDA, *OTHERS, *LOW_RANK, *STEPS])
 
 
 def name(values) -> str:
@@ -53,7 +59,7 @@ def test_a_backward_stays_on_the_device_in_its_precision_and_its_thread_without_
 @pytest.mark.parametrize("other", OTHERS, ids=name)
 def test_gradients_become_ready_in_one_order_however_many_thoughts_and_on_the_cpu(facts, other):
     # Else the buckets of two ranks' reductions would hold different parameters.
-    assert facts.of(**other)["order"] == facts.of(**case(*list(other.values())[:3]))["order"]
+    assert facts.of(**other)["order"] == facts.of(**case(*list(other.values())[1:4]))["order"]
 
 
 @pytest.mark.parametrize("on_cpu", LOW_RANK, ids=name)
@@ -62,20 +68,9 @@ def test_low_rank_gradients_are_left_to_the_cpu(facts, on_cpu):
     assert facts.of(**{**on_cpu, "device": "cuda"})["factors_kept"] == 0
 
 
-STEPS = [
-    {"family": family, "normalization": normalization, "micro_batches": 4}
-    for family, normalization in itertools.product(("gpt2", "llama"), ("token", "micro_batch"))
-]
-
-
-@pytest.fixture(scope="module")
-def step_facts():
-    return on_fake_cuda("fake_cuda.training:optimizer_step", STEPS)
-
-
 @pytest.mark.parametrize("step", STEPS, ids=name)
-def test_a_step_makes_the_host_wait_once_for_its_metrics(step_facts, step):
-    found = step_facts.of(**step)
+def test_a_step_makes_the_host_wait_once_for_its_metrics(facts, step):
+    found = facts.of(**step)
     assert found["counted"]
     assert found["accumulating"] == {}
     assert list(found["fetching"].values()) == [1]

@@ -98,3 +98,8 @@ def _batch(thoughts: int) -> Batch:
         return TokenSequence(ids, prefix, n_thoughts, prefix + n_thoughts + 1)
 
     return collate_training([sequence(thoughts, 9), sequence(max(0, thoughts - 1), 7)], [0, 1], tiny.PAD)
+
+
+def check(what: str, **case: Any) -> dict[str, Any]:
+    """Either of them, so that one process does for both."""
+    return {"backward": backward, "step": optimizer_step}[what](**case)
