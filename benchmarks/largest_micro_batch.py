@@ -19,7 +19,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ import workload
 
 from coconut_ds import strict_json
 from coconut_ds.data.batches import Batch
-from coconut_ds.engine.build import start_process_group
+from coconut_ds.engine.build import process_group
 from coconut_ds.memory.activations import batch_of
 from coconut_ds.memory.meter import GIB
-from coconut_ds.runtime import distributed
 from coconut_ds.training.step import optimizer_step
 
+Walk = Callable[[argparse.Namespace, list[int]], list[dict[str, Any]]]
 _DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 _MOST = 2**14
 _PIECES, _PRECISION = 8, 64
@@ -53,7 +53,7 @@ def main() -> None:
     if options.memory_limit is None:
         parser.error("name --memory-limit, the GiB of the card less 0.7 for the CUDA context and NCCL")
     if options.sizes:
-        print(strict_json.dumps(steps(options)))
+        print(strict_json.dumps(steps(options, options.sizes)))
         return
     print("micro-batch  tokens/s")
     tried: list[dict[str, Any]] = []
@@ -66,12 +66,13 @@ def main() -> None:
     workload.finish(options, largest=largest["micro_batch"], best_tokens_per_second=best, tried=tried)
 
 
-def search(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
-    """The sizes tried, in order; those of a process from small to large."""
+def search(options: argparse.Namespace, walk: Walk | None = None) -> Iterator[dict[str, Any]]:
+    """The sizes tried, in order; `walk` takes sizes from small to large, by default in a process of its own."""
+    walk = walk or _in_a_process
     fits, full = 0, _MOST
     sizes = [2**n for n in range(_MOST.bit_length() - 1)]
     while sizes:
-        rows = _in_a_process(options, sizes)
+        rows = walk(options, sizes)
         yield from rows
         fits = max([fits, *(row["micro_batch"] for row in rows if "failed" not in row)])
         full = min([full, *(row["micro_batch"] for row in rows if "failed" in row)])
@@ -91,27 +92,31 @@ def _in_a_process(options: argparse.Namespace, sizes: list[int]) -> list[dict[st
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Optimizer steps over micro-batches of `options.sizes`, up to the first one that does not fit."""
+def steps(options: argparse.Namespace, sizes: list[int]) -> list[dict[str, Any]]:
+    """Optimizer steps over micro-batches of `sizes`, up to the first one that does not fit."""
     workload.begin(options)
-    start_process_group()
-    model = workload.coconut(workload.backbone_of(options))
-    if options.activations == "recomputed":
-        model.enable_activation_checkpointing()
-    sequence = workload.sequence_of(options.columns, options.thoughts, int(model.latent_token_id or 0))
-    engine = memory.engine_of(model, options.deepspeed, options.precision)
-    rows: list[dict[str, Any]] = []
-    for micro in options.sizes:
-        found: dict[str, Any] = {}
-        if not workload.fits(functools.partial(_time_into, found, engine, batch_of(sequence, micro))):
-            found = {"failed": "out of memory"}
-        elif not torch.cuda.is_available() and found["peak_mib"] * memory.MIB > options.memory_limit * GIB:
-            found = {"failed": "over the limit"}
-        rows.append({"micro_batch": micro, **found})
-        if "failed" in rows[-1]:
-            break
-    distributed.close()
-    return rows
+    with process_group():
+        model = workload.coconut(workload.backbone_of(options))
+        if options.activations == "recomputed":
+            model.enable_activation_checkpointing()
+        sequence = workload.sequence_of(options.columns, options.thoughts, int(model.latent_token_id or 0))
+        engine = memory.engine_of(model, options.deepspeed, options.precision)
+        rows: list[dict[str, Any]] = []
+        for micro in sizes:
+            rows.append({"micro_batch": micro, **_step(engine, batch_of(sequence, micro), options.memory_limit)})
+            if "failed" in rows[-1]:
+                break
+        return rows
+
+
+def _step(engine: Any, batch: Batch, limit: float) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if not workload.fits(functools.partial(_time_into, found, engine, batch)):
+        return {"failed": "out of memory"}
+    # Nothing stops a CPU at a limit.
+    if not torch.cuda.is_available() and found["peak_mib"] * memory.MIB > limit * GIB:
+        return {"failed": "over the limit"}
+    return found
 
 
 def _time_into(found: dict[str, Any], engine: Any, batch: Batch) -> None:

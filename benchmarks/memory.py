@@ -33,10 +33,9 @@ from coconut_ds.config.deepspeed_config import resolve_ds_config
 from coconut_ds.config.ds_json import read_ds_json
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.batches import Batch
-from coconut_ds.engine.build import build_engine, describe_device, start_process_group
+from coconut_ds.engine.build import build_engine, describe_device, process_group
 from coconut_ds.memory.activations import ActivationCost, batch_of, measure, measured_peak
 from coconut_ds.memory.meter import LiveTensorMeter
-from coconut_ds.runtime import distributed
 from coconut_ds.training.step import optimizer_step
 
 MIB = 2**20
@@ -57,12 +56,13 @@ def main() -> None:
         parser, deepspeed=[zero2], micro_batch=[2, 3], activations=["recomputed"], columns=_TOY_COLUMNS
     )
     if options.one:
-        print(strict_json.dumps(_one(options)))
+        with process_group():
+            print(strict_json.dumps(peaks(options)))
         return
     print("ZeRO file        precision  activations  micro-batch  step MiB  beyond MiB  an example  planned / measured")
     rows = []
     for path, precision, how in itertools.product(options.deepspeed, options.precision, options.activations):
-        for row in _in_a_process(options, path, precision, how):
+        for row in in_a_process(options, path, precision, how):
             rows.append({"deepspeed": path, "precision": precision, "activations": how, **row})
             print(_line(rows[-1]), flush=True)
     counted = [row for row in rows if row["activations"] == "recomputed" and "per_example_mib" in row]
@@ -70,7 +70,7 @@ def main() -> None:
     workload.finish(options, per_example_mib=headline, rows=rows)
 
 
-def _in_a_process(options: argparse.Namespace, path: str, precision: str, how: str) -> list[dict[str, Any]]:
+def in_a_process(options: argparse.Namespace, path: str, precision: str, how: str) -> list[dict[str, Any]]:
     command = [sys.executable, __file__, "--one", "--deepspeed", path]
     command += ["--toy"] if options.toy else ["--tokenizer", options.tokenizer]
     command += ["--precision", precision, "--activations", how, "--columns", str(options.columns)]
@@ -83,9 +83,9 @@ def _in_a_process(options: argparse.Namespace, path: str, precision: str, how: s
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _one(options: argparse.Namespace) -> list[dict[str, Any]]:
+def peaks(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one ZeRO file, precision and treatment, each of which `options` has as a list of one."""
     workload.begin(options)
-    start_process_group()
     precision = options.precision[0]
     model = workload.coconut(workload.backbone_of(options))
     if options.activations == ["recomputed"]:
@@ -103,7 +103,6 @@ def _one(options: argparse.Namespace) -> list[dict[str, Any]]:
     for micro in options.micro_batch:
         peak = _unless_full(step_peak, engine, batch_of(sequence, micro))
         rows.append(_row(micro, peak, gradients, cost, measured[micro]) | reserved())
-    distributed.close()
     return rows
 
 

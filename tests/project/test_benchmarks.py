@@ -21,6 +21,7 @@ from coconut_ds.data.stages import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text())
+SCRIPTS.remove("gpu_check")  # has lines of its own, see test_gpu_check.py
 FACTS = {"threads", "environment", "options"}
 RATIOS = {"step_over_floor", "checkpointed_over_plain", "straightforward_over_floor", "window_extra"}
 KEYS = {
