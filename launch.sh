@@ -126,8 +126,8 @@ case "${1:-help}" in
   test)
     shift
     enter_environment
-    # Two workers, each with whole files, since much of a test is waiting for processes; -n 0 is for a debugger.
-    exec python -m pytest --numprocesses=2 --dist=loadfile "$@"
+    # Workers with whole files, one more than half of the tests' waiting for processes fills; -n 0 is for a debugger.
+    exec python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder "$@"
     ;;
   check)
     enter_environment

@@ -40,6 +40,12 @@ def pytest_configure(config):
     launching.fresh_ranks = config.getoption("--fresh-ranks")
 
 
+def pytest_collection_modifyitems(items):
+    """Files that start ranks take longest: they come first, so that no worker is left with one at the end."""
+    starting = {item.path for item in items if item.get_closest_marker("ranks")}
+    items.sort(key=lambda item: item.path not in starting)
+
+
 def pytest_runtest_setup(item):
     launching.may_start_ranks = item.get_closest_marker("ranks") is not None
 
