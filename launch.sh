@@ -68,10 +68,8 @@ enter_environment() {
     install_packages
     echo "$state" >"$stamp"
   fi
-  if ! has_gpu; then
-    export DS_ACCELERATOR=cpu
-    build_operators
-  fi
+  has_gpu || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+  build_operators
 }
 
 install_packages() {

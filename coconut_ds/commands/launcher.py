@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import psutil
 
 from coconut_ds.commands.command_line import add_overrides
 from coconut_ds.errors import InputError
+from coconut_ds.runtime.nvidia_smi import visible_gpus
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TRAINER = Path(__file__).resolve().parent.parent / "train.py"
@@ -52,10 +52,11 @@ def trainer_command(
 ) -> list[str]:
     """The command line of DeepSpeed's launcher for a run, from `deepspeed` on.
 
-    Raises InputError for a number of ranks or a port that is not a whole number above 0.
+    Raises InputError for a number of ranks or a port that is not a whole number above 0, and for more ranks than GPUs.
     """
-    ranks = _number("--ranks", options.ranks, "RANKS") or gpu_count() or min(2, os.cpu_count() or 1)
-    words = ["deepspeed", "--num_gpus", str(min(ranks, most_ranks or ranks))]
+    gpus = gpus_to_use()
+    wanted = _number("--ranks", options.ranks, "RANKS") or len(gpus) or min(2, os.cpu_count() or 1)
+    words = ["deepspeed", *_placed(min(wanted, most_ranks or wanted), gpus)]
     if port := _number("--master-port", options.master_port, "MASTER_PORT"):
         words += ["--master_port", str(port)]
     if not options.verbose:
@@ -64,12 +65,26 @@ def trainer_command(
     return [*words, as_seen_from_here(_TRAINER), "--run", str(run_file), *flags, *overrides]
 
 
-def gpu_count() -> int:
-    """The GPUs of this machine, counted with nvidia-smi because importing torch takes seconds."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return sum(line.startswith("GPU") for line in listed.stdout.splitlines())
+def gpus_to_use() -> list[int]:
+    """The visible GPUs of this machine by number; none where DS_ACCELERATOR chooses the CPU."""
+    if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
+        return []
+    return [gpu.index for gpu in visible_gpus()]
+
+
+def _placed(ranks: int, gpus: list[int]) -> list[str]:
+    """Options that start `ranks` ranks on the first of `gpus`, or on the CPU."""
+    if gpus and ranks > len(gpus):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        which = f" visible (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
+        raise InputError(
+            f"{ranks} ranks on {len(gpus)} GPU{'s' * (len(gpus) > 1)}{which}: each rank needs its own; set RANKS or "
+            f"--ranks to {len(gpus)} at most, or DS_ACCELERATOR=cpu to train on the CPU"
+        )
+    if gpus and "CUDA_VISIBLE_DEVICES" in os.environ:
+        # With --num_gpus DeepSpeed's launcher drops the variable and takes the first GPUs of the machine.
+        return ["--include", f"localhost:{','.join(map(str, gpus[:ranks]))}"]
+    return ["--num_gpus", str(ranks)]
 
 
 def as_seen_from_here(path: Path) -> str:
@@ -118,8 +133,11 @@ class Launcher:
         if "--quiet" not in words:
             print(f"+ {shlex.join(words)}", flush=True)
         environment = dict(os.environ)
-        if gpu_count() == 0:
+        if not gpus_to_use():
             environment.setdefault("DS_ACCELERATOR", "cpu")
+        if "--include" in words:
+            # It stands in the words now, and DeepSpeed's launcher would say that it ignores the variable.
+            environment.pop("CUDA_VISIBLE_DEVICES", None)
         # With this interpreter, because the first `deepspeed` on PATH may belong to another environment.
         command = [sys.executable, "-m", "deepspeed.launcher.runner", *words[1:]]
         self._running = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
@@ -147,10 +165,13 @@ class Launcher:
 
 
 def _ranks_in(session: int) -> Iterator[psutil.Process]:
-    """The ranks that DeepSpeed's launcher has started."""
+    """The ranks that DeepSpeed's launcher has started, without their children: loader workers look the same."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) == session and any(
-                word.startswith("--local_rank=") for word in process.cmdline()
-            ):
+            parent = process.parent()
+            if os.getsid(process.pid) == session and _has_rank(process) and not (parent and _has_rank(parent)):
                 yield process
+
+
+def _has_rank(process: psutil.Process) -> bool:
+    return any(word.startswith("--local_rank=") for word in process.cmdline())

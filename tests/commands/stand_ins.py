@@ -34,6 +34,12 @@ _RANK = """
 status = os.environ["RANK_STATUS"]
 if status.isdecimal() and "AT_ONCE" in os.environ:
     sys.exit(int(status))
+rank = os.getpid()
+if "WORKER" in os.environ and os.fork() == 0:  # a loader worker, whose command line is that of its rank
+    noted("worker", 1)
+    while os.getppid() == rank:
+        time.sleep(0.02)
+    os._exit(0)
 noted("rank", int(status) if status.isdecimal() else None)
 note("ready")
 time.sleep(100)
@@ -45,11 +51,23 @@ def put_executable(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
+def put_nvidia_smi(folder: Path, *gpus: str, query: str = "") -> None:
+    """`nvidia-smi` in `folder`: lists `gpus` by name with UUIDs GPU-0a, GPU-1a, ..; `query` answers a query.
+
+    Without `query` it fails when it is asked for properties, as one of an old driver does.
+    """
+    folder.mkdir(exist_ok=True)
+    listed = "".join(f"GPU {index}: {name} (UUID: GPU-{index}a)\\n" for index, name in enumerate(gpus))
+    asked = f"printf '{query}\\n'" if query else "exit 2"
+    script = f"#!/bin/sh\ncase $1 in -L) printf '{listed}' ;; *) {asked} ;; esac\n"
+    put_executable(folder / "nvidia-smi", script)
+
+
 def put_launcher(folder: Path, launcher: str | None = None) -> None:
     """A package `deepspeed` in `folder`, whose launcher is `launcher`, or one that writes what it gets to $LOG.
 
     That one starts a rank if $RANK_STATUS is set: the status it ends with after a signal, or `never`. With $AT_ONCE it
-    ends at once.
+    ends at once, with $WORKER it forks a child that notes signals, too.
     """
     place = folder / "deepspeed" / "launcher"
     place.mkdir(parents=True)

@@ -15,6 +15,8 @@ import pytest
 import stand_ins
 
 from coconut_ds.commands import demo, launcher, sweep
+from coconut_ds.errors import InputError
+from coconut_ds.runtime.nvidia_smi import Gpu
 
 MODULE = [sys.executable, "-m", "coconut_ds"]
 Start = Callable[..., subprocess.Popen]
@@ -83,6 +85,14 @@ def test_the_first_signal_asks_the_ranks_alone_to_stop(run_file, begin, log, num
     wait_for(log, "ready", process)
     send(process.pid, number)
     assert ended(process) == (7, "")
+    assert lines(log)[1:] == ["ready", "rank SIGTERM"]
+
+
+def test_a_worker_of_a_rank_is_left_alone(run_file, begin, log):
+    process = begin("train", "--run", run_file, RANK_STATUS="0", WORKER="1")
+    wait_for(log, "ready", process)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process) == (0, "")
     assert lines(log)[1:] == ["ready", "rank SIGTERM"]
 
 
@@ -161,18 +171,87 @@ def test_numbers_that_are_none_are_refused(run_file, begin, value):
     assert "--ranks 'x'" in ended(begin("train", "--run", run_file, "--ranks", "x"))[1]
 
 
-def test_every_gpu_has_a_rank(run_file, begin, log, tmp_path):
+def test_every_gpu_has_a_rank(run_file, begin, log, tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     listing = "#!/bin/sh\nprintf 'GPU 0: H100\\n  MIG 1g\\nGPU 1: H100\\nGPU 2: H100\\n'\n"
     stand_ins.put_executable(tmp_path / "bin" / "nvidia-smi", listing)
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert words_of(begin, log, "train", "--run", run_file, PATH=path)[:2] == ["--num_gpus", "3"]
+
+
+@pytest.fixture
+def gpus(monkeypatch, tmp_path) -> None:
+    """nvidia-smi lists three cards."""
+    stand_ins.put_nvidia_smi(tmp_path / "bin", "RTX 2080 Ti", "RTX 2080 Ti", "RTX 3090")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.delenv("RANKS", raising=False)
+
+
+def placed(ranks: str | None = None) -> list[str]:
+    options = launcher.argparse.Namespace(ranks=ranks, master_port=None, verbose=True, dry_run=False)
+    return launcher.trainer_command("run.yaml", [], options)[1:3]
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(
+    ("visible", "ranks", "words"),
+    [
+        ("1", None, ["--include", "localhost:1"]),
+        ("2,0", None, ["--include", "localhost:2,0"]),
+        ("2,0", "1", ["--include", "localhost:2"]),
+        ("GPU-2a, GPU-0", None, ["--include", "localhost:2,0"]),
+        ("1,-1,0", None, ["--include", "localhost:1"]),
+        ("", "2", ["--num_gpus", "2"]),
+    ],
+)
+def test_the_gpus_of_cuda_visible_devices_are_used_and_no_others(monkeypatch, visible, ranks, words):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert placed(ranks) == words
+
+
+@pytest.mark.usefixtures("gpus")
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(InputError, match=r"^4 ranks on 3 GPUs: each rank needs its own; set RANKS or --ranks to 3"):
+        placed("4")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(InputError, match=r"^2 ranks on 1 GPU visible \(CUDA_VISIBLE_DEVICES=0\)"):
+        placed("2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(InputError, match=r"nvidia-smi lists no GPU 3; write numbers from 0 to 2"):
+        placed()
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert placed("4") == ["--num_gpus", "4"]
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(("visible", "left"), [("1", None), ("", "")])
+def test_deepspeed_s_launcher_gets_the_gpus_in_its_words_alone(monkeypatch, tmp_path, visible, left):
+    code = "import os, sys\nsys.exit([None, ''].index(os.getenv('CUDA_VISIBLE_DEVICES')))"
+    stand_ins.put_launcher(tmp_path, code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with launcher.Launcher() as started:
+        assert started.run(["deepspeed", *placed(), "--quiet"]) == [None, ""].index(left)
+
+
+@pytest.mark.usefixtures("gpus")
+def test_deepspeed_s_launcher_takes_the_gpus_of_those_words(monkeypatch):
+    """As its runner does it: the filter on a machine of three, and what the ranks are given."""
+    from deepspeed.launcher import runner
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    option, value = placed()
+    assert runner.parse_args([option, value, "train.py"]).include == value
+    assert runner.parse_inclusion_exclusion({"localhost": 3}, value, "") == {"localhost": [0, 2]}
 
 
 @pytest.mark.parametrize(("cores", "ranks"), [(1, "1"), (2, "2"), (64, "2")])
 def test_without_a_gpu_there_are_two_ranks_on_two_cores(monkeypatch, cores, ranks):
     monkeypatch.delenv("RANKS", raising=False)
-    monkeypatch.setattr(launcher, "gpu_count", lambda: 0)
+    monkeypatch.setattr(launcher, "visible_gpus", list)
     monkeypatch.setattr(launcher.os, "cpu_count", lambda: cores)
     options = launcher.argparse.Namespace(ranks=None, master_port=None, verbose=False, dry_run=False)
     assert launcher.trainer_command("run.yaml", [], options)[:3] == ["deepspeed", "--num_gpus", ranks]
@@ -188,7 +267,8 @@ def test_without_a_gpu_deepspeed_is_told_to_use_the_cpu(monkeypatch, tmp_path, g
     monkeypatch.delenv("DS_ACCELERATOR")
     if given:
         monkeypatch.setenv("DS_ACCELERATOR", given)
-    monkeypatch.setattr(launcher, "gpu_count", lambda: gpus)
+    monkeypatch.setattr(launcher, "visible_gpus", lambda: [Gpu(0, "H100", "GPU-0")] * gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with launcher.Launcher() as started:
         status = started.run(["deepspeed", "--quiet"])
     assert status == (0 if given else 2 if gpus else 1)

@@ -75,7 +75,8 @@ def launch(tmp_path) -> Launch:
         "TORCH_EXTENSIONS_DIR": str(tmp_path / "operators"),
         "PIP_CONFIG_FILE": os.devnull,
     }
-    outside = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "PYTHON", "TORCH_INDEX"))}
+    own = ("PIP_", "PYTHON", "TORCH_INDEX", "DS_ACCELERATOR")
+    outside = {key: value for key, value in os.environ.items() if not key.startswith(own)}
 
     def run(**more: str) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -151,3 +152,19 @@ def test_with_a_gpu_the_cuda_build_is_installed(launch, tmp_path):
     assert done.returncode == 0, done.stderr
     assert torch_of(tmp_path) == VERSION
     assert CPU_INDEX not in (tmp_path / "pip.log").read_text()
+
+
+@pytest.mark.parametrize("gpu", ["GPU 0: H100", ""], ids=["with a GPU", "without"])
+def test_the_operators_are_built_once_before_ranks_start(launch, tmp_path, gpu):
+    stand_ins.put_executable(tmp_path / "programs" / "nvidia-smi", f"#!/bin/sh\necho '{gpu}'\n")
+    (tmp_path / "operators" / ".built").unlink()
+    # In place of the compiler's work: notes where DeepSpeed was told to compute.
+    build = tmp_path / "tree" / "coconut_ds" / "engine" / "operator_build.py"
+    build.parent.mkdir(parents=True)
+    note = f"open('{tmp_path}/builds', 'a').write(os.getenv('DS_ACCELERATOR', 'any') + ' ')"
+    build.write_text(f"import os\n{note}\n")
+    index = put_index(tmp_path / "plain", VERSION)
+    for _ in range(2):
+        done = launch(PIP_INDEX_URL=index)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "builds").read_text().split() == (["any"] if gpu else ["cpu"])
