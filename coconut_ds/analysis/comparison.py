@@ -24,6 +24,7 @@ _FEW = 10  # with fewer differing answers a bootstrap of them says little
 _FREE_KEYS = {
     *("project", "name", "save_path", "seed", "wandb"),
     *("save_only_improve", "save_every_steps", "keep_checkpoints", "hang_limit_s", "log_every_steps"),
+    "num_workers",
     # Each seed can start from its own first stage; the others spell out `method`.
     *("load_model_path", "coconut", "cot", "no_cot", "no_thoughts"),
     # The same answers and, within rounding, the same steps.

@@ -125,9 +125,10 @@ for _text, _keys in {
     _here("group_by_length"): "length_grouped_sampler train_sampling_strategy",
     "there are no chat templates; put the text they would make into `question` of the data": """chat_template template
         apply_chat_template use_chat_template prompt_template system_prompt""",
-    "batches are made by the training process; remove the key": """num_workers dataloader_num_workers
-        preprocessing_num_workers dataloader_drop_last drop_last shuffle dataloader_pin_memory pin_memory
-        dataset_num_proc dataset_processes remove_unused_columns dataset_text_field""",
+    _here("num_workers"): "dataloader_num_workers n_workers workers dataloader_workers",
+    "batches are made from all columns that training needs; remove the key": """preprocessing_num_workers
+        dataloader_drop_last drop_last shuffle dataloader_pin_memory pin_memory dataset_num_proc dataset_processes
+        remove_unused_columns dataset_text_field""",
     "upload a finished run with python -m coconut_ds.export CHECKPOINT OUT --push-to-hub REPO_ID; remove the key": """
         push_to_hub hub_model_id hub_token hub_strategy hub_private_repo""",
     "no code of a model's repository is run; remove the key": "trust_remote_code",

@@ -154,6 +154,8 @@ class RunConfig(Section):
     """Optimizer steps between checkpoints within an epoch; null saves at the end of epochs only."""
     keep_checkpoints: Annotated[int | None, _OrOff] = Field(None, ge=1)
     """How many checkpoints stay on disk, the best one always among them; null keeps one for every epoch."""
+    num_workers: int | None = Field(None, ge=0)
+    """Processes per rank that make batches ahead; null is 1 beside a GPU and none on a CPU."""
     hang_limit_s: int = Field(1800, ge=1)
     """Seconds that an optimizer step, a batch of an evaluation or a part of a checkpoint may take."""
     log_every_steps: int = Field(1, ge=1)

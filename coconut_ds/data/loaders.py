@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +30,7 @@ from coconut_ds.data.batches import (
     training_sequence,
 )
 from coconut_ds.data.stages import Curriculum
+from coconut_ds.runtime import distributed
 
 POOL = 128
 """Minimum number of examples that are sorted by length together."""
@@ -129,51 +133,70 @@ def steps_per_epoch(n_examples: int, sizes: BatchSizes) -> int:
     return -(-n_examples // sizes.total)
 
 
-def training_loader(steps: TrainingSteps, first: int = 0) -> DataLoader:
-    """Loader over the optimizer steps of an epoch, from step `first` on."""
-    return DataLoader(steps, batch_size=None, sampler=range(first, len(steps)), **_loading())
+def training_loader(steps: TrainingSteps, first: int = 0, num_workers: int | None = None) -> DataLoader:
+    """Loader over the optimizer steps of an epoch, from step `first` on; `num_workers` as in the run file."""
+    return DataLoader(steps, batch_size=None, sampler=range(first, len(steps)), **_loading(num_workers))
 
 
 def loss_loader(
-    examples: Dataset, curriculum: Curriculum, tokens: Tokens, stage: int, batch_size: int, rank: int, world: int
+    examples: Dataset,
+    curriculum: Curriculum,
+    tokens: Tokens,
+    stage: int,
+    batch_size: int,
+    rank: int,
+    world: int,
+    num_workers: int | None = None,
 ) -> DataLoader:
     """This rank's share of a set in the training layout of `stage`, every example once over all ranks."""
 
     def sequence(row: dict[str, Any]) -> TokenSequence:
         return training_sequence(row, curriculum.layout(stage, len(row["steps_ids"])), tokens)
 
-    return _evaluation_loader(examples, sequence, collate_training, tokens.pad, batch_size, rank, world)
+    share = _share(examples, batch_size, rank, world)
+    return _evaluation_loader(examples, share, sequence, collate_training, tokens.pad, num_workers)
 
 
 def prompt_loader(
-    examples: Dataset, curriculum: Curriculum, tokens: Tokens, stage: int, batch_size: int, rank: int, world: int
+    examples: Dataset,
+    curriculum: Curriculum,
+    tokens: Tokens,
+    stage: int,
+    batch_size: int,
+    rank: int,
+    world: int,
+    num_workers: int | None = None,
 ) -> DataLoader:
     """This rank's share of a set as prompts of `stage`, every example once over all ranks."""
 
     def sequence(row: dict[str, Any]) -> TokenSequence:
         return prompt_sequence(row, curriculum.prompt_thoughts(stage, len(row["steps_ids"])), tokens)
 
-    return _evaluation_loader(examples, sequence, collate_prompts, tokens.pad, batch_size, rank, world)
+    share = _share(examples, batch_size, rank, world)
+    return _evaluation_loader(examples, share, sequence, collate_prompts, tokens.pad, num_workers)
+
+
+def _share(examples: Dataset, batch_size: int, rank: int, world: int) -> list[list[int]]:
+    """The batches of a rank, each a list of indices: similar lengths together, so that little is padded."""
+    # Dealt round-robin, so that ranks have about the same to do.
+    mine = _question_lengths(examples).argsort(stable=True)[rank::world].tolist()
+    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
 
 
 def _evaluation_loader(
     examples: Dataset,
+    batches: Any,
     sequence: Callable[[dict[str, Any]], TokenSequence],
     collate: Callable[[list[TokenSequence], list[int], int], Batch],
     pad: int,
-    batch_size: int,
-    rank: int,
-    world: int,
+    num_workers: int | None,
 ) -> DataLoader:
-    # Similar lengths together, so that little is padded; dealt round-robin, so that ranks have about the same to do.
-    mine = _question_lengths(examples).argsort(stable=True)[rank::world].tolist()
-    batches: Any = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     rows = _rows(examples)
 
     def collated(indices: list[int]) -> Batch:
         return collate(list(map(sequence, rows[indices].to_pylist())), indices, pad)
 
-    return DataLoader(batches, batch_size=None, collate_fn=collated, **_loading())
+    return DataLoader(batches, batch_size=None, collate_fn=collated, **_loading(num_workers))
 
 
 def _rows(examples: Dataset) -> Dataset:
@@ -181,8 +204,30 @@ def _rows(examples: Dataset) -> Dataset:
     return examples.select_columns(ID_COLUMNS).with_format("arrow")
 
 
-def _loading() -> dict[str, Any]:
-    """With a GPU a worker prefetches batches into pinned memory; on a CPU it would compete with the ranks for cores."""
-    ahead = {"num_workers": 1, "prefetch_factor": 2, "pin_memory": True} if torch.cuda.is_available() else {}
+def _loading(num_workers: int | None) -> dict[str, Any]:
+    """By default a worker makes batches ahead beside a GPU; on a CPU it would compete with the ranks for cores."""
+    on_gpu = distributed.device().type == "cuda"
+    n_workers = int(on_gpu) if num_workers is None else num_workers
+    # A fork has the set in memory; other ways of starting one would pickle it and the functions of this module.
+    how = {"prefetch_factor": 2, "multiprocessing_context": "fork", "worker_init_fn": _obey_the_rank_alone}
+    ahead = how if n_workers else {}
     # A separate generator: a loader draws a number when it starts, and a run resumed within an epoch starts one more.
-    return {"generator": torch.Generator(), **ahead}
+    return {"generator": torch.Generator(), "num_workers": n_workers, "pin_memory": on_gpu, **ahead}
+
+
+def _obey_the_rank_alone(worker: int) -> None:
+    """Keep a signal that asks the whole job to stop from ending this process: its rank needs it for the current step.
+
+    SIGTERM of the rank still ends it. If it were ignored too, a rank that exits with an open loader would wait for its
+    worker without end.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_rank_says, daemon=True).start()
+
+
+def _end_when_the_rank_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

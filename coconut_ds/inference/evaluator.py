@@ -47,7 +47,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates one set; `batch_size` in examples per rank."""
+    """Evaluates one set; `batch_size` in examples per rank, `num_workers` as in the run file."""
 
     model: Coconut
     examples: Dataset
@@ -56,6 +56,7 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
     max_new_tokens: int
+    num_workers: int | None = None
 
     @torch.no_grad()
     def run(self, stage: int) -> tuple[Evaluation, list[dict[str, Any]]] | None:
@@ -89,7 +90,8 @@ class Evaluator:
     def _loader(self, of: Callable[..., DataLoader], stage: int) -> DataLoader:
         """This rank's share of the set."""
         world, rank = distributed.world_size(), distributed.rank()
-        return of(self.examples, self.curriculum, self.tokens, stage, self.batch_size, rank, world)
+        share = (self.batch_size, rank, world, self.num_workers)
+        return of(self.examples, self.curriculum, self.tokens, stage, *share)
 
     def _predict(self, batch: Batch) -> tuple[list[dict[str, Any]], float]:
         """Predictions of a batch, and the seconds spent decoding."""

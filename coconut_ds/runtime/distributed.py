@@ -35,13 +35,19 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def ranks_here() -> int:
+    """Number of ranks on this machine, from the launcher's environment (DeepSpeed's, or torchrun's)."""
+    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def is_main() -> bool:
     return rank() == 0
 
 
 def device() -> torch.device:
-    """The device of this rank: its GPU if it has one, else the CPU."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    """The device of this rank: its GPU if torch sees one and DS_ACCELERATOR, which DeepSpeed follows, is not `cpu`."""
+    wants_gpu = os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    return torch.device("cuda", local_rank()) if wants_gpu and torch.cuda.is_available() else torch.device("cpu")
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -156,7 +156,7 @@ class Trainer:
         first, every = self.progress.steps_in_epoch, self.config.save_every_steps
         begin_peak()  # an evaluation is no step
         with EpochProgress(self._place(epoch), len(self.steps) - first, self.pace) as bar:
-            for batches in training_loader(self.steps, first):
+            for batches in training_loader(self.steps, first, self.config.num_workers):
                 loss = self._step(epoch, batches)
                 bar.step(loss, skipped_text(self.progress.skipped, self.progress.step))
                 saves = every is not None and self.progress.step % every == 0

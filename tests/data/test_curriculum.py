@@ -268,16 +268,15 @@ def test_a_loader_starts_where_it_is_told(examples, curriculum):
     assert rest == whole[4:]
 
 
-def test_a_worker_that_collates_ahead_changes_nothing(examples, curriculum, monkeypatch):
+def test_a_worker_that_collates_ahead_changes_nothing(examples, curriculum):
     windows = TrainingSteps(examples, curriculum(), TOKENS, BatchSizes(4, 2, 1), 0, 0)
     here = [batch for window in training_loader(windows) for batch in window]
     # What a machine with a GPU does, memory that only a GPU can pin aside.
-    ahead = {"num_workers": 1, "prefetch_factor": 2}
-    monkeypatch.setattr("coconut_ds.data.loaders._loading", lambda: ahead)
-    there = [batch for window in training_loader(windows) for batch in window]
+    there = [batch for window in training_loader(windows, num_workers=1) for batch in window]
     assert [batch.indices for batch in there] == [batch.indices for batch in here]
     assert all(torch.equal(a.inputs["input_ids"], b.inputs["input_ids"]) for a, b in zip(here, there, strict=True))
-    assert [b.indices for b in prompt_loader(examples, curriculum(), TOKENS, 1, 7, 0, 1)]
+    shares = [list(prompt_loader(examples, curriculum(), TOKENS, 1, 7, 0, 1, n)) for n in (0, 1)]
+    assert [b.indices for b in shares[0]] == [b.indices for b in shares[1]] != []
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
