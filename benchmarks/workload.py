@@ -34,6 +34,7 @@ from coconut_ds.model.scratch import word_tokenizer
 from coconut_ds.runs.environment import describe_environment
 from coconut_ds.runs.terminal import quiet_libraries
 from coconut_ds.runtime import distributed
+from coconut_ds.runtime.torch_settings import prepare_device
 
 WINDOW = LatentContext((0.6, 0.3, 0.1))
 PROSQA_COLUMNS = 382
@@ -75,7 +76,8 @@ def begin(options: argparse.Namespace) -> None:
     """Seeds, quiet libraries, and the cap on a GPU's memory."""
     quiet_libraries()
     torch.manual_seed(0)
-    if torch.cuda.is_available() and options.memory_limit:
+    prepare_device()
+    if distributed.device().type == "cuda" and options.memory_limit:
         total = torch.cuda.get_device_properties(distributed.device()).total_memory
         torch.cuda.set_per_process_memory_fraction(options.memory_limit * GIB / total)
 
@@ -162,7 +164,7 @@ def seconds_by_round(work: Mapping[str, Callable[[], Any]], rounds: int) -> dict
             elif not fits(work[name]):
                 del found[name]
                 continue
-            if torch.cuda.is_available():
+            if distributed.device().type == "cuda":
                 torch.cuda.synchronize()
             if number:
                 found[name].append(time.perf_counter() - started)
@@ -174,7 +176,7 @@ def fits(run: Callable[[], Any]) -> bool:
     try:
         run()
     except torch.OutOfMemoryError:
-        if torch.cuda.is_available():
+        if distributed.device().type == "cuda":
             torch.cuda.empty_cache()
         return False
     return True

@@ -7,10 +7,11 @@ from pathlib import Path
 if __name__ == "__main__":  # the launcher starts it by path: this folder is first on sys.path, the package lies above
     _HERE = Path(__file__).resolve().parent
     sys.path[:] = [str(_HERE.parent), *(entry for entry in sys.path if not entry or Path(entry).resolve() != _HERE)]
-    # Before torch is imported: ranks on one machine share its cores instead of fighting for them.
+    # Before torch is imported: ranks on one machine share its cores, and a card's memory fits steps of every shape.
     _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     _RANKS_HERE = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun has the second
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _CORES // _RANKS_HERE)))
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"))
 
 import argparse
 import traceback
@@ -56,14 +57,15 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
     folder = RunFolder(config.run_folder)
     log = None if options.verbose or options.dry_run else folder.log
     with run_folder_held(None if options.dry_run else folder.path), libraries_to(log):
-        from coconut_ds.config.ds_json import read_ds_json
+        from coconut_ds.config.ds_json import read_ds_json  # in here: libraries have something to say on import
         from coconut_ds.config.resolved_run import resolve
         from coconut_ds.engine.build import describe_device
-        from coconut_ds.runtime import distributed  # in here: libraries have something to say when they are imported
+        from coconut_ds.runtime.distributed import world_size
+        from coconut_ds.runtime.torch_settings import prepare_device
         from coconut_ds.training import session
 
-        ds_json = read_ds_json(config.deepspeed)
-        draft = resolve(config, ds_json, describe_device(), distributed.world_size(), options.run)
+        prepare_device()
+        draft = resolve(config, read_ds_json(config.deepspeed), describe_device(), world_size(), options.run)
         if options.dry_run:
             say(f"# run\n{draft.config.to_yaml()}\n# deepspeed\n{strict_json.dumps(draft.ds_config, indent=2)}")
         elif config.only_eval:

@@ -28,7 +28,7 @@ _FREE_KEYS = {
     # Each seed can start from its own first stage; the others spell out `method`.
     *("load_model_path", "coconut", "cot", "no_cot", "no_thoughts"),
     # The same answers and, within rounding, the same steps.
-    *("eval_batch_size", "deepspeed", "activation_checkpointing", "fast"),
+    *("eval_batch_size", "deepspeed", "activation_checkpointing", "fast", "deterministic"),
 }
 _SPLIT_KEYS = {"batch_size_training", "gradient_accumulation_steps"}  # free if `train_batch_size` sets the total
 

@@ -255,7 +255,7 @@ def _on_main(failed: str, action: Callable[..., Any], *arguments: Any) -> Any:
 
 def _random_state() -> dict[str, torch.Tensor]:
     """Only dropout draws numbers in training; the order of the examples depends on seed and epoch alone."""
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    cuda = {"cuda": torch.cuda.get_rng_state()} if distributed.device().type == "cuda" else {}
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
@@ -265,5 +265,5 @@ def _set_random_state(saved: dict[str, torch.Tensor]) -> None:
         return
     own = f"rank{distributed.rank()}"
     torch.set_rng_state(saved[f"{own}.cpu"])
-    if torch.cuda.is_available() and f"{own}.cuda" in saved:
+    if distributed.device().type == "cuda" and f"{own}.cuda" in saved:
         torch.cuda.set_rng_state(saved[f"{own}.cuda"])

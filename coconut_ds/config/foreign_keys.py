@@ -126,6 +126,7 @@ for _text, _keys in {
     "there are no chat templates; put the text they would make into `question` of the data": """chat_template template
         apply_chat_template use_chat_template prompt_template system_prompt""",
     _here("num_workers"): "dataloader_num_workers n_workers workers dataloader_workers",
+    _here("deterministic"): "full_determinism use_deterministic_algorithms cudnn_deterministic",
     "batches are made from all columns that training needs; remove the key": """preprocessing_num_workers
         dataloader_drop_last drop_last shuffle dataloader_pin_memory pin_memory dataset_num_proc dataset_processes
         remove_unused_columns dataset_text_field""",

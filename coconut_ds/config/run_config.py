@@ -110,6 +110,8 @@ class RunConfig(Section):
 
     # Optimisation
     seed: int = Field(0, ge=0)
+    deterministic: bool = False
+    """Only deterministic kernels: on GPUs a run repeats bit for bit with it alone, and takes longer."""
     resume: int = Field(0, ge=0)
     """First epoch, from 0, of a run that starts from `load_model_path`; with `only_eval` it selects the stage."""
     num_epochs: int = Field(1, ge=1)

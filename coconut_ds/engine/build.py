@@ -58,16 +58,16 @@ def start_process_group(hang_limit_s: float = 0) -> None:
     """Join the ranks the launcher started: NCCL on GPUs, gloo on CPUs. Without a launcher this is the only rank.
 
     Collectives wait longer than `hang_limit_s` (seconds), so that a hanging rank is ended before the others time out.
-    Raises InputError if the port is in use, or if the hostfile given to the launcher does not exist.
+    `prepare_device` comes before it. Raises InputError if the port is in use, if the hostfile given to the launcher
+    does not exist, or if DeepSpeed computes on another device.
     """
     demand_hostfile()
+    _demand_agreement()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(dict(zip(_LAUNCHED, ("0", "0", "1", "127.0.0.1", str(port)))))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(distributed.device())
     timeout = max(default_timeout(), timedelta(seconds=hang_limit_s) + _LONGER)
     try:
         with builds_announced():
@@ -83,13 +83,25 @@ def start_process_group(hang_limit_s: float = 0) -> None:
 
 
 def describe_device() -> Device:
-    """The kind of accelerator of this rank, and the half precisions it supports."""
+    """The kind of accelerator of this rank, and the half precisions in its hardware; after `prepare_device`."""
+    if distributed.device().type == "cuda":
+        # torch and DeepSpeed say that every GPU supports bf16, which older ones emulate, slowly. The oldest card of
+        # this machine's ranks decides for all of them.
+        capability = min(map(torch.cuda.get_device_capability, range(distributed.ranks_here())))
+        return Device("cuda", has_bf16=capability >= (8, 0), has_fp16=capability >= (7, 0))
     accelerator = get_accelerator()
-    return Device(
-        kind="cuda" if torch.cuda.is_available() else "cpu",
-        has_bf16=bool(accelerator.is_bf16_supported()),
-        has_fp16=bool(accelerator.is_fp16_supported()),
-    )
+    has_bf16, has_fp16 = accelerator.is_bf16_supported(), accelerator.is_fp16_supported()
+    return Device("cpu", bool(has_bf16), bool(has_fp16))
+
+
+def _demand_agreement() -> None:
+    theirs, ours = get_accelerator().device_name(), distributed.device().type
+    if theirs != ours:
+        raise InputError(
+            f"DeepSpeed computes on {theirs} and this trainer on {ours} "
+            f"(DS_ACCELERATOR={os.environ.get('DS_ACCELERATOR', '')}); set DS_ACCELERATOR=cpu to train on the CPU, or "
+            "unset it to train on GPUs"
+        )
 
 
 def build_engine(model: nn.Module, config: RunConfig, ds_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:

@@ -21,6 +21,7 @@ from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import model_folder
 from coconut_ds.model.loading import load_tokenizer
 from coconut_ds.runtime import distributed
+from coconut_ds.runtime.torch_settings import prepare_device
 
 _SETTINGS = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")
 """Settings that prompts depend on."""
@@ -41,9 +42,11 @@ class TrainedModel:
     def load(cls, name: str) -> TrainedModel:
         """From a checkpoint of a run, an exported folder, or a hub id.
 
-        Raises InputError for a damaged checkpoint and for a folder that is not a Coconut model or names no method.
+        Raises InputError for a damaged checkpoint, for a folder that is not a Coconut model or names no method, and
+        for a GPU that torch cannot use.
         """
         check_intact(Path(name))
+        prepare_device()
         model = Coconut.from_pretrained(name).to(distributed.device())
         fast.install(model)
         settings = model.training_settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,8 +41,7 @@ def memory_budget() -> int:
     """Bytes this rank may use now: of its GPU's free memory, which CUDA and NCCL have left, or of the host's."""
     if distributed.device().type == "cuda":
         return int(USABLE_SHARE * torch.cuda.mem_get_info(distributed.device())[0])
-    ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return int(USABLE_SHARE * psutil.virtual_memory().available / ranks_here)
+    return int(USABLE_SHARE * psutil.virtual_memory().available / distributed.ranks_here())
 
 
 def distinct_stages(config: RunConfig, curriculum: Curriculum) -> list[int]:

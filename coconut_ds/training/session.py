@@ -45,6 +45,7 @@ from coconut_ds.runs.predictions import cut_warning
 from coconut_ds.runs.terminal import say, terminal
 from coconut_ds.runs.tracker import Tracker, write_predictions, write_record
 from coconut_ds.runtime import distributed, watchdog
+from coconut_ds.runtime.torch_settings import deterministic
 from coconut_ds.training import summary
 from coconut_ds.training.setup import DEBUG_EXAMPLES, Setup, build_coconut, load_setup, records_if_any, tokenized
 from coconut_ds.training.trainer import Trainer
@@ -62,7 +63,7 @@ def train(draft: DraftRun) -> None:
         raise InputError(f"debug: {folder} holds a run, whose records would be lost; set another name")
     demand_libraries_of(config)
     torch.manual_seed(config.seed)
-    with process_group(config.hang_limit_s):
+    with process_group(config.hang_limit_s), deterministic(config.deterministic):
         newest = checkpoints.newest_intact()
         is_main = distributed.is_main()
         metrics = read_metrics(folder.metrics) if is_main and folder.metrics.is_file() else Metrics()
@@ -141,7 +142,7 @@ def _faster(run: ResolvedRun, setup: Setup, activations: int) -> str | None:
 def evaluate(draft: DraftRun) -> None:
     """Evaluate `load_model_path` on the test set, or on the validation set if no test set is named."""
     config, folder = draft.config, RunFolder(draft.config.run_folder)
-    with process_group(config.hang_limit_s):
+    with process_group(config.hang_limit_s), deterministic(config.deterministic):
         path = str(config.test_path or config.val_path)
         records = read_records(path, DEBUG_EXAMPLES if config.debug else None)
         backbone = load_initial(config.model_id, config.load_model_path, config.traits.thoughts != "none")

@@ -6,6 +6,7 @@ A command that no rule fits fails with its file and line: give it a rule, or one
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -28,12 +29,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, GPT2LMHeadModel
 from warm_commands import Shell
 
+from coconut_ds.commands import launcher
 from coconut_ds.data.records import read_records
 from coconut_ds.engine import hostfile
 from coconut_ds.engine.operator_build import waiting_text
 from coconut_ds.errors import InputError
 from coconut_ds.model.scratch import word_tokenizer
 from coconut_ds.runs.lock import run_folder_held
+from coconut_ds.runtime import usable_gpu
+from coconut_ds.runtime.nvidia_smi import Gpu, Properties
+from coconut_ds.runtime.torch_settings import prepare_device
 
 ROOT = Path(__file__).resolve().parents[2]
 DATASETS = "docs/datasets"
@@ -463,6 +468,52 @@ def test_the_page_of_troubles_has_what_is_printed_where_a_hostfile_is_missing(mo
     monkeypatch.setattr(hostfile, "_launcher", lambda: launcher)
     with pytest.raises(InputError) as caught:
         hostfile.demand_hostfile()
+    demand_quoted(f"error: {caught.value}")
+
+
+@pytest.mark.parametrize(
+    ("name", "driver", "capability", "version", "built_for"),
+    [
+        ("NVIDIA GeForce RTX 2080 Ti", "580.65.06", (7, 5), "2.13.0+cpu", None),
+        ("NVIDIA GeForce RTX 2080 Ti", "535.183.01", (7, 5), "2.13.0", "13.0"),
+        ("NVIDIA GeForce GTX 1080 Ti", "580.65.06", (6, 1), "2.13.0", "13.0"),
+    ],
+    ids=["CPU build", "old driver", "no kernels"],
+)
+def test_the_page_of_troubles_has_what_is_printed_where_torch_cannot_use_the_gpu(
+    monkeypatch, name, driver, capability, version, built_for
+):
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).")
+
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(usable_gpu, "visible_gpus", lambda: [Gpu(0, name, "")])
+    monkeypatch.setattr(usable_gpu, "properties", lambda gpu: Properties(name, capability, driver))
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "1080" in name)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120".split)
+    with pytest.raises(InputError) as caught:
+        usable_gpu.demand_usable_gpus()
+    demand_quoted(f"error: {caught.value}")
+
+
+def test_the_page_of_troubles_has_what_is_printed_for_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setattr(launcher, "gpus_to_use", lambda: [0, 1])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    options = argparse.Namespace(ranks="4", master_port=None, verbose=False, dry_run=False)
+    with pytest.raises(InputError) as caught:
+        launcher.trainer_command("run.yaml", [], options)
+    demand_quoted(f"error: {caught.value}")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError) as caught:
+        prepare_device()
     demand_quoted(f"error: {caught.value}")
 
 

@@ -29,6 +29,7 @@ from coconut_ds.model.fast.low_rank_attention import GATHERING_SDPA
 from coconut_ds.model.fast.low_rank_linear import current_pass, within
 from coconut_ds.model.fast.planning import plans_for_card
 from coconut_ds.model.internals import attention_of
+from coconut_ds.runtime import distributed
 
 _LOG = logging.getLogger(__name__)
 SHORTEST_RECOMPUTED = 2
@@ -47,7 +48,7 @@ def checkpoint_layers(model: PreTrainedModel, every_n_layers: int = 1, offload: 
     layers = decoder_layers(model)
     if any("forward" in layer.__dict__ for layer in layers):
         raise ValueError("activation checkpointing is on already, or something else replaced the layers' forward")
-    if offload and not torch.cuda.is_available():
+    if offload and distributed.device().type != "cuda":
         _LOG.warning("activation checkpointing: offload does nothing on a CPU, layer inputs are in host memory already")
     # Another attention may save copies of all keys and values in every pass, as eager attention does.
     shortest = SHORTEST_RECOMPUTED if attention_of(model.config) == GATHERING_SDPA else 1
