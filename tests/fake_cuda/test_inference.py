@@ -1,4 +1,4 @@
-"""Evaluation, decoding and inspection on CUDA: they run, give what the CPU gives, and wait no more than they have to."""
+"""Evaluation, decoding and inspection on CUDA: they run, equal the CPU's, and wait no more than they have to."""
 
 from __future__ import annotations
 
