@@ -6,7 +6,7 @@ GIB is what torch sees of a card ("total capacity" in its messages): 10.76 of an
 NCCL take about 0.7, and 7% of the rest are left to fragments and to what kernels need while they run.
 
 Reads the run's data and the shape of its model (of a folder or hub id only config.json and the tokenizer), measures the
-activations of every stage on tensors without data (about ten seconds per stage for GPT-2 on 2 CPU cores), and prints
+activations of every stage on tensors without data (about twenty seconds per stage for GPT-2 on 2 CPU cores), and prints
 what fits on a card of that size: per stage with the run's DeepSpeed file, and for every file of `ds_configs/`.
 """
 

@@ -4,7 +4,8 @@ Live tensor bytes are counted (`memory.meter.LiveTensorMeter`), so no GPU is nee
 shapes but no data, so nothing is computed. Bytes are counted per operation: both runs execute the same operations in
 the same order, and the live bytes after each one are linear in the number of rows. The peak for any number of rows is
 the maximum over those lines, whichever operation it occurs at. One row cannot be used: copies of several rows can be
-views of one.
+views of one. Logits stop growing where the supervised positions fill a chunk of the LM head (`model/loss.py`), so two
+and three rows are measured with full chunks as well, for micro-batches that have more.
 
 The tensors lie on a CPU. `for_card` plans for a GPU all the same: the kernels are then those that keep what a card's do
 (`model/fast/planning.py`). Not counted in any case: what a kernel needs while it runs, such as the fp32 sums of
@@ -31,6 +32,7 @@ from coconut_ds.engine.internals import FakeTensorMode, tree_map_only
 from coconut_ds.memory.meter import LiveTensorMeter
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.fast.planning import planning_for_card
+from coconut_ds.model.loss import CHUNK
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,15 @@ class ActivationCost:
     two: torch.Tensor
     three: torch.Tensor
     """int64 (operations,), with two rows and with three."""
+    chunked: ActivationCost | None = None
+    """The same with two chunks of the LM head, which do not grow with the rows: for more than `chunked_from` rows."""
+    chunked_from: int = 0
 
     def peak(self, rows: int) -> int:
         """Peak bytes of a micro-batch of `rows`; an upper bound if two and three rows took different operations."""
+        if self.chunked is not None and rows > self.chunked_from:
+            # Not below what the rows before need.
+            return max(self.chunked.peak(rows), self.peak(self.chunked_from))
         if len(self.two) != len(self.three):
             return max(int(self.two.max()), int(self.three.max()) * rows // 3)
         return int((self.two + (rows - 2) * (self.three - self.two)).max())
@@ -56,8 +64,13 @@ def measure(
     model: Coconut, sequence: TokenSequence, dtype: torch.dtype | None = None, for_card: bool = False
 ) -> ActivationCost:
     """The cost of micro-batches whose rows are all as long as `sequence`; `dtype` defaults to that of `model`."""
-    histories = _predicted(model, [batch_of(sequence, rows) for rows in (2, 3)], dtype, for_card)
-    return ActivationCost(*map(torch.tensor, histories))
+    batches = [batch_of(sequence, rows) for rows in (2, 3)]
+    batches += [_filling_chunks(batch) for batch in batches]
+    two, three, full_two, full_three = map(torch.tensor, _predicted(model, batches, dtype, for_card))
+    targets = len(sequence.ids) - sequence.first_target
+    return ActivationCost(
+        two, three, ActivationCost(full_two, full_three), chunked_from=max(1, CHUNK // max(1, targets))
+    )
 
 
 def predicted_peak(model: Coconut, batch: Batch, dtype: torch.dtype | None = None, for_card: bool = False) -> int:
@@ -74,6 +87,13 @@ def measured_peak(model: Coconut, batch: Batch) -> int:
 def batch_of(sequence: TokenSequence, rows: int) -> Batch:
     """A micro-batch with `sequence` in each of its `rows`."""
     return collate_training([sequence] * rows, list(range(rows)), pad=0)
+
+
+def _filling_chunks(batch: Batch) -> Batch:
+    """`batch` with two chunks of supervised positions, some of them several times."""
+    supervised = batch.inputs["supervised"]
+    repeats = -(-2 * CHUNK // max(1, len(supervised)))
+    return batch._replace(inputs=batch.inputs | {"supervised": supervised.repeat(repeats)[: 2 * CHUNK]})
 
 
 def widest_sequence(examples: Dataset, curriculum: Curriculum, stage: int, tokens: Tokens) -> TokenSequence:

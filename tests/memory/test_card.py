@@ -16,7 +16,7 @@ from coconut_ds.memory.batch_size import CARD_OVERHEAD_GIB, CARD_SHARE, card_bud
 from coconut_ds.model import fast
 
 PREFIX, THOUGHTS, TAIL = 340, 6, 36
-SHAPE = {"rows": 6, "prefix": PREFIX, "thoughts": THOUGHTS, "tail": TAIL}
+SHAPE = {"rows": 16, "prefix": PREFIX, "thoughts": THOUGHTS, "tail": TAIL}
 # GPT-2 small at the columns of ProsQA, but for the number of layers, which is a matter of time here.
 MODEL = {"vocab_size": 50260, "n_layer": 3}
 CASES = [
