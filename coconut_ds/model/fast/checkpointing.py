@@ -97,7 +97,9 @@ def _checkpointed(
         return forward(*args, **kwargs)
     (hidden, *rest), options, this = call.args, call.kwargs, current_pass()
     earlier = cache.layer(index).written if cache is not None else ()
-    if earlier and hidden.shape[1] < shortest and _attention_keeps_no_copies(hidden):
+    # ZeRO-3 gathers weights for a recomputation, which all ranks must do alike; a tail may have one column on one rank.
+    is_whole = not any(hasattr(parameter, "ds_id") for parameter in layer.parameters())
+    if earlier and hidden.shape[1] < shortest and is_whole and _attention_keeps_no_copies(hidden):
         return forward(*args, **kwargs)
     # `run` lives until its backward, so it must not hold the layer's input, or the keys and values of all layers.
     empty = cache.of_layer(index, ()) if cache is not None else None

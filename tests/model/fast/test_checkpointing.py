@@ -85,6 +85,23 @@ def test_where_attention_may_save_copies_of_all_keys_every_pass_is_recomputed(dt
     assert forwards[: len(forwards) // 2] == forwards[: len(forwards) // 2 - 1 : -1]
 
 
+def test_ranks_that_gather_weights_recompute_alike_whatever_their_tails():
+    counts = []
+    for tail in (1, 5):  # with the last thought; a rank with fewer thoughts may have no more (`batches.grown`)
+        model = tiny.coconut("gpt2", CONTEXTS["sequence"]).train()
+        for parameter in model.base_causallm.parameters():
+            parameter.ds_id = 0
+        model.enable_activation_checkpointing()
+        forwards: list[int] = []
+        checkpointing.decoder_layers(model.base_causallm)[0].mlp.register_forward_pre_hook(
+            lambda _, given, seen=forwards: seen.append(given[0].shape[1])
+        )
+        ids = torch.tensor([[7, 8, 9, tiny.LATENT, tiny.LATENT, 5, 6, 7, 8]])[:, : 4 + tail]
+        model(ids, labels=ids, thought_span=(3, 5)).loss.backward()
+        counts.append(len(forwards))
+    assert counts[0] == counts[1]
+
+
 def test_dropout_is_drawn_so_the_comparison_above_covers_it():
     model = tiny.coconut("gpt2", CONTEXTS["sequence"], dropout=0.3)
     inputs = batch_of(RAGGED).inputs
