@@ -127,7 +127,7 @@ class LatentPasses(nn.Module):
         layer = self.speed_layer
         if cache is None and span:
             cache = layer.cache(input_ids.shape[1]) if layer else DynamicCache(config=self.base_causallm.config)
-        mask = causal_mask(attention_mask, self.base_causallm.config)
+        mask = causal_mask(attention_mask, self.base_causallm.config, embeds.dtype, keys)
         # Also without thoughts: gradients must become ready in one order on every rank (`fast/__init__.py`).
         around = layer.forward() if layer else nullcontext
 

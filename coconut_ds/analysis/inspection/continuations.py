@@ -107,7 +107,8 @@ def _states_after(
         [tuple(kept[rows, :, columns].transpose(1, 2) for kept in (layer.keys, layer.values)) for layer in layers]
     )
     before = attention_mask[rows, columns] * is_there  # (R, T)
-    mask = causal_mask(torch.cat([before, torch.ones_like(ids)], dim=1), model.base_causallm.config)
+    padding = torch.cat([before, torch.ones_like(ids)], dim=1)
+    mask = causal_mask(padding, model.base_causallm.config, layers[0].keys.dtype)
     return model.base_causallm.base_model(
         input_ids=ids,
         attention_mask=columns_of(mask, n_columns, n_columns + length, 0),

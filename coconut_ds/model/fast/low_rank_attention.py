@@ -56,10 +56,7 @@ def _attention(
     dropout = 0.0 if plans_for_card() else dropout
     of_keys, of_values = collected(key), collected(value)
     columns, size = query.shape[2:]
-    if attention_mask is None:
-        has_plain_mask = columns == 1
-    else:
-        has_plain_mask = attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
+    has_plain_mask = columns == 1 if attention_mask is None else attention_mask.shape[1] == 1
     is_plain = has_plain_mask and options.get("position_bias") is None
     groups = query.shape[1] // key.shape[1]
     is_short = columns < key.shape[2] and columns * groups <= size
@@ -71,9 +68,10 @@ def _attention(
     query = query * (size**-0.5 if scaling is None else scaling)
     scores = _Product.apply(query, key.mT, lambda rows, gradient: of_keys.keep(gradient, rows))
     if attention_mask is not None:
-        # Not -inf, which gives NaN for a padding column that attends to nothing.
-        hidden = ~attention_mask.repeat(1, 1, groups, 1)  # (B, 1, G * N, P)
-        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+        mask = attention_mask.repeat(1, 1, groups, 1)  # (B, 1, G * N, P)
+        # A boolean one is the model's own (sliding window): padding may attend to nothing, where -inf would give NaN.
+        is_added = mask.dtype != torch.bool
+        scores = scores + mask if is_added else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     shares = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, H, G * N, P)
     mixed = _Product.apply(shares, value, of_values.keep)  # (B, H, G * N, d)
     return mixed.reshape(len(key), -1, columns, value.shape[-1]).transpose(1, 2).contiguous(), None
