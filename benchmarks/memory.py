@@ -9,7 +9,8 @@ of an optimizer step through the engine, the host's part included; on a GPU the 
 what it had reserved then. Columns:
   step      peak of the step beyond what lives between steps
   beyond    the same without gradients (one full set of them): activations and temporaries
-  planned   `memory.activations` from micro-batches of 2 and 3, and the plain forward and backward it stands for
+  planned   `memory.activations` from micro-batches of 2 and 3, as a run plans it (on the CPU, for a card as well), and
+            the plain forward and backward it stands for
 A row that runs out of memory stays in the table. Prints a table and one JSON line.
 """
 
@@ -36,6 +37,7 @@ from coconut_ds.data.batches import Batch
 from coconut_ds.engine.build import build_engine, describe_device, process_group
 from coconut_ds.memory.activations import ActivationCost, batch_of, measure, measured_peak
 from coconut_ds.memory.meter import LiveTensorMeter
+from coconut_ds.runtime import distributed
 from coconut_ds.training.step import optimizer_step
 
 MIB = 2**20
@@ -93,9 +95,10 @@ def peaks(options: argparse.Namespace) -> list[dict[str, Any]]:
     sequence = workload.sequence_of(options.columns, options.thoughts, int(model.latent_token_id or 0))
     dtype = workload.DTYPES[precision]
     # What is planned and measured without an engine first: it needs the weights as they are before ZeRO holds them.
-    plain = workload.cast(model, dtype)
-    cost = measure(plain, sequence)
-    measured = {micro: _unless_full(measured_peak, plain, batch_of(sequence, micro)) for micro in options.micro_batch}
+    # A run plans on the CPU, for a card as well.
+    cost = measure(model.cpu(), sequence, dtype, for_card=torch.cuda.is_available())
+    plain = workload.cast(model.to(distributed.device()), dtype)
+    measured = {micro: _unless_full(_plain_peak, plain, batch_of(sequence, micro)) for micro in options.micro_batch}
     engine = engine_of(model, options.deepspeed[0], precision)
     gradients = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     optimizer_step(engine, [batch_of(sequence, 1)], "token")
@@ -113,16 +116,28 @@ def engine_of(model: Coconut, path: str, precision: str) -> Any:
     return build_engine(workload.cast(model, torch.float32), config, settings)
 
 
+def _plain_peak(model: Coconut, batch: Batch) -> int:
+    """Bytes that a forward and backward adds at most: by the allocator of a GPU, else of live tensors."""
+    if torch.cuda.is_available():
+        return _allocated(lambda: measured_peak(model, batch))
+    return measured_peak(model, batch)
+
+
 def step_peak(engine: Any, batch: Batch) -> int:
     """Bytes that an optimizer step over one micro-batch adds at most to those between steps."""
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        optimizer_step(engine, [batch], "token")
-        return torch.cuda.max_memory_allocated() - before
+        return _allocated(lambda: optimizer_step(engine, [batch], "token"))
     with LiveTensorMeter() as meter:
         optimizer_step(engine, [batch], "token")
     return meter.peak
+
+
+def _allocated(work: Callable[[], Any]) -> int:
+    """Bytes that the allocator of the GPU gave out at most during `work`, beyond those before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def reserved() -> dict[str, float]:

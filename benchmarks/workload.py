@@ -29,7 +29,7 @@ from coconut_ds.data.markers import END_LATENT, LATENT, START_LATENT
 from coconut_ds.data.records import read_records
 from coconut_ds.memory.meter import GIB
 from coconut_ds.model import fast
-from coconut_ds.model.backbone import Backbone, add_markers
+from coconut_ds.model.backbone import Backbone, add_markers, cast_parameters
 from coconut_ds.model.scratch import word_tokenizer
 from coconut_ds.runs.environment import describe_environment
 from coconut_ds.runs.terminal import quiet_libraries
@@ -130,8 +130,7 @@ def coconut(backbone: Backbone, context: LatentContext | None = WINDOW) -> Cocon
 
 def cast(model: Coconut, dtype: torch.dtype) -> Coconut:
     """The parameters in `dtype`, as DeepSpeed casts them; buffers, which may hold angles, keep theirs."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    cast_parameters(model, dtype)
     return model
 
 

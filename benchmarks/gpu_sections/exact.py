@@ -20,6 +20,7 @@ from coconut_ds import Coconut, LatentContext
 from coconut_ds.data.batches import Batch, Tokens, collate_training, to_device, training_sequence
 from coconut_ds.data.stages import Layout
 from coconut_ds.model import fast
+from coconut_ds.model.backbone import cast_parameters
 from gpu_sections import ROOT, Row, begin, gradients, left_out, relative_error, tried
 
 _GOLDEN = ROOT / "tests" / "golden"
@@ -127,8 +128,7 @@ def _fp64(device: torch.device, family: str, context: str) -> Row:
 def _half(device: torch.device, family: str, dtype: torch.dtype) -> Row:
     """Distance of all gradients from fp64 on the same rounded weights: the passes' and the naive twin's."""
     model = tiny.coconut(family, _CONTEXTS["window"]).to(device)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    cast_parameters(model, dtype)
     inputs = to_device(_batch().inputs, device)
     _, exact = _naive(copy.deepcopy(model).double(), inputs)
     mine, twins = (relative_error(_flat(run(model, inputs)[1]), _flat(exact)) for run in (_fast, _naive))
