@@ -22,6 +22,7 @@ import workload
 
 from coconut_ds.runs.terminal import quiet_libraries
 from coconut_ds.runtime import distributed
+from coconut_ds.runtime.torch_settings import prepare_device
 
 ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
@@ -34,14 +35,14 @@ def begin(options: argparse.Namespace) -> torch.device:
     quiet_libraries()
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    if not (options.toy or torch.cuda.is_available()):
+    device = distributed.device()
+    if not (options.toy or device.type == "cuda"):
         # The last line of what a section prints is what the user reads.
         print(f"error: torch {torch.__version__} sees no GPU here; --toy tries the script on a CPU", file=sys.stderr)
         raise SystemExit(2)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(distributed.device())
-    return distributed.device()
+    # As a run does: the rank's GPU, cuDNN's attention and half-precision sums off.
+    prepare_device()
+    return device
 
 
 def tried(name: str, work: Callable[..., Row], *arguments: Any) -> Row:
