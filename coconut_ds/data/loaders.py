@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import multiprocessing
 import operator
-import os
 import random
 import signal
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -209,25 +209,21 @@ def _loading(num_workers: int | None) -> dict[str, Any]:
     on_gpu = distributed.device().type == "cuda"
     n_workers = int(on_gpu) if num_workers is None else num_workers
     # A fork has the set in memory; other ways of starting one would pickle it and the functions of this module.
-    how = {"prefetch_factor": 2, "multiprocessing_context": "fork", "worker_init_fn": _obey_the_rank_alone}
+    how = {"prefetch_factor": 2, "multiprocessing_context": "fork", "worker_init_fn": _ignore_requests_to_stop}
     ahead = how if n_workers else {}
     # A separate generator: a loader draws a number when it starts, and a run resumed within an epoch starts one more.
     return {"generator": torch.Generator(), "num_workers": n_workers, "pin_memory": on_gpu, **ahead}
 
 
-def _obey_the_rank_alone(worker: int) -> None:
-    """Keep a signal that asks the whole job to stop from ending this process: its rank needs it for the current step.
-
-    SIGTERM of the rank still ends it. If it were ignored too, a rank that exits with an open loader would wait for its
-    worker without end.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_rank_says, daemon=True).start()
+def _ignore_requests_to_stop(worker: int) -> None:
+    """A signal that asks the whole job to stop must not end this process: its rank needs it for the current step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _end_when_the_rank_says() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+@atexit.register
+def _end_workers() -> None:
+    """Python ends the children it still has by SIGTERM, and would wait without end for one that ignores it."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
