@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+import torch
 
 from fake_cuda import library
 from fake_cuda.run import on_fake_cuda
@@ -24,6 +25,7 @@ def test_two_builds_at_once_leave_one_library(monkeypatch, tmp_path):
 
 
 def test_without_a_compiler_the_reason_is_said(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(pytest.skip.Exception, match="needs a C\\+\\+ compiler"):
         library.library()
