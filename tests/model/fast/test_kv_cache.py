@@ -9,6 +9,7 @@ from test_coconut import CONTEXTS, RAGGED, batch_of
 from transformers import DynamicCache
 
 from coconut_ds.memory.meter import LiveTensorMeter
+from coconut_ds.model.fast import checkpointing
 from coconut_ds.model.fast.kv_cache import TrainingCache
 
 PASSES = (5, 1, 1, 3)
@@ -47,26 +48,35 @@ def test_a_second_backward_gives_the_same_gradients(checkpointed):
         assert torch.equal(again, gradient)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_thoughts_do_not_copy_the_keys_and_values_of_the_prefix(checkpointed):
+def kept(n_thoughts: int, checkpointed: bool) -> int:
+    """Bytes alive between forward and backward, with 60 columns in any case."""
     model = tiny.coconut("gpt2", None, n_layer=2)
     if checkpointed:
         model.enable_activation_checkpointing()
+    ids = torch.randint(5, tiny.VOCABULARY, (8, 60))
+    ids[:, 50 : 50 + n_thoughts] = tiny.LATENT
+    labels = torch.full_like(ids, -100)
+    labels[:, -1] = ids[:, -1]
+    with LiveTensorMeter() as meter:
+        output = model(ids, labels=labels)
+        alive = meter.live
+    output.loss.backward()
+    return alive
 
-    def kept(n_thoughts: int) -> int:
-        """Bytes alive between forward and backward."""
-        ids = torch.randint(5, tiny.VOCABULARY, (8, 60))
-        ids[:, 50 : 50 + n_thoughts] = tiny.LATENT
-        labels = torch.full_like(ids, -100)
-        labels[:, -1] = ids[:, -1]
-        with LiveTensorMeter() as meter:
-            output = model(ids, labels=labels)
-            alive = meter.live
-        output.loss.backward()
-        return alive
 
-    one_copy = 2 * 8 * 50 * 32 * 4  # keys and values of one layer, for one thought
-    assert kept(6) - kept(1) < one_copy
+ONE_COPY = 2 * 8 * 50 * 32 * 4
+"""Keys and values of one layer, for one thought."""
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_thoughts_do_not_copy_the_keys_and_values_of_the_prefix(checkpointed, monkeypatch):
+    monkeypatch.setattr(checkpointing, "SHORTEST_RECOMPUTED", 1)
+    assert kept(6, checkpointed) - kept(1, checkpointed) < ONE_COPY
+
+
+def test_thoughts_that_are_not_recomputed_keep_their_own_activations_only():
+    of_a_column = kept(1, checkpointed=False) / 60
+    assert kept(6, checkpointed=True) - kept(1, checkpointed=True) < 5 * of_a_column < ONE_COPY * 5
 
 
 def test_more_columns_than_it_was_made_for_are_refused():
