@@ -281,9 +281,6 @@ def test_every_shipped_json_resolves(path, device):
     buckets = {key: value for key, value in zero.items() if key.endswith("bucket_size")}
     assert len(buckets) == (2 if zero["stage"] else 0)
     assert all(2e7 <= size <= 5e7 for size in buckets.values())
-    if zero["stage"] in (1, 2):
-        # DeepSpeed clones a gradient that is larger than the bucket; the largest of GPT-2 is that of its embedding.
-        assert buckets["reduce_bucket_size"] >= 50_260 * 768
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "JSON object")])
