@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import prosqa
+import psutil
 import pytest
 import torch
 from launching import ROOT, environment
@@ -383,6 +384,13 @@ class Terminal:
         start, self._read_up_to = self._read_up_to, place + len(text)
         return self.shown[start : self._read_up_to]
 
+    def interrupt(self) -> None:
+        """Ctrl-C, once the command waits for what is typed: readline misses a signal on its way back to waiting."""
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_SLEEPING:
+            assert time.monotonic() < self._deadline, "it never waits"
+            time.sleep(0.01)
+        os.killpg(self.process.pid, signal.SIGINT)
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -436,7 +444,7 @@ def test_a_person_asks_from_a_terminal(checkpoint, records, capsys):
         assert "error: question 'A A A" in terminal.wait_for("\n> ")
         terminal.type("half a question")
         terminal.wait_for("half a question")
-        os.killpg(terminal.process.pid, signal.SIGINT)
+        terminal.interrupt()
         assert terminal.wait_for("> ").endswith("\n> ")
         terminal.type("\x1b[A\x1b[A\n")  # the question again, two lines up in the history
         assert f"{expected['text']}\n{warning}\n> " in terminal.wait_for("\n> ")
