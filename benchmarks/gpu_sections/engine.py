@@ -116,7 +116,7 @@ def _reset(file: str, precision: str) -> Row:
 
 
 def _restored(work: Path, file: str, precision: str) -> Row:
-    """A new engine from a checkpoint goes on as the old one: equal with deterministic kernels, else how near."""
+    """Losses after a restore against those without one: equal with deterministic kernels, else the difference."""
     apart = {}
     for kernels, context in (("deterministic", deterministic()), ("default", contextlib.nullcontext())):
         with context:

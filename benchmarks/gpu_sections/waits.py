@@ -29,7 +29,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def _only_on_a_gpu(device: torch.device, row: Row) -> Row:
-    """A CPU runs the same lines, which is no proof of anything unless they fail."""
+    """On a CPU the same code runs, but proves nothing: it only shows errors in the code."""
     return row if device.type == "cuda" or row["ok"] is False else {**row, "ok": None, "why": NOT_ON_A_CPU}
 
 

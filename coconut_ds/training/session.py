@@ -130,7 +130,7 @@ def _planned(run: ResolvedRun, setup: Setup) -> tuple[int, int] | None:
 
 
 def _faster(run: ResolvedRun, setup: Setup, activations: int) -> str | None:
-    """On a GPU, what `faster_file` says for a micro-batch of so many bytes; nothing is copied where there is none."""
+    """On a GPU, the advice of `faster_file` beside a micro-batch of `activations` bytes; None on a CPU."""
     device = distributed.device()
     if device.type != "cuda":
         return None

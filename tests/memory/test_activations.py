@@ -29,12 +29,10 @@ from coconut_ds.model.latents import _constant
 TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
 
 
-@pytest.fixture(scope="module")
-def gpt2_small() -> Coconut:
-    """GPT-2 small with random weights and its dropout."""
-    torch.manual_seed(0)
+def gpt2(**shape: int) -> Coconut:
+    """GPT-2 small with random weights, its dropout and the markers; `shape` holds other values of its configuration."""
     model = Coconut(
-        GPT2LMHeadModel(GPT2Config(vocab_size=50260)),
+        GPT2LMHeadModel(GPT2Config(**{"vocab_size": 50260, **shape})),
         latent_token_id=50259,
         start_latent_id=50257,
         end_latent_id=50258,
@@ -43,6 +41,12 @@ def gpt2_small() -> Coconut:
     )
     fast.install(model)
     return model
+
+
+@pytest.fixture(scope="module")
+def gpt2_small() -> Coconut:
+    torch.manual_seed(0)
+    return gpt2()
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])

@@ -7,13 +7,12 @@ import itertools
 import pytest
 import torch
 from fake_cuda.run import on_fake_cuda
-from transformers import GPT2Config, GPT2LMHeadModel
+from test_activations import gpt2
 
-from coconut_ds import Coconut, LatentContext
+from coconut_ds import Coconut
 from coconut_ds.data.batches import TokenSequence
 from coconut_ds.memory.activations import measure
 from coconut_ds.memory.batch_size import CARD_OVERHEAD_GIB, CARD_SHARE, card_budget
-from coconut_ds.model import fast
 
 PREFIX, THOUGHTS, TAIL = 340, 6, 36
 SHAPE = {"rows": 16, "prefix": PREFIX, "thoughts": THOUGHTS, "tail": TAIL}
@@ -32,16 +31,7 @@ def on_card():
 
 @pytest.fixture(scope="module")
 def planned() -> Coconut:
-    model = Coconut(
-        GPT2LMHeadModel(GPT2Config(**MODEL)),
-        latent_token_id=50259,
-        start_latent_id=50257,
-        end_latent_id=50258,
-        eos_token_id=50256,
-        latent_context=LatentContext((0.6, 0.3, 0.1)),
-    )
-    fast.install(model)
-    return model
+    return gpt2(**MODEL)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -60,7 +60,7 @@ def wait_for_a_step(folder: Path, name: str, process: Any) -> None:
 
 
 def saved(folder: Path, name: str, output: str) -> None:
-    """A stopped run has saved within an epoch, and goes on as if it had never been stopped."""
+    """The stopped run saved a checkpoint within an epoch, and the resumed run equals one that was not stopped."""
     (checkpoint,) = (folder / "runs" / name / "checkpoints").glob("epoch_*[0-9]")
     assert f"stopped as requested; the same command resumes from {checkpoint}" in output
     launching.train(faults.run_of(folder, name, save_every_steps=None, num_workers=1), folder / name, ranks=2)
