@@ -247,10 +247,12 @@ def test_a_thought_in_half_precision_is_averaged_in_fp32_and_rounded_once(dtype)
     states = torch.randn(256, 3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     weights = torch.tensor([0.6, 0.3, 0.1])
     thought = next_thought(states, torch.full((256,), 3), weights)
-    wide = torch.einsum("j,bjd->bd", weights, states.float())
+    exact = torch.einsum("j,bjd->bd", weights.double(), states.double())
     assert thought.dtype == dtype
-    assert (thought == wide.to(dtype)).float().mean() > 0.999
-    length = (thought.float() * wide).sum() / wide.square().sum()
+    # Many averages lie in the middle between two values: which one they become hangs on the processor's last bit.
+    nearest = (exact.to(dtype).double() - exact).abs()
+    assert ((thought.double() - exact).abs() <= nearest + 1e-6).all()
+    length = (thought.double() * exact).sum() / exact.square().sum()
     assert length.item() == pytest.approx(1, abs=1e-4)
 
 
