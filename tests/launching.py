@@ -177,6 +177,23 @@ def on_warm_ranks(
     return WarmRanks(ranks, command, **more).finish(time_limit_s, abruptly)
 
 
+def without_launcher(arguments: list[str], threads: int = 2, **more: str) -> subprocess.CompletedProcess:
+    """What `python ARGUMENTS` would do, a script with its arguments, on a warm process: its output and exit status."""
+    if fresh_ranks:
+        return finish(start([sys.executable, *arguments], OMP_NUM_THREADS=str(threads), **more))
+    with tempfile.NamedTemporaryFile() as output:
+        streams = [output.name] * 2
+        process = warm_server.fork(warm_server.become, arguments, str(ROOT), environment(**more), streams, threads)
+        try:
+            status = _first_failure([process], time.monotonic() + TIME_LIMIT_S, abruptly=True)
+        finally:
+            process.kill()
+            process.join()
+        shown = Path(output.name).read_text(encoding="utf-8", errors="replace")
+    assert status is not None, f"no end after {TIME_LIMIT_S} s: {arguments}\n{shown[-4000:]}"
+    return subprocess.CompletedProcess(arguments, status, shown, "")
+
+
 class WarmRanks:
     """Ranks that run the script and arguments of `command`, started as under the launcher but without imports.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import launching
@@ -181,8 +180,7 @@ def evaluate(checkpoint: str, data: Path, folder: Path, limit: int) -> list[str]
 
 
 def _printed(run: dict, folder: Path) -> list[str]:
-    command = [sys.executable, "coconut_ds/train.py", "--run", str(launching.write_run(run, folder))]
-    done = launching.finish(launching.start(command))
+    done = launching.without_launcher(["coconut_ds/train.py", "--run", str(launching.write_run(run, folder))])
     assert done.returncode == 0, done.stdout
     return done.stdout.splitlines()
 

@@ -14,6 +14,7 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
+import launching
 import psutil
 import pytest
 import torch
@@ -160,6 +161,7 @@ def toy(gpu_check, tmp_path_factory):
         return process.exitcode
 
     with pytest.MonkeyPatch.context() as patch, (folder / "printed").open("w") as printed:
+        patch.setenv("PYTHONPATH", launching.environment()["PYTHONPATH"])
         patch.setattr(gpu_check, "_in_a_process", warm)
         patch.setattr(gpu_check, "_operators_built", lambda *arguments: nullcontext())
         patch.setattr(sys, "stdout", printed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +47,9 @@ def run_of(folder: Path, fp16: dict[str, Any], **changes: Any) -> dict[str, Any]
 def alone(run: dict[str, Any], folder: Path) -> list[str]:
     """Started without a launcher; the lines it prints."""
     arguments = f"['--run', {str(launching.write_run(run, folder))!r}]"
-    code = _FP16.replace("ARGUMENTS", arguments) + "train.sys.exit(status)"
-    done = launching.finish(launching.start([sys.executable, "-c", code], OMP_NUM_THREADS="1"))
+    script = folder / "script.py"
+    script.write_text(_FP16.replace("ARGUMENTS", arguments) + "sys.exit(status)\n")
+    done = launching.without_launcher([str(script)], threads=1)
     assert done.returncode == 0, done.stdout
     return done.stdout.splitlines()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import launching
@@ -51,8 +50,7 @@ def start(folder: Path, *words: str) -> int:
 
 def start_apart(folder: Path, *words: str) -> str:
     """In a process of its own; what it says."""
-    command = [sys.executable, "coconut_ds/train.py", "--run", str(folder / "run.yaml"), *words]
-    done = launching.finish(launching.start(command))
+    done = launching.without_launcher(["coconut_ds/train.py", "--run", str(folder / "run.yaml"), *words])
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 
