@@ -83,9 +83,10 @@ RULES = (
     # The environment is there and active.
     Rule(r"^\./launch\.sh setup", replaced=((r" && source \S+$", ""),)),
     # Data: the same, less of it.
-    Rule(r"^python preprocessing/(prosqa|prontoqa)\.py generate", appended=FEW),
+    Rule(r"^python preprocessing/(prosqa|prontoqa|hops)\.py generate", appended=FEW),
     Rule(r"^python preprocessing/prontoqa\.py convert", appended="--train 24 --valid 6"),
     Rule(r"^python preprocessing/prosqa\.py ood", appended="--count 4"),
+    Rule(r"^python preprocessing/hops\.py ood"),
     Rule(r"^python preprocessing/gsm8k\.py convert", says="0 malformed"),
     Rule(r"^python preprocessing/\w+\.py (check|stats)"),
     Rule(r"^python - <<"),
