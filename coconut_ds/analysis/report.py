@@ -31,6 +31,7 @@ def write_report(runs: Mapping[str, RunRecords], folder: Path) -> Path:
     """
     # Imported here, so that a missing matplotlib is reported in one line.
     from coconut_ds.analysis.plots.canvas import DARK, LIGHT, png
+    from coconut_ds.analysis.plots.thought_use import thought_pictures
     from coconut_ds.analysis.plots.training import pictures
 
     if len(runs) > (most := len(LIGHT.series)):
@@ -39,17 +40,19 @@ def write_report(runs: Mapping[str, RunRecords], folder: Path) -> Path:
             "of runs with python -m coconut_ds compare"
         )
     page = folder / REPORT_PAGE
-    shown = []
+    shown: dict[str, list[PagePicture]] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for picture in pictures(runs):
-            file = folder / f"{picture.name}.png"
-            light, dark = (png(picture.draw(theme)) if picture.draw else None for theme in (LIGHT, DARK))
-            shown.append(PagePicture(picture.title, picture.caption, light, dark))
-            if light is None:
-                file.unlink(missing_ok=True)
-            else:
-                file.write_bytes(light)
+        for section, drawn in (("thoughts", thought_pictures(runs)), ("curves", pictures(runs))):
+            shown[section] = []
+            for picture in drawn:
+                file = folder / f"{picture.name}.png"
+                light, dark = (png(picture.draw(theme)) if picture.draw else None for theme in (LIGHT, DARK))
+                shown[section].append(PagePicture(picture.title, picture.caption, light, dark))
+                if light is None:
+                    file.unlink(missing_ok=True)
+                else:
+                    file.write_bytes(light)
         colours = [RunColour(LIGHT.look(index)[0], DARK.look(index)[0]) for index in range(len(runs))]
         made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
         page.write_text(render(runs, colours, shown, made), encoding="utf-8")

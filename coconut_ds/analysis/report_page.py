@@ -41,9 +41,15 @@ class RunColour:
 
 
 def render(
-    runs: Mapping[str, RunRecords], colours: Sequence[RunColour], pictures: Sequence[PagePicture], made: str
+    runs: Mapping[str, RunRecords],
+    colours: Sequence[RunColour],
+    pictures: Mapping[str, Sequence[PagePicture]],
+    made: str,
 ) -> str:
-    """The page of `runs`, by the names they are shown with; `made` is the time of creation, for the footer."""
+    """The page of `runs`, by the names they are shown with; `made` is the time of creation, for the footer.
+
+    `pictures` are those of the sections `thoughts`, which is left out without any, and `curves`.
+    """
     environment = Environment(
         loader=PackageLoader("coconut_ds", "analysis/report_template"),
         autoescape=True,

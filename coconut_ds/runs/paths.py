@@ -44,6 +44,7 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.wandb_id = path / "wandb_run_id.txt"
         self.report = path / "report"  # of this run alone
+        self.thought_use = path / "thoughts.json"  # what `inspect --by-stage` finds
         self.predictions = path / "predictions"
         self.checkpoints = path / "checkpoints"
         self.latest = self.checkpoints / "latest"  # a line with the name of the newest checkpoint

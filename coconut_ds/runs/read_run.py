@@ -20,6 +20,7 @@ from coconut_ds.errors import InputError
 from coconut_ds.runs.metrics import EpochEvaluation, Metrics, read_metrics
 from coconut_ds.runs.paths import RunFolder, epoch_of
 from coconut_ds.runs.predictions import Prediction, last_epoch, read_predictions
+from coconut_ds.runs.thought_use import ThoughtUse, read_thought_use
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class RunRecords:
     metrics: Metrics
     predictions: dict[str, tuple[Prediction, ...]]
     """The last epoch's first, then those of other sets, by the name of their file."""
+    thought_use: ThoughtUse | None
+    """None before `inspect --by-stage`."""
     n_parameters: int | None
     """Of its checkpoints; None before the first one."""
     problems: tuple[str, ...]
@@ -90,6 +93,7 @@ def read_run(folder: Path) -> RunRecords:
         _read_environment(files.environment, problems),
         metrics,
         _read_predictions(files, metrics, problems),
+        _read_thought_use(files.thought_use, problems),
         _count_parameters(files),
         tuple(problems),
     )
@@ -117,6 +121,14 @@ def _read_predictions(folder: RunFolder, metrics: Metrics, problems: list[str]) 
         except InputError as error:
             problems.append(str(error))
     return found
+
+
+def _read_thought_use(path: Path, problems: list[str]) -> ThoughtUse | None:
+    try:
+        return read_thought_use(path) if path.exists() else None
+    except InputError as error:
+        problems.append(str(error))
+    return None
 
 
 def _read_environment(path: Path, problems: list[str]) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from coconut_ds import Coconut, LatentContext
 from coconut_ds.analysis.inspection.averages import average_readings
 from coconut_ds.analysis.inspection.continuations import Continuation, exclusive_probabilities, token_log_probs
-from coconut_ds.analysis.inspection.next_steps import among_nodes, masses, next_steps
-from coconut_ds.analysis.inspection.prosqa_graph import ProsqaGraph, graph_of
+from coconut_ds.analysis.inspection.graphs import graph_of
+from coconut_ds.analysis.inspection.next_steps import among_nodes, next_steps
+from coconut_ds.analysis.inspection.prosqa_graph import ProsqaGraph
 from coconut_ds.analysis.inspection.readings import read
 from coconut_ds.analysis.inspection.tables import question_tables
 from coconut_ds.data.batches import Tokens
@@ -284,13 +285,13 @@ def test_options_stand_in_either_order():
 
 def test_masses_are_sums_over_sets_of_nodes():
     graph = ProsqaGraph.model_validate(SYMBOLIC)
-    found = masses(graph, [0.1, 0.2, 0.05, 0.25, 0.08, 0.02], 1)
-    assert found.reachable == pytest.approx(0.6)
-    assert found.frontier == pytest.approx(0.25)  # n2 and n12
-    assert found.leading == pytest.approx(0.2)  # n2 alone goes on to n0
-    assert (found.target, found.distractor) == (0.25, 0.02)
-    assert found.unreachable == pytest.approx(0.1)
-    assert found.no_node == pytest.approx(0.3)
+    found = graph.masses([0.1, 0.2, 0.05, 0.25, 0.08, 0.02], 1)
+    assert found["reachable"] == pytest.approx(0.6)
+    assert found["frontier"] == pytest.approx(0.25)  # n2 and n12
+    assert found["leading"] == pytest.approx(0.2)  # n2 alone goes on to n0
+    assert (found["target"], found["distractor"]) == (0.25, 0.02)
+    assert found["unreachable"] == pytest.approx(0.1)
+    assert found["no_node"] == pytest.approx(0.3)
     assert among_nodes([0.1, 0.3]) == pytest.approx([0.25, 0.75])
 
 

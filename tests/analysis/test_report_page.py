@@ -24,7 +24,7 @@ def page_of(*folders) -> str:
     """The page of run folders, without the pictures, which take the time."""
     runs = named([read_run(folder) for folder in folders])
     colours = [report_page.RunColour("#000000", "#ffffff")] * len(runs)
-    return report_page.render(runs, colours, [], made="today")
+    return report_page.render(runs, colours, {"thoughts": [], "curves": []}, made="today")
 
 
 def full_page(tmp_path, folder) -> str:

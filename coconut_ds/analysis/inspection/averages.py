@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from coconut_ds.analysis.inspection.next_steps import NextStep, among_nodes, masses
-from coconut_ds.analysis.inspection.prosqa_graph import ProsqaGraph
+from coconut_ds.analysis.inspection.graphs import QuestionGraph
+from coconut_ds.analysis.inspection.next_steps import NextStep, among_nodes
 from coconut_ds.analysis.inspection.readings import QuestionReading, ThoughtReading
 from coconut_ds.analysis.intervals import bootstrap, percentile_interval
 
@@ -64,19 +64,19 @@ def _share(reading: ThoughtReading, back: int) -> float:
     return reading.window[back][1] if back < len(reading.window) else 0.0
 
 
-def average_next_steps(graphs: Sequence[ProsqaGraph], steps: Sequence[Sequence[NextStep]]) -> list[dict[str, Any]]:
+def average_next_steps(graphs: Sequence[QuestionGraph], steps: Sequence[Sequence[NextStep]]) -> list[dict[str, Any]]:
     """For each k the averages of the masses in `describe`."""
     most = max(len(each) for each in steps)
     return [_after(graphs, steps, place) for place in range(most)]
 
 
-def _after(graphs: Sequence[ProsqaGraph], steps: Sequence[Sequence[NextStep]], place: int) -> dict[str, Any]:
+def _after(graphs: Sequence[QuestionGraph], steps: Sequence[Sequence[NextStep]], place: int) -> dict[str, Any]:
     these = [(graph, each[place]) for graph, each in zip(graphs, steps) if place < len(each)]
     described = [describe(graph, step) for graph, step in these]
-    parts = ("step_masses", "step_among_nodes_masses", "answer_masses", "node_shares")
-    quantities = {
-        f"{part}.{name}": [each[part][name] for each in described] for part in parts for name in described[0][part]
-    }
+    parts = [part for part, value in described[0].items() if isinstance(value, dict)]
+    # Walks of different lengths share the masses of the shortest.
+    names = [name for name in described[0][parts[0]] if all(name in each[parts[0]] for each in described)]
+    quantities = {f"{part}.{name}": [each[part][name] for each in described] for part in parts for name in names}
     found = averages(quantities)
     by_part: dict[str, dict[str, Average]] = {part: {} for part in parts}
     for key, average in found.items():
@@ -91,15 +91,16 @@ def _after(graphs: Sequence[ProsqaGraph], steps: Sequence[Sequence[NextStep]], p
     }
 
 
-def describe(graph: ProsqaGraph, step: NextStep) -> dict[str, Any]:
+def describe(graph: QuestionGraph, step: NextStep) -> dict[str, Any]:
     """The distributions of one question after k thoughts, with their masses.
 
     `node_shares` are the masses of a uniform distribution over the nodes: of a model that ignores the graph.
     """
     return {
         **asdict(step),
-        "step_masses": asdict(masses(graph, step.step, step.n_replaced)),
-        "step_among_nodes_masses": asdict(masses(graph, among_nodes(step.step), step.n_replaced)),
-        "answer_masses": asdict(masses(graph, step.answer, step.n_replaced)),
-        "node_shares": asdict(masses(graph, among_nodes([1.0] * len(graph.idx_to_symbol)), step.n_replaced)),
+        "step_masses": graph.masses(step.step, step.n_replaced),
+        "step_among_nodes_masses": graph.masses(among_nodes(step.step), step.n_replaced),
+        "answer_masses": graph.masses(step.answer, step.n_replaced),
+        "answer_among_nodes_masses": graph.masses(among_nodes(step.answer), step.n_replaced),
+        "node_shares": graph.masses(among_nodes([1.0] * len(graph.idx_to_symbol)), step.n_replaced),
     }

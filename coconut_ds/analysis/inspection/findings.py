@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from coconut_ds.analysis.inspection.averages import average_next_steps, average_readings, describe
+from coconut_ds.analysis.inspection.graphs import QuestionGraph, graph_of
 from coconut_ds.analysis.inspection.interventions import intervene
 from coconut_ds.analysis.inspection.next_steps import NextStep, next_steps
-from coconut_ds.analysis.inspection.prosqa_graph import ProsqaGraph, graph_of
 from coconut_ds.analysis.inspection.readings import QuestionReading, read
 from coconut_ds.errors import InputError
 from coconut_ds.inference.replies import Question, Reply
@@ -50,20 +50,18 @@ class Inspection:
     def of_question(self) -> dict[str, Any]:
         """The findings for the first question."""
         graphs, why_no_graph = self._graphs()
-        readings, _, _ = self._answer()
+        readings, _, _ = self.answer()
         steps = self._next_steps(graphs)
         found = {**self._head(why_no_graph), **asdict(readings[0])}
         if graphs:
-            graph = graphs[0]
-            shown = graph.model_dump(exclude={"question"})
-            found["graph"] = {**shown, "distances": graph.distances}
-            found["next_steps"] = [describe(graph, each) for each in steps[0]]
+            found["graph"] = graphs[0].shown()
+            found["next_steps"] = [describe(graphs[0], each) for each in steps[0]]
         return found
 
     def of_file(self, seed: int | None = None) -> dict[str, Any]:
         """Averages over all questions; with interventions if there is a `seed`, which pairs questions."""
         graphs, why_no_graph = self._graphs()
-        readings, replies, fed = self._answer()
+        readings, replies, fed = self.answer()
         steps = self._next_steps(graphs)
         found = {**self._head(why_no_graph), **average_readings(readings)}
         if graphs:
@@ -81,7 +79,7 @@ class Inspection:
         for start in progress(starts, len(starts), title):
             yield slice(start, start + self.batch_size)
 
-    def _graphs(self) -> tuple[list[ProsqaGraph], str | None]:
+    def _graphs(self) -> tuple[list[QuestionGraph], str | None]:
         """The graphs of all questions; none, with the first reason, if a question has none."""
         found = [(index, graph_of(record)) for index, record in self.records]
         graphs = [graph for _, graph in found if not isinstance(graph, str)]
@@ -91,7 +89,7 @@ class Inspection:
         count = f" ({len(found) - len(graphs)} of {len(found)} records have none)" if graphs else ""
         return [], f"{first}{count}"
 
-    def _answer(self) -> tuple[list[QuestionReading], list[Reply], list[torch.Tensor]]:
+    def answer(self) -> tuple[list[QuestionReading], list[Reply], list[torch.Tensor]]:
         """For each question the readings, the reply, and the vectors fed for its thoughts, (thoughts, D)."""
         readings: list[QuestionReading] = []
         replies: list[Reply] = []
@@ -104,7 +102,7 @@ class Inspection:
             fed += [row[:count] for row, count in zip(thoughts.fed, thoughts.counts.tolist())]
         return readings, replies, fed
 
-    def _next_steps(self, graphs: Sequence[ProsqaGraph]) -> list[list[NextStep]]:
+    def _next_steps(self, graphs: Sequence[QuestionGraph]) -> list[list[NextStep]]:
         counts = [self.trained.thoughts_of(each) for each in self.questions]
         found: list[list[NextStep]] = []
         for batch in self._batches(len(graphs), "next steps"):

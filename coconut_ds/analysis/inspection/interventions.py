@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from coconut_ds.analysis.intervals import bootstrap, percentile_interval
-from coconut_ds.inference.replies import Reply
+from coconut_ds.inference.replies import Question, Reply
 from coconut_ds.inference.trained_model import TrainedModel
 from coconut_ds.model.passes import Intervention
 from coconut_ds.runs.terminal import progress
@@ -102,15 +102,27 @@ def intervene(
     cases = [(by, place) for by in KINDS for place in places if by == "zero" or len(having[place]) > 1]
     outcomes = []
     for by, place in progress(cases, len(cases), "interventions"):
-        instead = replacements(by, thoughts, seed)
-        after: list[Reply] = []
-        for start in range(0, len(having[place]), rows):
-            batch = having[place][start : start + rows]
-            questions = [replies[row].question for row in batch]
-            intervention = replacing(instead[batch], place)
-            after += trained.ask(questions, new_tokens, intervene=intervention).replies
-        outcomes.append(outcome(by, place, [replies[row] for row in having[place]], after))
+        before = [replies[row] for row in having[place]]
+        instead = replacements(by, thoughts, seed)[having[place]]
+        after = ask_again(trained, [each.question for each in before], instead, place, new_tokens, rows)
+        outcomes.append(outcome(by, place, before, after))
     return outcomes
+
+
+def ask_again(
+    trained: TrainedModel,
+    questions: Sequence[Question],
+    instead: torch.Tensor,
+    place: int | None,
+    new_tokens: int,
+    rows: int,
+) -> list[Reply]:
+    """Replies with `instead` (N, K, D) fed for the thought `place` of each question, from 0, or for all (None)."""
+    found: list[Reply] = []
+    for start in range(0, len(questions), rows):
+        batch = slice(start, start + rows)
+        found += trained.ask(questions[batch], new_tokens, intervene=replacing(instead[batch], place)).replies
+    return found
 
 
 def outcome(by: str, place: int | None, before: Sequence[Reply], after: Sequence[Reply]) -> Outcome:

@@ -1,4 +1,4 @@
-"""The node of a ProsQA graph that the model would continue from after 0..k thoughts (arXiv 2412.06769, section 5).
+"""The node of a question's graph that the model would continue from after 0..k thoughts (arXiv 2412.06769, section 5).
 
 The model is stopped after k thoughts and `<|end-latent|>`, and its distribution of the following text is read:
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from coconut_ds.analysis.inspection.continuations import Continuation, exclusive_probabilities, token_log_probs
-from coconut_ds.analysis.inspection.prosqa_graph import ProsqaGraph
+from coconut_ds.analysis.inspection.graphs import QuestionGraph
 from coconut_ds.errors import InputError
 from coconut_ds.inference.trained_model import TrainedModel
 from coconut_ds.model.backbone import n_positions
@@ -40,40 +40,6 @@ class NextStep:
     answer: list[float]
 
 
-@dataclass(frozen=True)
-class Masses:
-    """Probability of sets of nodes; `reachable`, `unreachable` and `no_node` sum to 1."""
-
-    reachable: float
-    """From the root, which is included."""
-    frontier: float
-    """At distance k exactly."""
-    leading: float
-    """At distance k, and with a path to the target."""
-    target: float
-    distractor: float
-    """`neg_target`, the wrong option of the question."""
-    unreachable: float
-    no_node: float
-
-
-def masses(graph: ProsqaGraph, probabilities: Sequence[float], distance: int) -> Masses:
-    """The masses of a distribution over the nodes; `distance` is k."""
-    reached = graph.distances
-    reachable = sum(probabilities[node] for node in reached)
-    nodes = sum(probabilities)
-    frontier = [node for node, edges in reached.items() if edges == distance]
-    return Masses(
-        reachable=reachable,
-        frontier=sum(probabilities[node] for node in frontier),
-        leading=sum(probabilities[node] for node in frontier if node in graph.leads_to_target),
-        target=probabilities[graph.target],
-        distractor=probabilities[graph.neg_target],
-        unreachable=nodes - reachable,
-        no_node=1 - nodes,
-    )
-
-
 def among_nodes(probabilities: Sequence[float]) -> list[float]:
     """The distribution given that there is a node: the model is forced to begin a step, or to answer."""
     total = sum(probabilities)
@@ -81,7 +47,7 @@ def among_nodes(probabilities: Sequence[float]) -> list[float]:
 
 
 def next_steps(
-    trained: TrainedModel, graphs: Sequence[ProsqaGraph], n_thoughts: Sequence[int], batch_size: int
+    trained: TrainedModel, graphs: Sequence[QuestionGraph], n_thoughts: Sequence[int], batch_size: int
 ) -> list[list[NextStep]]:
     """For each graph the distributions after 0, c_thought, 2 c_thought .. `n_thoughts` thoughts.
 
@@ -135,7 +101,7 @@ class _Texts:
     """Tokens of an answer before the name, without `<|end-latent|>`."""
 
     @classmethod
-    def of(cls, graph: ProsqaGraph, trained: TrainedModel) -> _Texts:
+    def of(cls, graph: QuestionGraph, trained: TrainedModel) -> _Texts:
         tokenizer, end_latent = trained.tokenizer, trained.tokens.end_latent
         assert end_latent is not None  # of every method with thoughts
 

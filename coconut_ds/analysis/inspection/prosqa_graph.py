@@ -79,6 +79,29 @@ class ProsqaGraph(BaseModel):
         opening = f"### {self.idx_to_symbol[self.root]} is a" if self.form == "text" else "###"
         return opening, [(node, f"{opening} {name}") for node, name in enumerate(self.idx_to_symbol)]
 
+    def masses(self, probabilities: Sequence[float], distance: int) -> dict[str, float]:
+        """Probability of sets of nodes after `distance` steps; `reachable`, `unreachable` and `no_node` sum to 1.
+
+        The root is reachable; `frontier` is at that distance exactly, `leading` with a path to the target as well;
+        `distractor` is `neg_target`, the wrong option of the question.
+        """
+        reachable = sum(probabilities[node] for node in self.distances)
+        nodes = sum(probabilities)
+        frontier = [node for node, edges in self.distances.items() if edges == distance]
+        return {
+            "reachable": reachable,
+            "frontier": sum(probabilities[node] for node in frontier),
+            "leading": sum(probabilities[node] for node in frontier if node in self.leads_to_target),
+            "target": probabilities[self.target],
+            "distractor": probabilities[self.neg_target],
+            "unreachable": nodes - reachable,
+            "no_node": 1 - nodes,
+        }
+
+    def shown(self) -> dict[str, Any]:
+        """The graph as it is written and drawn."""
+        return {**self.model_dump(exclude={"question"}), "distances": self.distances}
+
     def difference_to_question(self) -> str | None:
         """Why the question is about another graph; None if it states these edges, this root and these options."""
         name = self.idx_to_symbol
@@ -133,7 +156,7 @@ def distances(starts: Sequence[int], edges: Collection[Sequence[int]]) -> dict[i
     return found
 
 
-def graph_of(record: Mapping[str, Any]) -> ProsqaGraph | str:
+def prosqa_graph_of(record: Mapping[str, Any]) -> ProsqaGraph | str:
     """The graph of a record, or why it has none: missing or wrong keys, or a question about another graph."""
     try:
         graph = ProsqaGraph.model_validate(record)

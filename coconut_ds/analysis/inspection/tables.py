@@ -7,6 +7,7 @@ from typing import Any
 
 from coconut_ds.analysis.text_tables import Rows, aligned
 from coconut_ds.runs.predictions import cut_warning
+from coconut_ds.runs.thought_use import Share, ThoughtUse
 
 _MASSES = {
     "reachable": "reachable",
@@ -17,6 +18,8 @@ _MASSES = {
     "unreachable": "unreachable",
     "no_node": "no node",
 }
+_OF_ANSWERS = ("target", "distractor", "no_node")
+"""Of ProsQA, whose answers are one of two."""
 _ABOUT_STEP = "Next step after k steps' worth of thoughts: probability that it starts from"
 _ABOUT_AMONG_NODES = "The same, given that it starts from some node; below each k the share of nodes of that kind"
 _ABOUT_ANSWER = "Answer after k steps' worth of thoughts, begun for the model: probability that it names"
@@ -102,11 +105,13 @@ def _thought_rows(thoughts: Sequence[dict[str, Any]]) -> Rows:
 def _next_step_tables(found: dict[str, Any], cell: Callable[[Any], str], consequence: str = "") -> list[str]:
     if found["why_no_graph"]:
         return [f"No next steps, because there is no graph: {found['why_no_graph']}{consequence}."]
-    steps, nodes = found["next_steps"], list(_MASSES)[:-1]
+    steps = found["next_steps"]
+    every = list(steps[0]["step_masses"])
+    of_answers = [name for name in _OF_ANSWERS if "target" in every] or every
     return [
-        f"{_ABOUT_STEP}\n{_mass_table(steps, 'step_masses', list(_MASSES), cell)}",
-        f"{_ABOUT_AMONG_NODES}\n{_mass_table(steps, 'step_among_nodes_masses', nodes, cell, with_chance=True)}",
-        f"{_ABOUT_ANSWER}\n{_mass_table(steps, 'answer_masses', ['target', 'distractor', 'no_node'], cell)}",
+        f"{_ABOUT_STEP}\n{_mass_table(steps, 'step_masses', every, cell)}",
+        f"{_ABOUT_AMONG_NODES}\n{_mass_table(steps, 'step_among_nodes_masses', every[:-1], cell, with_chance=True)}",
+        f"{_ABOUT_ANSWER}\n{_mass_table(steps, 'answer_masses', of_answers, cell)}",
     ]
 
 
@@ -118,7 +123,7 @@ def _mass_table(
     with_chance: bool = False,
 ) -> str:
     averaged = "n_questions" in steps[0]
-    rows = [["k", *["questions"] * averaged, *(_MASSES[name] for name in names)]]
+    rows = [["k", *["questions"] * averaged, *(_mass_name(name) for name in names)]]
     for after in steps:
         counts = [str(after["n_questions"])] if averaged else []
         rows.append([str(after["n_replaced"]), *counts, *(cell(after[key][name]) for name in names)])
@@ -126,6 +131,11 @@ def _mass_table(
             shares = (_mean(after["node_shares"][name]) for name in names)
             rows.append(["  of the nodes", *[""] * averaged, *shares])
     return aligned(rows)
+
+
+def _mass_name(name: str) -> str:
+    """Of ProsQA's sets of nodes, or `after_2`, the node of a walk after two edges."""
+    return _MASSES.get(name, f"node {name.replace('_', ' ')}")
 
 
 def _mean(value: Any) -> str:
@@ -151,6 +161,19 @@ def _intervention_table(outcomes: Sequence[dict[str, Any]]) -> str:
         "answers right before and wrong after (lost), wrong before and right after (gained), other than before\n"
         + aligned(rows)
     )
+
+
+def stage_table(found: ThoughtUse) -> str:
+    """Accuracy by number of thoughts with own thoughts and exchanged ones, and the last row in one sentence."""
+    rows = [["thoughts", "after epoch", "own thoughts", "95% interval", "another question's", "95% interval"]]
+    for each in found.stages:
+        shares = (_interval(share) if share else ["", ""] for share in (each.own, each.exchanged))
+        rows.append([str(each.n_thoughts), str(each.epoch), *(cell for cells in shares for cell in cells)])
+    return f"{aligned(rows)}\n\n{found.sentence}"
+
+
+def _interval(share: Share) -> list[str]:
+    return [f"{share.share:.1%}", f"{100 * share.low:.1f} to {100 * share.high:.1f}"]
 
 
 _INSTEAD = {"zero": "zero", "mean": "mean thought", "other": "another question's"}

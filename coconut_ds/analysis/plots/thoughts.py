@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from coconut_ds.analysis.inspection.prosqa_graph import distances
-from coconut_ds.analysis.plots.canvas import LIGHT, new_figure
+from coconut_ds.analysis.plots.canvas import LIGHT, Theme, new_figure
+from coconut_ds.analysis.plots.walks import draw_walk, draw_walk_heat
 
 _DPI = 150
 _COLUMNS = 4
@@ -24,10 +25,18 @@ _WEIGHTS = LinearSegmentedColormap.from_list("weights", ["#ffffff", LIGHT.series
 Place = tuple[float, float]
 
 
+def draw_question(found: dict[str, Any], theme: Theme = LIGHT) -> Figure:
+    """The graph of a question once for every k; one with a walk in the colours of `theme`, others in those of LIGHT.
+
+    `found` is what `Inspection.of_question` returns for a question with a graph.
+    """
+    return draw_walk(found, theme) if "walk" in found["graph"] else draw_graphs(found)
+
+
 def draw_graphs(found: dict[str, Any]) -> Figure:
     """The graph of a question once for every k, nodes coloured by the share of the next step's mass on nodes.
 
-    `found` is what `Inspection.of_question` returns for a question with a graph.
+    `found` is of a ProsQA question.
     """
     graph, steps = found["graph"], found["next_steps"]
     places = layered(graph)
@@ -128,8 +137,9 @@ def _thoughts(count: int) -> str:
 def draw_averages(found: dict[str, Any]) -> Figure:
     """Averages over a file with their intervals: norms and entropies by thought, masses by k, interventions."""
     parts = [_draw_norms, _draw_entropies, _draw_windows]
-    if found.get("next_steps"):
-        parts += [_draw_step_masses, _draw_answer_masses]
+    if steps := found.get("next_steps"):
+        is_walk = "after_0" in steps[0]["step_masses"]
+        parts += [_draw_walk] if is_walk else [_draw_step_masses, _draw_answer_masses]
     if found.get("interventions"):
         parts.append(_draw_interventions)
     columns = 3
@@ -246,6 +256,11 @@ def _draw_answer_masses(axes: Axes, found: dict[str, Any]) -> None:
     axes.set_title("Answer, made to give one")
     axes.set_ylabel("probability (%)")
     _legend(axes)
+
+
+def _draw_walk(axes: Axes, found: dict[str, Any]) -> None:
+    draw_walk_heat(axes, found)
+    axes.set_title("Where it is, made to go on or to answer")
 
 
 def _k_places(axes: Axes, found: dict[str, Any]) -> list[int]:

@@ -1,0 +1,82 @@
+"""Do the answers of a run depend on its thoughts? Accuracy by stage, with own thoughts and with another question's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from coconut_ds.analysis.inspection.findings import Inspection, Records
+from coconut_ds.analysis.inspection.interventions import ask_again, replacements, stacked
+from coconut_ds.analysis.intervals import wilson
+from coconut_ds.data.stages import Curriculum
+from coconut_ds.errors import InputError
+from coconut_ds.inference.replies import Question, Reply
+from coconut_ds.inference.trained_model import TrainedModel
+from coconut_ds.runs.paths import RunFolder
+from coconut_ds.runs.read_run import RunRecords
+from coconut_ds.runs.thought_use import Share, StageUse, ThoughtUse
+
+
+def thought_use(run: RunRecords, data: str, records: Records, batch_size: int, seed: int) -> ThoughtUse:
+    """The last checkpoint of every number of thoughts on `records`; the last of them all in full.
+
+    `seed` pairs questions. Raises InputError for a run without thoughts or without a checkpoint that has some.
+    """
+    checkpoints = _last_checkpoints(run, records)
+    if not checkpoints or max(checkpoints) == 0:
+        raise InputError(
+            f"{run.folder} has no checkpoint with thoughts: {run.config.method}, {run.epochs_done} epochs trained; "
+            "name a run of coconut that has come to its second stage"
+        )
+    stages = []
+    for n_thoughts, epoch in sorted(checkpoints.items()):
+        trained = TrainedModel.load(str(RunFolder(run.folder).checkpoint(epoch)))
+        if n_thoughts:
+            inspection = Inspection.of(trained, records, batch_size=batch_size)
+            own, exchanged = _exchange(inspection, seed)
+        else:
+            own, exchanged = _share(_answers(trained, records, batch_size)), None
+        stages.append(StageUse(n_thoughts=n_thoughts, epoch=epoch, own=own, exchanged=exchanged))
+    return ThoughtUse(
+        data=data,
+        n_questions=len(records),
+        stages=stages,
+        question=inspection.of_question(),
+        file=inspection.of_file(),
+    )
+
+
+def _last_checkpoints(run: RunRecords, records: Records) -> dict[int, int]:
+    """For every number of thoughts the last epoch that was evaluated with it and whose checkpoint is kept."""
+    if run.config.traits.thoughts != "continuous":
+        return {}
+    curriculum = Curriculum.of(run.config)
+    n_steps = max(len(record["steps"]) for _, record in records)
+    kept = {path.name for path in RunFolder(run.folder).found_checkpoints()}
+    return {
+        curriculum.prompt_thoughts(each.stage, n_steps): each.epoch
+        for each in run.metrics.evaluations
+        if RunFolder(run.folder).checkpoint(each.epoch).name in kept
+    }
+
+
+def _exchange(inspection: Inspection, seed: int) -> tuple[Share, Share]:
+    """Accuracy with own thoughts, and with all of them replaced by those of another question."""
+    _, replies, fed = inspection.answer()
+    instead = replacements("other", stacked(fed), seed)
+    questions = [each.question for each in replies]
+    after = ask_again(inspection.trained, questions, instead, None, inspection.new_tokens, inspection.batch_size)
+    return _share(replies), _share(after)
+
+
+def _answers(trained: TrainedModel, records: Records, batch_size: int) -> list[Reply]:
+    questions = [Question.of(record, index) for index, record in records]
+    new_tokens, found = trained.room(questions), []
+    for start in range(0, len(questions), batch_size):
+        found += trained.ask(questions[start : start + batch_size], new_tokens).replies
+    return found
+
+
+def _share(replies: Sequence[Reply]) -> Share:
+    n_correct = sum(each.correct for each in replies)
+    low, high = wilson(n_correct, len(replies))
+    return Share(share=n_correct / len(replies), low=low, high=high)
