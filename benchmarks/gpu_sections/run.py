@@ -31,7 +31,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def _command(options: argparse.Namespace) -> list[str]:
-    """The demo's run, shorter; a toy's smaller still."""
+    """The small ProsQA run, shorter; a toy's smaller still."""
     sets = {"train": 64 if options.toy else 6400, "valid": 8 if options.toy else 64}
     for name, count in sets.items():
         questions = workload.prosqa.generate(count, name, n_nodes=7, min_steps=2, max_steps=2, form="edges")
@@ -41,7 +41,7 @@ def _command(options: argparse.Namespace) -> list[str]:
     if options.toy:
         values |= {"batch_size_training": 2, "train_batch_size": 2, "model.n_embd": 16, "model.n_head": 2}
     overrides = [f"{key}={value}" for key, value in values.items()]
-    return [sys.executable, _TRAINER, "--run", str(ROOT / "run_configs" / "demo.yaml"), *overrides]
+    return [sys.executable, _TRAINER, "--run", str(ROOT / "run_configs" / "demo_prosqa.yaml"), *overrides]
 
 
 def _data(options: argparse.Namespace, name: str) -> Path:

@@ -321,7 +321,7 @@ def test_a_signal_reaches_the_run_under_way_and_no_other_starts(monkeypatch, cap
 def test_the_demo_is_refused_outside_of_a_checkout(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(demo, "_CHECKOUT", tmp_path)
     assert demo.main([]) == 2
-    said = "preprocessing/prosqa.py, which the installed package does not have; start it in a checkout of coconut_ds"
+    said = "preprocessing/hops.py, which the installed package does not have; start it in a checkout of coconut_ds"
     assert said in capsys.readouterr().err
 
 
@@ -334,13 +334,34 @@ def test_the_demo_makes_its_data_once_and_has_two_ranks_at_most(monkeypatch, tmp
     monkeypatch.setattr(demo, "_make_data", lambda generator: made.append(generator) or 0)
     assert demo.main(["--control", "seed=1"]) == 5
     (words,) = started
-    assert made == [launching.ROOT / "preprocessing" / "prosqa.py"]
+    assert made == [launching.ROOT / "preprocessing" / "hops.py"]
     run = ["--run", str(launching.ROOT / "run_configs" / "demo.yaml")]
-    control = ["name=demo_control", "method=no_cot", "latent_context=null", "seed=1"]
+    control = ["name=demo_no_cot", "method=no_cot", "latent_context=null", "seed=1"]
     assert words[words.index("--run") :] == [*run, *control]
     assert words[:3] == ["deepspeed", "--num_gpus", "2"]
     (tmp_path / "data" / "demo").mkdir(parents=True)
-    (tmp_path / "data" / "demo" / "prosqa_train.json").touch()
+    (tmp_path / "data" / "demo" / "hops_train.json").touch()
     assert demo.main([]) == 5
     assert len(made) == 1
     assert started[1][-1] == "name=demo"
+
+
+def test_the_controls_of_the_demo_are_two_runs_with_a_report_each(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    started: list[list[str]] = []
+    reported: list[str] = []
+    monkeypatch.setattr(demo.Launcher, "run", lambda self, words: started.append(list(words)) or 0)
+    monkeypatch.setattr(demo, "_make_data", lambda generator: 0)
+    monkeypatch.setattr(demo.report, "main", lambda arguments: reported.extend(arguments) or 0)
+    assert demo.main(["--control"]) == 0
+    assert [words[-3:-1] for words in started] == [
+        ["name=demo_no_cot", "method=no_cot"],
+        ["name=demo_pause_as_thought", "method=pause_as_thought"],
+    ]
+    assert reported == ["runs/demo_no_cot", "runs/demo_pause_as_thought"]
+
+
+def test_one_name_for_both_controls_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert demo.main(["--control", "name=mine"]) == 2
+    assert "name=mine: --control names its two runs itself" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import hardware
+import hops
 import launching
 import prontoqa_generator
 import prosqa
@@ -99,6 +100,7 @@ RULES = (
     Rule(r"^python -m coconut_ds\.report", says="report.html"),
     Rule(r"^python -m coconut_ds\.ask runs/demo/", replaced=(FOURTH_EPOCH,)),
     Rule(r"^python -m coconut_ds\.inspect_latents runs/demo\w*/", replaced=(FOURTH_EPOCH,)),
+    Rule(r"^python -m coconut_ds inspect runs/demo --by-stage", says="exchanged with another question's"),
     Rule(r"^\./launch\.sh sweep run_configs/demo_comparison\.txt"),
     Rule(r"run_configs/sums\.yaml .*model_id=openai", appended=f"{ONE_EPOCH} model_id={GPT2}"),
     Rule(r"^\./launch\.sh run_configs/sums\.yaml", appended=ONE_EPOCH),
@@ -168,7 +170,8 @@ def shell(tmp_path_factory) -> Iterator[Shell]:
     write_official_prontoqa(tree)
     write_prosqa(tree / "data" / "prosqa")
     # Where the demo finds its data it makes none, 19,200 questions of it.
-    write_prosqa(tree / "data" / "demo", n_nodes=7, min_steps=2, max_steps=2, form="edges")
+    write_hops(tree / "data" / "demo")
+    write_prosqa(tree / "data" / "demo_prosqa", n_nodes=7, min_steps=2, max_steps=2, form="edges")
     shorten_sweep(tree / "run_configs" / "demo_comparison.txt")
     write_gpt2(tree / GPT2)
     for page in PAGES:
@@ -205,6 +208,13 @@ def write_prosqa(folder: Path, **shape: Any) -> None:
     for split, count in (("train", 24), ("valid", 6), ("test", 6)):
         records = list(prosqa.generate(count, split, **shape))
         (folder / f"prosqa_{split}.json").write_text(json.dumps(records), encoding="utf-8")
+
+
+def write_hops(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for split, count in (("train", 24), ("valid", 6), ("test", 6)):
+        records = list(hops.generate(count, split, hops.Shape()))
+        (folder / f"hops_{split}.json").write_text(json.dumps(records), encoding="utf-8")
 
 
 def shorten_sweep(path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 
+import hops
 import launching
 import pytest
-import tiny
 
 BLOCK = [
     r"transcript",
@@ -27,14 +28,20 @@ EVALUATIONS = [
     for epoch in range(1, 5)
 ]
 BEST = r"accuracy \d+\.\d% \(\d+/16\) after epoch \d, stage \d"
+LAST = rf"  last      {BEST}, the best of the last stage"
 CLOSING = [
     r"stage  epochs   last accuracy   best accuracy   tokens per answer  of them thoughts   cut",
     *(rf" +{stage}  +{stage + 1}-{stage + 1} +\d+\.\d% +\d+\.\d% +\d+\.\d +\d\.\d +\d+" for stage in range(4)),
     r"",
     rf"  best      {BEST}",
-    rf"  last      {BEST}, the best of the last stage",
-    r"  evaluate  \./launch\.sh eval .*/transcript/checkpoints/epoch_0004 test_path=data/demo/prosqa_test\.json",
+    LAST,
+    r"  evaluate  \./launch\.sh eval .*/transcript/checkpoints/epoch_0004 test_path=.*/hops_test\.json",
     r"  report    python -m coconut_ds\.report .*/transcript",
+    r"thoughts  after epoch  own thoughts +95% interval  another question's +95% interval",
+    *(rf"{n} +{n + 1} +\d+\.\d% +\d+\.\d to \d+\.\d( +\d+\.\d% +\d+\.\d to \d+\.\d)?" for n in range(2)),
+    r"2 +4 +\d+\.\d% +\d+\.\d to \d+\.\d +\d+\.\d% +\d+\.\d to \d+\.\d",
+    r"",
+    r"thoughts of 16 questions exchanged with another question's: accuracy \d+\.\d% -> \d+\.\d%",
     r"report: .*/transcript/report/report\.html",
 ]
 # Of a model that is trained this little answers may well not end.
@@ -45,12 +52,17 @@ BAR = re.compile(
 )
 
 
+DATA = {"train": "train", "val": "valid", "test": "test"}
+
+
 @pytest.fixture
 def command(tmp_path) -> list[str]:
-    tiny.write_symbolic(tmp_path, n_train=128, n_valid=16)
-    data = [f"train_path={tmp_path}/prosqa_train.json", f"val_path={tmp_path}/prosqa_valid.json"]
-    run = [f"save_path={tmp_path}", "name=transcript", "epochs_per_stage=1", "num_epochs=4", *data]
-    return ["./launch.sh", "demo", *run]
+    for split, count in (("train", 128), ("valid", 16), ("test", 16)):
+        records = list(hops.generate(count, split, hops.Shape()))
+        (tmp_path / f"hops_{split}.json").write_text(json.dumps(records))
+    data = [f"{key}_path={tmp_path}/hops_{split}.json" for key, split in DATA.items()]
+    run = ["name=transcript", "epochs_per_stage=1", "max_latent_stage=2", "num_epochs=4"]
+    return ["./launch.sh", "demo", f"save_path={tmp_path}", *run, *data]
 
 
 def environment() -> dict[str, str]:
@@ -60,7 +72,7 @@ def environment() -> dict[str, str]:
 def demand_nothing_else(lines: list[str]) -> None:
     expected = [*BLOCK, *EVALUATIONS, *CLOSING]
     if not any(line.startswith("  last ") for line in lines):
-        expected.remove(CLOSING[-4])
+        expected.remove(LAST)
     shown = "\n".join(lines)
     lines = [line for line in lines if not re.fullmatch(CUT, line)]
     assert len(lines) == len(expected), shown
