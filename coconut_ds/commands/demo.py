@@ -58,7 +58,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _control(method: str) -> list[str]:
-    return [f"name=demo_{method}", f"method={method}", "latent_context=null"]
+    return [f"name=demo_{method}", f"method={method}", "latent_context=null", "latent_norm=none"]
 
 
 def _make_data(generator: Path) -> int:

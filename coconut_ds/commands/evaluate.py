@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None, prog: str = f"{PROG} eval") -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     checkpoint: Path = options.checkpoint
     if not checkpoint.is_dir():
-        raise InputError(f"{checkpoint} is not a checkpoint folder; name one such as runs/demo/checkpoints/epoch_0014")
+        raise InputError(f"{checkpoint} is not a checkpoint folder; name one such as runs/demo/checkpoints/epoch_0008")
     run_file = RunFolder(checkpoint.parent.parent).run_config
     if not run_file.is_file():
         raise InputError(

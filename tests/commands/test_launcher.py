@@ -336,7 +336,7 @@ def test_the_demo_makes_its_data_once_and_has_two_ranks_at_most(monkeypatch, tmp
     (words,) = started
     assert made == [launching.ROOT / "preprocessing" / "hops.py"]
     run = ["--run", str(launching.ROOT / "run_configs" / "demo.yaml")]
-    control = ["name=demo_no_cot", "method=no_cot", "latent_context=null", "seed=1"]
+    control = ["name=demo_no_cot", "method=no_cot", "latent_context=null", "latent_norm=none", "seed=1"]
     assert words[words.index("--run") :] == [*run, *control]
     assert words[:3] == ["deepspeed", "--num_gpus", "2"]
     (tmp_path / "data" / "demo").mkdir(parents=True)
@@ -354,7 +354,7 @@ def test_the_controls_of_the_demo_are_two_runs_with_a_report_each(monkeypatch, t
     monkeypatch.setattr(demo, "_make_data", lambda generator: 0)
     monkeypatch.setattr(demo.report, "main", lambda arguments: reported.extend(arguments) or 0)
     assert demo.main(["--control"]) == 0
-    assert [words[-3:-1] for words in started] == [
+    assert [words[-4:-2] for words in started] == [
         ["name=demo_no_cot", "method=no_cot"],
         ["name=demo_pause_as_thought", "method=pause_as_thought"],
     ]
