@@ -13,27 +13,28 @@ from coconut_ds.analysis.plots.walks import walk_heat
 from coconut_ds.commands import inspect_latents, report
 from coconut_ds.runs.read_run import read_run
 
-SHAPE = hops.Shape(n_nodes=5, hops=(2,), n_symbols=10)
-COUNTS = {"test": 200, "valid": 100, "train": 6400}
+SHAPE = hops.Shape(n_nodes=6, hops=(2,), n_symbols=7)
+COUNTS = {"test": 100, "valid": 50, "train": 2560}
 
 
 def run_of(folder: Path, method: str) -> dict:
-    window = {"weights": [0.6, 0.3, 0.1]} if method == "coconut" else None
+    thoughts = {"latent_context": {"weights": [0.6, 0.3, 0.1]}, "latent_norm": "embedding"}
     return {
         "name": method,
         "save_path": str(folder),
         "method": method,
-        "latent_context": window,
-        "epochs_per_stage": 2,
+        **(thoughts if method == "coconut" else {}),
+        "c_thought": 2,
+        "epochs_per_stage": 3,
         "max_latent_stage": 2,
         "pad_latent_to_max": True,
         "uniform_prob": 0.1,
         "model_id": "scratch",
-        "model": {"architecture": "llama", "n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 48},
+        "model": {"architecture": "llama", "n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 48},
         "train_path": str(folder / "hops_train.json"),
         "val_path": str(folder / "hops_valid.json"),
         "test_path": str(folder / "hops_test.json"),
-        "num_epochs": 8,
+        "num_epochs": 12,
         "batch_size_training": 32,
         "lr": 1e-3,
         "lr_schedule": "cosine",
@@ -67,13 +68,13 @@ def test_thoughts_are_needed(folder, capsys):
     shown = capsys.readouterr().out
     use = read_run(folder / "coconut").thought_use
     assert use is not None
-    assert [each.n_thoughts for each in use.stages] == [0, 1, 2]
+    assert [each.n_thoughts for each in use.stages] == [0, 2, 4]
     last = use.stages[-1]
     assert last.own.share == 1.0
     assert last.exchanged is not None
     assert last.exchanged.share < 0.5
     assert use.sentence in shown
-    # After j thoughts it is at the node after j edges.
+    # After the thoughts of j steps it is at the node after j edges.
     shares, kinds = walk_heat(use.file["next_steps"])
     assert kinds == ["step", "step", "answer"]
     assert all(shares[j][j] > 0.9 for j in range(3)), shares

@@ -52,9 +52,9 @@ def _pictures(use: ThoughtUse, ending: str, of_run: str) -> list[Picture]:
 _ABOUT_GRAPH = "Probability that the next step starts from each node, after 0, 1, 2 .. thoughts."
 _ABOUT_WALK = (
     "Each node has the probability that the model, stopped after so many thoughts, goes on from it; at the end, that "
-    "it is the answer. Dark ring: the start; green ring: the end; blue arrows: as many edges as thoughts."
+    "it is the answer. Dark ring: the start; green ring: the end; blue arrows: as many edges as steps replaced."
 )
 _ABOUT_HEAT = (
-    "The model is stopped after 0, 1, 2 .. thoughts and made to go on, in the last row to answer. A diagonal: after j "
-    "thoughts it is at the node after j edges."
+    "The model is stopped after 0, 1, 2 .. thoughts and made to go on, in the last row to answer. A diagonal: "
+    "after the thoughts of j steps it is at the node after j edges."
 )

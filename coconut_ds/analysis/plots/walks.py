@@ -34,7 +34,7 @@ def draw_walk(found: dict[str, Any], theme: Theme = LIGHT) -> Figure:
     graph, steps = found["graph"], found["next_steps"]
     columns = min(len(steps), _MOST_COLUMNS)
     rows = math.ceil(len(steps) / columns)
-    figure = new_figure(columns * _CIRCLE_INCHES, rows * (_CIRCLE_INCHES + 0.35), _DPI)
+    figure = new_figure(columns * _CIRCLE_INCHES, rows * (_CIRCLE_INCHES + 0.1), _DPI)
     figure.set_facecolor(theme.background)
     places = on_circle(graph)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -122,7 +122,7 @@ def walk_heat(steps: Sequence[dict[str, Any]]) -> tuple[list[list[float]], list[
 
 
 def draw_walk_heat(axes: Axes, found: dict[str, Any], theme: Theme = LIGHT) -> None:
-    """A heat map with a diagonal if the node after j edges is known after j thoughts."""
+    """A heat map with a diagonal if the node after j edges is known after the thoughts of j steps."""
     steps = found["next_steps"]
     shares, kinds = walk_heat(steps)
     shades = LinearSegmentedColormap.from_list("shares", [theme.background, theme.series[0]])
