@@ -89,6 +89,7 @@ def inspect_by_stage(
     folder: Path, data: str | None = None, limit: int | None = None, batch_size: int = 16, seed: int = 0
 ) -> None:
     """Write `thoughts.json` of a run folder and print what it says; `data` is the run's test set by default."""
+    quiet_libraries()
     run = read_run(folder)
     path = data or run.config.test_path or run.config.val_path
     if path is None:
