@@ -75,5 +75,8 @@ def _train(run_file: str, overrides: list[str], options: argparse.Namespace) -> 
         # Imports torch, which only this part of the command needs.
         from coconut_ds.commands.inspect_latents import inspect_by_stage
 
-        inspect_by_stage(folder, limit=_EXCHANGED)
+        try:
+            inspect_by_stage(folder, limit=_EXCHANGED)
+        except InputError as error:  # a demo cut short by overrides still has its report
+            print(f"no thoughts exchanged: {error}")
     return status or report.main([str(folder)])

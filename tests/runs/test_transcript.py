@@ -38,8 +38,8 @@ CLOSING = [
     r"  evaluate  \./launch\.sh eval .*/transcript/checkpoints/epoch_0004 test_path=.*/hops_test\.json",
     r"  report    python -m coconut_ds\.report .*/transcript",
     r"thoughts  after epoch  own thoughts +95% interval  another question's +95% interval",
-    *(rf"{n} +{n + 1} +\d+\.\d% +\d+\.\d to \d+\.\d( +\d+\.\d% +\d+\.\d to \d+\.\d)?" for n in range(2)),
-    r"2 +4 +\d+\.\d% +\d+\.\d to \d+\.\d +\d+\.\d% +\d+\.\d to \d+\.\d",
+    *(rf"{2 * n} +{n + 1} +\d+\.\d% +\d+\.\d to \d+\.\d( +\d+\.\d% +\d+\.\d to \d+\.\d)?" for n in range(2)),
+    r"4 +4 +\d+\.\d% +\d+\.\d to \d+\.\d +\d+\.\d% +\d+\.\d to \d+\.\d",
     r"",
     r"thoughts of 16 questions exchanged with another question's: accuracy \d+\.\d% -> \d+\.\d%",
     r"report: .*/transcript/report/report\.html",
@@ -48,7 +48,7 @@ CLOSING = [
 CUT = r"(warning:|  warning  ) \d+ of 16 answers reached max_new_tokens \(\d+\) before their end and are compared as .*"
 BAR = re.compile(
     r" *|epoch \d/4, stage \d +\d+%\|.*\| \d/2(, loss \d+\.\d{3}, [\d.e+]+ examples/s, ETA \d+:\d\d this epoch, "
-    r"\d+:\d\d this run)?|evaluating, (loss|answers): .*"
+    r"\d+:\d\d this run)?|evaluating, (loss|answers): .*|(thoughts|next steps): .*"
 )
 
 
@@ -111,6 +111,7 @@ def test_verbose_shows_what_libraries_say(command, tmp_path):
     shown = done.stdout
     assert done.returncode == 0, shown
     assert "epoch 1/1, stage 0: accuracy" in shown
+    assert "no thoughts exchanged: " in shown, "there are none after one epoch"
     assert "+ deepspeed --num_gpus 1" in shown
     assert "[INFO]" in shown
     assert not (tmp_path / "transcript" / "run.log").exists()

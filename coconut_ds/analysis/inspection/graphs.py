@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from coconut_ds.analysis.inspection.hops_walk import HopsWalk, hops_walk_of
+from coconut_ds.analysis.inspection.hops_walk import HopsWalk, hops_walk_of, is_hops_question
 from coconut_ds.analysis.inspection.prosqa_graph import ProsqaGraph, prosqa_graph_of
 
 QuestionGraph = ProsqaGraph | HopsWalk
@@ -16,5 +16,5 @@ def graph_of(record: Mapping[str, Any]) -> QuestionGraph | str:
 
     ProsQA records carry their graph in keys of their own; the walk of a hops record is in its question and steps.
     """
-    is_hops = " ? " in str(record.get("question", "")) and "idx_to_symbol" not in record
+    is_hops = "idx_to_symbol" not in record and is_hops_question(str(record.get("question", "")))
     return hops_walk_of(record) if is_hops else prosqa_graph_of(record)

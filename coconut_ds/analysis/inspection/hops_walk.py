@@ -57,12 +57,22 @@ class HopsWalk:
         return {"idx_to_symbol": self.idx_to_symbol, "edges": edges, "walk": self.walk}
 
 
+def is_hops_question(question: str) -> bool:
+    """Whether a question asks for a walk: facts, a '?', and a start with at most one word after it, a number."""
+    parts = question.split(" ? ")
+    if len(parts) != 2:
+        return False
+    stated, asked = parts if _is_facts(parts[0]) else parts[::-1]
+    order = len(_words(stated.split()[0] if ">" in stated else stated.split("|")[0])) - 1
+    return _is_facts(stated) and order <= len(asked.split()) <= order + 1
+
+
 def hops_walk_of(record: Mapping[str, Any]) -> HopsWalk | str:
     """The walk of a record, or why it has none."""
     question, steps = str(record.get("question", "")), record.get("steps") or []
-    parts = question.split(" ? ")
-    if len(parts) != 2 or not steps:
+    if not is_hops_question(question) or not steps:
         return "has no walk: needs a question with one '?' between facts and start, and steps"
+    parts = question.split(" ? ")
     form: Literal["edges", "symbolic"] = "edges" if ">" in question else "symbolic"
     stated, asked = parts if _is_facts(parts[0]) else parts[::-1]
     facts = [_words(fact) for fact in (stated.split() if form == "edges" else stated.rstrip(" |").split("|"))]
