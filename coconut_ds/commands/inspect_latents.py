@@ -98,7 +98,7 @@ def inspect_by_stage(
     if len(records) < 2:
         raise InputError(f"{path}: needs two questions or more, to give one the thoughts of another")
     found = thought_use(run, path, records, batch_size, seed)
-    write_output(RunFolder(folder).thought_use, lambda path: path.write_text(found.model_dump_json() + "\n", "utf-8"))
+    write_json(RunFolder(folder).thought_use, found.model_dump())
     print(stage_table(found), flush=True)
 
 

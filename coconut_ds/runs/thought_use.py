@@ -29,8 +29,10 @@ class StageUse(BaseModel):
     n_thoughts: int = Field(ge=0)
     epoch: int
     own: Share
-    exchanged: Share | None
+    exchanged: Share | None = None
     """With the thoughts of another question; None without thoughts."""
+    followed: Share | None = None
+    """Answers which then are those of the other question; None if they are of several others, too."""
 
 
 class ThoughtUse(BaseModel):
@@ -49,9 +51,10 @@ class ThoughtUse(BaseModel):
         """What the exchange did in the last stage, in one line."""
         last = self.stages[-1]
         assert last.exchanged is not None  # the last stage has thoughts
+        follow = f", and {last.followed.share:.1%} give the other question's answer" if last.followed else ""
         return (
             f"thoughts of {self.n_questions} questions exchanged with another question's: accuracy "
-            f"{last.own.share:.1%} -> {last.exchanged.share:.1%}"
+            f"{last.own.share:.1%} -> {last.exchanged.share:.1%}{follow}"
         )
 
 

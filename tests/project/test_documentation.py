@@ -96,7 +96,6 @@ RULES = (
     Rule(r"^\./launch\.sh eval runs/(gsm_coconut|demo)/", replaced=(FOURTH_EPOCH,), says="accuracy"),
     Rule(r"^\./launch\.sh eval", replaced=(FIRST_EPOCH,), says="accuracy"),
     Rule(r"^\./launch\.sh demo", appended=FOUR_EPOCHS, says="report.html"),
-    Rule(r"^deepspeed .* run_configs/demo\.yaml", appended=FOUR_EPOCHS),
     Rule(r"^python -m coconut_ds\.report", says="report.html"),
     Rule(r"^python -m coconut_ds\.ask runs/demo/", replaced=(FOURTH_EPOCH,)),
     Rule(r"^python -m coconut_ds\.inspect_latents runs/demo\w*/", replaced=(FOURTH_EPOCH,)),
@@ -114,8 +113,6 @@ RULES = (
         replaced=(FIRST_EPOCH,),
         appended=f"{SMALL} model_id={GPT2}",
     ),
-    # One run of the sweep is evaluated as shown, "and so on".
-    Rule(r"^python -m coconut_ds\.compare .*eval_prosqa_test", replaced=((r"runs/\*_seed\?", "runs/coconut_seed0"),)),
     Rule(r"^python -m coconut_ds\.compare", says="accuracy"),
 )
 

@@ -73,6 +73,8 @@ def test_thoughts_are_needed(folder, capsys):
     assert last.own.share == 1.0
     assert last.exchanged is not None
     assert last.exchanged.share < 0.5
+    assert last.followed is not None
+    assert last.followed.share > 0.9, "the answer is in the thoughts"
     assert use.sentence in shown
     # After the thoughts of j steps it is at the node after j edges.
     shares, kinds = walk_heat(use.file["next_steps"])

@@ -41,7 +41,8 @@ CLOSING = [
     *(rf"{2 * n} +{n + 1} +\d+\.\d% +\d+\.\d to \d+\.\d( +\d+\.\d% +\d+\.\d to \d+\.\d)?" for n in range(2)),
     r"4 +4 +\d+\.\d% +\d+\.\d to \d+\.\d +\d+\.\d% +\d+\.\d to \d+\.\d",
     r"",
-    r"thoughts of 16 questions exchanged with another question's: accuracy \d+\.\d% -> \d+\.\d%",
+    r"thoughts of 16 questions exchanged with another question's: accuracy \d+\.\d% -> \d+\.\d%, and "
+    r"\d+\.\d% give the other question's answer",
     r"report: .*/transcript/report/report\.html",
 ]
 # Of a model that is trained this little answers may well not end.

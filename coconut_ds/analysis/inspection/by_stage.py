@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coconut_ds.analysis.inspection.findings import Inspection, Records
-from coconut_ds.analysis.inspection.interventions import ask_again, replacements, stacked
+from coconut_ds.analysis.inspection.interventions import ask_again, donors, replacements, stacked
 from coconut_ds.analysis.intervals import wilson
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.errors import InputError
@@ -32,10 +32,10 @@ def thought_use(run: RunRecords, data: str, records: Records, batch_size: int, s
         trained = TrainedModel.load(str(RunFolder(run.folder).checkpoint(epoch)))
         if n_thoughts:
             inspection = Inspection.of(trained, records, batch_size=batch_size)
-            own, exchanged = _exchange(inspection, seed)
+            shares = _exchange(inspection, seed)
         else:
-            own, exchanged = _share(_answers(trained, records, batch_size)), None
-        stages.append(StageUse(n_thoughts=n_thoughts, epoch=epoch, own=own, exchanged=exchanged))
+            shares = {"own": _share([each.correct for each in _answers(trained, records, batch_size)])}
+        stages.append(StageUse(n_thoughts=n_thoughts, epoch=epoch, **shares))
     return ThoughtUse(
         data=data,
         n_questions=len(records),
@@ -59,13 +59,20 @@ def _last_checkpoints(run: RunRecords, records: Records) -> dict[int, int]:
     }
 
 
-def _exchange(inspection: Inspection, seed: int) -> tuple[Share, Share]:
-    """Accuracy with own thoughts, and with all of them replaced by those of another question."""
+def _exchange(inspection: Inspection, seed: int) -> dict[str, Share]:
+    """Accuracy with own thoughts, with all of them another question's, and how many answers then are the other's."""
     _, replies, fed = inspection.answer()
-    instead = replacements("other", stacked(fed), seed)
+    thoughts = stacked(fed)
     questions = [each.question for each in replies]
+    instead = replacements("other", thoughts, seed)
     after = ask_again(inspection.trained, questions, instead, None, inspection.new_tokens, inspection.batch_size)
-    return _share(replies), _share(after)
+    shares = {"own": _share([each.correct for each in replies]), "exchanged": _share([each.correct for each in after])}
+    others = donors(thoughts, seed)
+    # Where questions have different numbers of thoughts, one may get those of several others.
+    if bool((others == others[:, :1]).all()):
+        expected = [questions[other].expected for other in others[:, 0].tolist()]
+        shares["followed"] = _share([each.given == answer for each, answer in zip(after, expected)])
+    return shares
 
 
 def _answers(trained: TrainedModel, records: Records, batch_size: int) -> list[Reply]:
@@ -76,7 +83,6 @@ def _answers(trained: TrainedModel, records: Records, batch_size: int) -> list[R
     return found
 
 
-def _share(replies: Sequence[Reply]) -> Share:
-    n_correct = sum(each.correct for each in replies)
-    low, high = wilson(n_correct, len(replies))
-    return Share(share=n_correct / len(replies), low=low, high=high)
+def _share(hits: Sequence[bool]) -> Share:
+    low, high = wilson(sum(hits), len(hits))
+    return Share(share=sum(hits) / len(hits), low=low, high=high)

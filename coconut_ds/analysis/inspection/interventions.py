@@ -72,17 +72,22 @@ def replacements(by: str, fed: torch.Tensor, seed: int) -> torch.Tensor:
         return torch.zeros_like(fed)
     if by == "mean":
         return fed.nanmean(dim=0, keepdim=True).expand_as(fed)
+    return fed.gather(0, donors(fed, seed)[:, :, None].expand_as(fed))
+
+
+def donors(fed: torch.Tensor, seed: int) -> torch.Tensor:
+    """(N, K), for each thought of `fed` (N, K, D) the question whose thought replaces it under `other`."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(fed))).to(fed.device)
     places = torch.arange(len(fed), device=fed.device)
-    others = fed.clone()
+    found = torch.empty(fed.shape[:2], dtype=torch.long, device=fed.device)
     for thought in range(fed.shape[1]):
         # Sorted, not picked by a mask: a shape that depends on data would synchronise with a GPU.
         lacks = fed[order, thought, 0].isnan()
         ordered = order[lacks.int().argsort(stable=True)]  # (N,), questions that have the thought first
         n_having = len(fed) - lacks.sum()
         following = torch.where(places < n_having, (places + 1) % n_having.clamp_min(1), places)
-        others[ordered, thought] = fed[ordered[following], thought]
-    return others
+        found[ordered, thought] = ordered[following]
+    return found
 
 
 KINDS = ("zero", "mean", "other")
