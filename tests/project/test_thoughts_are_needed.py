@@ -13,6 +13,9 @@ from coconut_ds.analysis.plots.walks import walk_heat
 from coconut_ds.commands import inspect_latents, report
 from coconut_ds.runs.read_run import read_run
 
+# Two trainings of most of a minute each, each a rank alone: not part of the quick tests, and to be begun early.
+pytestmark = pytest.mark.ranks
+
 SHAPE = hops.Shape(n_nodes=6, hops=(2,), n_symbols=7)
 COUNTS = {"test": 100, "valid": 50, "train": 2560}
 
