@@ -13,7 +13,6 @@ that a walk of k edges uses, the answer is the node at which it ends. No table i
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import sys
@@ -26,7 +25,7 @@ from statistics import mean
 from typing import Any
 
 from hops_tables import GRAPHS, count_tables, draw_table, follow, is_single_cycle
-from json_lists import write_list
+from json_lists import add_readers, read_list, report_problems, write_list
 from statistics_table import print_statistics
 
 FORMS = ("edges", "symbolic")
@@ -234,13 +233,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--hops", type=int, nargs="+", default=hops, metavar="K", help=f"edges to follow (default: {usual})"
         )
-    for name, run, text in (
-        ("check", _check, "walk through every question of a file; exit status 1 if an answer is wrong"),
-        ("stats", _print_statistics, "print the statistics of a file"),
-    ):
-        reader = commands.add_parser(name, help=text)
-        reader.set_defaults(run=run)
-        reader.add_argument("file", type=Path)
+    add_readers(
+        commands,
+        _check,
+        "walk through every question of a file; exit status 1 if an answer is wrong",
+        _print_statistics,
+    )
     return parser
 
 
@@ -302,21 +300,13 @@ def longer_walk(record: dict[str, Any], hops: int) -> dict[str, Any]:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        return read_list(path, "hops")
     except ValueError as error:
-        raise _UnusableError(f"{path} is not JSON: {error}") from None
-    if not isinstance(records, list) or not records:
-        raise _UnusableError(f"{path} is not a list of records with question, steps and answer")
-    return records
+        raise _UnusableError(str(error)) from None
 
 
 def _check(options: argparse.Namespace) -> int:
-    records = _read(options.file)
-    problems = [(index, problem) for index, record in enumerate(records) if (problem := problem_with(record))]
-    for index, problem in problems:
-        print(f"hops.py check: record {index}: {problem}", file=sys.stderr)
-    print(f"{options.file}: {len(records)} records, {len(records) - len(problems)} hold, {len(problems)} do not")
-    return 1 if problems else 0
+    return report_problems(options.file, _read(options.file), problem_with)
 
 
 def _print_statistics(options: argparse.Namespace) -> int:

@@ -12,7 +12,6 @@ The graphs, and the choices that the paper leaves open, are in `prosqa_graphs.py
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from json_lists import write_list
+from json_lists import add_readers, read_list, report_problems, write_list
 from prosqa_graphs import MEAN_PARENTS, Graph, check_graph, draw_graph, shortest_paths
 from statistics_table import print_statistics
 
@@ -240,13 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     get = commands.add_parser("download", help="download the published files")
     get.set_defaults(run=_download)
     get.add_argument("--out", type=Path, default=Path("data/prosqa_published"), help="folder to write to")
-    for name, run, text in (
-        ("check", _check, "verify that the steps of every example are a path in its graph"),
-        ("stats", _print_statistics, "print the statistics of a file"),
-    ):
-        reader = commands.add_parser(name, help=text)
-        reader.set_defaults(run=run)
-        reader.add_argument("file", type=Path)
+    add_readers(commands, _check, "verify that the steps of every example are a path in its graph", _print_statistics)
     return parser
 
 
@@ -335,34 +328,20 @@ def _download(options: argparse.Namespace) -> int:
         records = _read(options.out / name)
         if len(records) != PUBLISHED_COUNTS[split]:
             raise _UnusableError(f"{options.out / name} has {len(records)} examples, not {PUBLISHED_COUNTS[split]}")
-        if _report(options.out / name, records):
+        if report_problems(options.out / name, records, problem_with):
             raise _UnusableError(f"{options.out / name} is not what was published, see above")
     return 0
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise _UnusableError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise _UnusableError(f"{path} is not a ProsQA file: {error}") from None
-    if not isinstance(records, list) or not records:
-        raise _UnusableError(f"{path} is not a ProsQA file: it must hold a list of records")
-    return records
+        return read_list(path, "ProsQA")
+    except ValueError as error:
+        raise _UnusableError(str(error)) from None
 
 
 def _check(options: argparse.Namespace) -> int:
-    return _report(options.file, _read(options.file))
-
-
-def _report(path: Path, records: list[dict[str, Any]]) -> int:
-    """Print every problem and their number; returns the exit status, 1 if there are any."""
-    problems = {index: problem for index, record in enumerate(records) if (problem := problem_with(record))}
-    for index, problem in problems.items():
-        print(f"{path}: record {index}: {problem}", file=sys.stderr)
-    print(f"{path}: {len(records)} examples, {len(problems)} with a problem")
-    return 1 if problems else 0
+    return report_problems(options.file, _read(options.file), problem_with)
 
 
 def _print_statistics(options: argparse.Namespace) -> int:

@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None, prog: str = f"{PROG} inspect") -> i
     which.add_argument("--by-stage", action="store_true", help="whether the answers of a run depend on its thoughts")
     parser.add_argument("--limit", type=int, metavar="N", help="with --all or --by-stage: the first N records")
     parser.add_argument("--intervene", action="store_true", help="with --all: replace thoughts")
-    parser.add_argument("--seed", type=int, default=0, help="with --intervene: pairs questions (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="with --intervene or --by-stage: pairs questions (default: 0)"
+    )
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens listed per thought (default: 5)")
     parser.add_argument("--thoughts", type=int, metavar="N", help="thoughts per question (default: as evaluated)")
     parser.add_argument(

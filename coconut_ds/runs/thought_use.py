@@ -1,4 +1,4 @@
-"""`thoughts.json` of a run folder: whether its answers hang on its thoughts, by stage; written and read back."""
+"""`thoughts.json` of a run folder: whether its answers depend on its thoughts, by stage; written and read back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coconut_ds.errors import InputError
-from coconut_ds.runs.metrics import Number
 
 
 class Share(BaseModel):
@@ -16,9 +15,9 @@ class Share(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    share: Number
-    low: Number
-    high: Number
+    share: float
+    low: float
+    high: float
 
 
 class StageUse(BaseModel):

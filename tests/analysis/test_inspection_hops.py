@@ -97,7 +97,7 @@ def test_a_step_counts_for_the_node_reached_before_it(form):
 
 
 def described(record: dict) -> dict:
-    """What an inspection of the question writes, by a model that always goes on from n2 and answers n1."""
+    """What an inspection of the question writes, by a model that always next step from n2 and answers n1."""
     trained = trained_on(words_of(record))
     fix_head(trained, {"n2>n12": 3, "###": 1, "n1": 1})
     walk = walk_of(record)
@@ -140,7 +140,7 @@ def test_both_plots_are_drawn_for_light_and_dark_pages():
         assert isinstance(draw_heat({"next_steps": found["file"]}, theme), Figure)
     titles = [axes.get_title() for axes in draw_walk(found).axes]
     assert titles == [
-        "0 thoughts: goes on from n2 100%",
-        "1 thought: goes on from n2 100%",
-        "2 thoughts: answers n1 100%",
+        "0 thoughts: next step from n2 100%",
+        "1 thought: next step from n2 100%",
+        "2 thoughts: answer n1 100%",
     ]

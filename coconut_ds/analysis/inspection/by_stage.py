@@ -40,7 +40,7 @@ def thought_use(run: RunRecords, data: str, records: Records, batch_size: int, s
         data=data,
         n_questions=len(records),
         stages=stages,
-        question=inspection.of_question(),
+        question=Inspection.of(trained, records[:1]).of_question(),
         file=inspection.of_file(),
     )
 
@@ -61,7 +61,7 @@ def _last_checkpoints(run: RunRecords, records: Records) -> dict[int, int]:
 
 def _exchange(inspection: Inspection, seed: int) -> dict[str, Share]:
     """Accuracy with own thoughts, with all of them another question's, and how many answers then are the other's."""
-    _, replies, fed = inspection.answer()
+    _, replies, fed = inspection.answers
     thoughts = stacked(fed)
     questions = [each.question for each in replies]
     instead = replacements("other", thoughts, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class Inspection:
     def of_question(self) -> dict[str, Any]:
         """The findings for the first question."""
         graphs, why_no_graph = self._graphs()
-        readings, _, _ = self.answer()
+        readings, _, _ = self.answers
         steps = self._next_steps(graphs)
         found = {**self._head(why_no_graph), **asdict(readings[0])}
         if graphs:
@@ -61,7 +62,7 @@ class Inspection:
     def of_file(self, seed: int | None = None) -> dict[str, Any]:
         """Averages over all questions; with interventions if there is a `seed`, which pairs questions."""
         graphs, why_no_graph = self._graphs()
-        readings, replies, fed = self.answer()
+        readings, replies, fed = self.answers
         steps = self._next_steps(graphs)
         found = {**self._head(why_no_graph), **average_readings(readings)}
         if graphs:
@@ -89,7 +90,8 @@ class Inspection:
         count = f" ({len(found) - len(graphs)} of {len(found)} records have none)" if graphs else ""
         return [], f"{first}{count}"
 
-    def answer(self) -> tuple[list[QuestionReading], list[Reply], list[torch.Tensor]]:
+    @cached_property
+    def answers(self) -> tuple[list[QuestionReading], list[Reply], list[torch.Tensor]]:
         """For each question the readings, the reply, and the vectors fed for its thoughts, (thoughts, D)."""
         readings: list[QuestionReading] = []
         replies: list[Reply] = []

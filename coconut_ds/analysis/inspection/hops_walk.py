@@ -59,12 +59,9 @@ class HopsWalk:
 
 def is_hops_question(question: str) -> bool:
     """Whether a question asks for a walk: facts, a '?', and a start with at most one word after it, a number."""
-    parts = question.split(" ? ")
-    if len(parts) != 2:
-        return False
-    stated, asked = parts if _is_facts(parts[0]) else parts[::-1]
-    order = len(_words(stated.split()[0] if ">" in stated else stated.split("|")[0])) - 1
-    return _is_facts(stated) and order <= len(asked.split()) <= order + 1
+    stated, asked = _facts_and_start(question)
+    order = len(_words(stated.split()[0] if ">" in stated else stated.split("|")[0])) - 1 if stated else 0
+    return 0 < order <= len(asked.split()) <= order + 1
 
 
 def hops_walk_of(record: Mapping[str, Any]) -> HopsWalk | str:
@@ -72,9 +69,8 @@ def hops_walk_of(record: Mapping[str, Any]) -> HopsWalk | str:
     question, steps = str(record.get("question", "")), record.get("steps") or []
     if not is_hops_question(question) or not steps:
         return "has no walk: needs a question with one '?' between facts and start, and steps"
-    parts = question.split(" ? ")
+    stated, asked = _facts_and_start(question)
     form: Literal["edges", "symbolic"] = "edges" if ">" in question else "symbolic"
-    stated, asked = parts if _is_facts(parts[0]) else parts[::-1]
     facts = [_words(fact) for fact in (stated.split() if form == "edges" else stated.rstrip(" |").split("|"))]
     walked = [_words(step) for step in steps]
     if {len(each) for each in (*facts, *walked)} != {len(facts[0])} or len(facts[0]) < 2:
@@ -92,6 +88,13 @@ def hops_walk_of(record: Mapping[str, Any]) -> HopsWalk | str:
     numbers = {name: number for number, name in enumerate(names)}
     walk = (numbers[walked[0][-2]], *(numbers[words[-1]] for words in walked))
     return HopsWalk(question, names, tuple(tuple(numbers[word] for word in fact) for fact in facts), walk, form)
+
+
+def _facts_and_start(question: str) -> tuple[str, str]:
+    """The parts of a question on both sides of its '?', the facts first; empty texts if it has no such parts."""
+    before, mark, after = question.partition(" ? ")
+    stated, asked = (before, after) if _is_facts(before) else (after, before)
+    return (stated, asked) if mark and " ? " not in after and _is_facts(stated) else ("", "")
 
 
 def _is_facts(text: str) -> bool:

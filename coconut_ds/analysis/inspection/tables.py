@@ -107,7 +107,7 @@ def _next_step_tables(found: dict[str, Any], cell: Callable[[Any], str], consequ
         return [f"No next steps, because there is no graph: {found['why_no_graph']}{consequence}."]
     steps = found["next_steps"]
     every = list(steps[0]["step_masses"])
-    of_answers = [name for name in _OF_ANSWERS if "target" in every] or every
+    of_answers = _OF_ANSWERS if "target" in every else every
     return [
         f"{_ABOUT_STEP}\n{_mass_table(steps, 'step_masses', every, cell)}",
         f"{_ABOUT_AMONG_NODES}\n{_mass_table(steps, 'step_among_nodes_masses', every[:-1], cell, with_chance=True)}",

@@ -51,10 +51,10 @@ def _pictures(use: ThoughtUse, ending: str, of_run: str) -> list[Picture]:
 
 _ABOUT_GRAPH = "Probability that the next step starts from each node, after 0, 1, 2 .. thoughts."
 _ABOUT_WALK = (
-    "Each node has the probability that the model, stopped after so many thoughts, goes on from it; at the end, that "
-    "it is the answer. Dark ring: the start; green ring: the end; blue arrows: as many edges as steps replaced."
+    "Colour: the probability that the next step starts from the node, after the number of thoughts above the graph; in "
+    "the last graph, that the answer is the node. Dark ring: start; green ring: end; blue arrows: the steps replaced."
 )
 _ABOUT_HEAT = (
-    "The model is stopped after 0, 1, 2 .. thoughts and made to go on, in the last row to answer. A diagonal: "
-    "after the thoughts of j steps it is at the node after j edges."
+    "The probability of each node of the walk, among all nodes, to be the start of the next step, in the last row "
+    "to be the answer. A diagonal means that the thoughts of j steps hold the node after j edges."
 )

@@ -260,7 +260,7 @@ def _draw_answer_masses(axes: Axes, found: dict[str, Any]) -> None:
 
 def _draw_walk(axes: Axes, found: dict[str, Any]) -> None:
     draw_walk_heat(axes, found)
-    axes.set_title("Where it is, made to go on or to answer")
+    axes.set_title("Node after each edge, among all nodes")
 
 
 def _k_places(axes: Axes, found: dict[str, Any]) -> list[int]:

@@ -45,7 +45,7 @@ def draw_walk(found: dict[str, Any], theme: Theme = LIGHT) -> Figure:
         shares = [each / total if total else 0.0 for each in after[kind]]
         _draw_circle(axes, graph, places, shares, after["n_replaced"], theme)
         count = after["n_thoughts"]
-        what = "answers" if kind == "answer" else "goes on from"
+        what = "answer" if kind == "answer" else "next step from"
         best = graph["idx_to_symbol"][int(np.argmax(shares))]
         axes.set_title(
             f"{count} thought{'s' * (count != 1)}: {what} {best} {max(shares):.0%}", fontsize=7, color=theme.text
@@ -113,7 +113,7 @@ def _draw_circle(
 def walk_heat(steps: Sequence[dict[str, Any]]) -> tuple[list[list[float]], list[str]]:
     """Shares of the nodes after 0..k edges, one row for every number of thoughts, and the reading of each row.
 
-    `steps` are the averages of `Inspection.of_file`; a row is among nodes: the model is made to go on, or to answer.
+    `steps` are the averages of `Inspection.of_file`; a row is normalised over the nodes.
     """
     names = [name for name in steps[0]["step_masses"] if name != "no_node"]
     kinds = readings(steps, len(names) - 1)
@@ -172,7 +172,7 @@ def draw_exchange(stages: Sequence[StageUse], theme: Theme) -> Figure:
         )
     axes.set_ylim(0, 108)
     axes.set_xticks([each.n_thoughts for each in stages])
-    axes.set_xlabel("thoughts in place of steps, at the end of each stage")
+    axes.set_xlabel("number of thoughts, at the end of each stage")
     axes.set_ylabel("accuracy (%)")
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8, labelcolor=theme.text)
     return figure
