@@ -288,7 +288,7 @@ def test_masses_are_sums_over_sets_of_nodes():
     found = graph.masses([0.1, 0.2, 0.05, 0.25, 0.08, 0.02], 1)
     assert found["reachable"] == pytest.approx(0.6)
     assert found["frontier"] == pytest.approx(0.25)  # n2 and n12
-    assert found["leading"] == pytest.approx(0.2)  # n2 alone goes on to n0
+    assert found["leading"] == pytest.approx(0.2)  # only n2 leads to n0
     assert (found["target"], found["distractor"]) == (0.25, 0.02)
     assert found["unreachable"] == pytest.approx(0.1)
     assert found["no_node"] == pytest.approx(0.3)

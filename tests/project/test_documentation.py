@@ -167,7 +167,7 @@ def shell(tmp_path_factory) -> Iterator[Shell]:
     write_official_prontoqa(tree)
     write_prosqa(tree / "data" / "prosqa")
     # Where the demo finds its data it makes none, 19,200 questions of it.
-    write_hops(tree / "data" / "demo")
+    assert hops.main(["generate", "--out", str(tree / "data" / "demo"), *FEW.split()]) == 0
     write_prosqa(tree / "data" / "demo_prosqa", n_nodes=7, min_steps=2, max_steps=2, form="edges")
     shorten_sweep(tree / "run_configs" / "demo_comparison.txt")
     write_gpt2(tree / GPT2)
@@ -205,13 +205,6 @@ def write_prosqa(folder: Path, **shape: Any) -> None:
     for split, count in (("train", 24), ("valid", 6), ("test", 6)):
         records = list(prosqa.generate(count, split, **shape))
         (folder / f"prosqa_{split}.json").write_text(json.dumps(records), encoding="utf-8")
-
-
-def write_hops(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    for split, count in (("train", 24), ("valid", 6), ("test", 6)):
-        records = list(hops.generate(count, split, hops.Shape()))
-        (folder / f"hops_{split}.json").write_text(json.dumps(records), encoding="utf-8")
 
 
 def shorten_sweep(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import hops
@@ -16,8 +15,7 @@ from coconut_ds.runs.read_run import read_run
 # Two trainings of most of a minute each, each a rank alone: not part of the quick tests, and to be begun early.
 pytestmark = pytest.mark.ranks
 
-SHAPE = hops.Shape(n_nodes=6, hops=(2,), n_symbols=7)
-COUNTS = {"test": 100, "valid": 50, "train": 2560}
+DATA = "--nodes 6 --symbols 7 --hops 2 --train 2560 --valid 50 --test 100"
 
 
 def run_of(folder: Path, method: str) -> dict:
@@ -54,11 +52,7 @@ def run_of(folder: Path, method: str) -> dict:
 def folder(tmp_path_factory) -> Path:
     """Data, and a run of each method in the same recipe."""
     folder = tmp_path_factory.mktemp("hops")
-    seen: set[frozenset] = set()
-    for split, count in COUNTS.items():
-        records = list(hops.generate(count, split, SHAPE, exclude=seen))
-        seen |= {hops.Question.read(record["question"]).key for record in records}
-        (folder / f"hops_{split}.json").write_text(json.dumps(records))
+    assert hops.main(["generate", "--out", str(folder), *DATA.split()]) == 0
     for method in ("coconut", "pause_as_thought"):
         run_file = launching.write_run(run_of(folder, method), folder / f"{method}_file")
         done = launching.without_launcher(["coconut_ds/train.py", "--run", str(run_file)], threads=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 
@@ -58,9 +57,8 @@ DATA = {"train": "train", "val": "valid", "test": "test"}
 
 @pytest.fixture
 def command(tmp_path) -> list[str]:
-    for split, count in (("train", 128), ("valid", 16), ("test", 16)):
-        records = list(hops.generate(count, split, hops.Shape()))
-        (tmp_path / f"hops_{split}.json").write_text(json.dumps(records))
+    sizes = ["--train", "128", "--valid", "16", "--test", "16"]
+    assert hops.main(["generate", "--out", str(tmp_path), *sizes]) == 0
     data = [f"{key}_path={tmp_path}/hops_{split}.json" for key, split in DATA.items()]
     run = ["name=transcript", "epochs_per_stage=1", "max_latent_stage=2", "num_epochs=4"]
     return ["./launch.sh", "demo", f"save_path={tmp_path}", *run, *data]
