@@ -34,7 +34,7 @@ def draw_walk(found: dict[str, Any], theme: Theme = LIGHT) -> Figure:
     graph, steps = found["graph"], found["next_steps"]
     columns = min(len(steps), _MOST_COLUMNS)
     rows = math.ceil(len(steps) / columns)
-    figure = new_figure(columns * _CIRCLE_INCHES, rows * (_CIRCLE_INCHES + 0.1), _DPI)
+    figure = new_figure(columns * _CIRCLE_INCHES, rows * (_CIRCLE_INCHES + 0.25), _DPI)
     figure.set_facecolor(theme.background)
     places = on_circle(graph)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
