@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
 from typing import Any
 
 from coconut_ds.analysis.text_tables import Rows, aligned
@@ -9,15 +11,33 @@ from coconut_ds.analysis.text_tables import Rows, aligned
 
 def report(comparison: dict[str, Any], markdown: bool = False) -> str:
     """The tables and notes as text, or as GitHub markdown."""
-    groups, pairs = comparison["groups"], comparison["pairs"]
-    sets = ", ".join(dict.fromkeys(group["predictions"] for group in groups))
+    sets = ", ".join(dict.fromkeys(group["predictions"] for group in comparison["groups"]))
     parts = [f"{comparison['examples']} questions, predictions {sets}"]
-    tables = [_group_table(groups), _steps_table(groups)]
-    if pairs:
-        tables += [_difference_table(pairs), _mcnemar_table(pairs)]
-    parts += [aligned(rows, markdown) for rows in tables if len(rows) > 1]
+    parts += [aligned(rows, markdown) for rows in tables(comparison).values()]
     parts.append("\n".join(f"- {note}" for note in comparison["notes"]))
     return "\n\n".join(parts)
+
+
+def tables(comparison: dict[str, Any]) -> dict[str, Rows]:
+    """The tables that have rows, by a name for each; the first row has the titles."""
+    groups, pairs, solved = comparison["groups"], comparison["pairs"], comparison.get("solved")
+    found = {
+        "accuracy": _group_table(groups),
+        "accuracy_by_steps": _steps_table(groups),
+        "differences": _difference_table(pairs),
+        "mcnemar": _mcnemar_table(pairs),
+    }
+    if solved:
+        found |= {"solved": _solved_table(solved), "solved_tests": _solved_tests_table(solved)}
+    return {name: rows for name, rows in found.items() if len(rows) > 1}
+
+
+def write_csv(comparison: dict[str, Any], folder: Path) -> None:
+    """Every table as `folder`/NAME.csv, the cells as they are printed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in tables(comparison).items():
+        with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([cell.strip() for cell in row] for row in rows)
 
 
 def _group_table(groups: list[dict[str, Any]]) -> Rows:
@@ -64,4 +84,21 @@ def _mcnemar_table(pairs: list[dict[str, Any]]) -> Rows:
             counts = [str(test[key]) for key in ("seed", "only_first", "only_second")]
             p_values = [f"{test[key]:.2g}" for key in ("p", "p_holm")]
             rows.append([f"{pair['first']}, {pair['second']}", *counts, *p_values])
+    return rows
+
+
+def _solved_table(solved: dict[str, Any]) -> Rows:
+    share = f"{solved['share']:.0%}"
+    rows = [["group", "seeds", f"solved ({share})", f"steps to {share}, by seed"]]
+    for group in solved["groups"]:
+        steps = ", ".join("never" if each is None else str(each) for each in group["steps"])
+        rows.append([group["group"], str(group["n_seeds"]), str(group["n_solved"]), steps])
+    return rows
+
+
+def _solved_tests_table(solved: dict[str, Any]) -> Rows:
+    rows = [["solved: A, B", "steps, p", "p, Holm", "seeds, p", "p, Holm"]]
+    for pair in solved["pairs"]:
+        p_values = [f"{pair[key]:.2g}" for key in ("p_steps", "p_steps_holm", "p_solved", "p_solved_holm")]
+        rows.append([f"{pair['first']}, {pair['second']}", *p_values])
     return rows

@@ -3,7 +3,8 @@
     python -m coconut_ds eval CHECKPOINT [--dry-run] [--ranks N] [--master-port N] [--verbose] [key=value ...]
 
 CHECKPOINT is a folder in RUN_FOLDER/checkpoints/; RUN_FOLDER/run_config.yaml has the settings. `test_path=FILE`
-evaluates on another set. For other weights: `train --run RUN.yaml only_eval=true load_model_path=...`.
+evaluates on another set, `eval_thoughts=N` with another number of thoughts than trained. For other weights:
+`train --run RUN.yaml only_eval=true load_model_path=...`.
 """
 
 from __future__ import annotations

@@ -2,11 +2,16 @@
 
     python -m coconut_ds sweep FILE [--list] [--ranks N] [--master-port N] [--verbose]
 
-FILE has one run per line, `RUN.yaml key=value ...`; empty lines and text after a `#` are ignored. Before the first run
-starts, all problems of all lines are reported together: wrong keys and values, missing data and DeepSpeed files,
-finished runs that were trained with other settings than those of their line, and run folders that another process is
-writing to. A run that fails does not stop the sweep (exit status 1 at its end). A signal stops the current run, which
-saves, and no other run starts; the same command resumes.
+FILE has one run per line, `RUN.yaml key=value ...`; empty lines and text after a `#` are ignored. A line of `key=value`
+alone holds for every run below it that does not say otherwise. `seeds=[0,1,2]` makes three runs of a line, `NAME_seed0`
+and so on; the first seed of every line comes before the second of any. Before the
+first run starts, all problems of all lines are reported together: wrong keys and values, missing data and DeepSpeed
+files, and finished runs that were trained with other settings than those of their line. A run that fails does not stop
+the sweep (exit status 1 at its end). A signal stops the current run, which saves, and no other run starts; the same
+command resumes.
+
+A run that another process is training is passed over. So sweeps of one FILE, each with its own --master-port, share
+its runs.
 """
 
 from __future__ import annotations
@@ -16,17 +21,23 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Strict, TypeAdapter, ValidationError
 
 from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.commands.launcher import Launcher, add_launch_options, trainer_command
 from coconut_ds.config.ds_json import read_ds_json
 from coconut_ds.config.run_config import RunConfig
-from coconut_ds.config.run_file import load_run_config
+from coconut_ds.config.run_file import load_run_config, override
 from coconut_ds.errors import InputError, problem_list
 from coconut_ds.runs.changes import changed_contents, changed_keys
 from coconut_ds.runs.lock import holder_text, run_folder_is_held
 from coconut_ds.runs.metrics import read_metrics
 from coconut_ds.runs.paths import RunFolder
+
+_SEEDS = TypeAdapter(list[Annotated[int, Strict()]])
 
 
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} sweep") -> int:
@@ -39,25 +50,23 @@ def main(arguments: list[str] | None = None, prog: str = f"{PROG} sweep") -> int
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    unfinished = []
-    for words, config in read_sweep(options.file):
-        if _is_finished(config):
-            print(f"{config.run_folder} is finished", file=sys.stderr, flush=True)
-        else:
-            unfinished.append(words)
+    runs = read_sweep(options.file)
     if options.list:
-        print("".join(f"{shlex.join(words)}\n" for words in unfinished), end="")
+        print("".join(f"{shlex.join(words)}\n" for words, config in runs if _is_open(config)), end="")
         return 0
-    return _train_all(unfinished, options)
+    return _train_all(runs, options)
 
 
-def _train_all(runs: Sequence[list[str]], options: argparse.Namespace) -> int:
+def _train_all(runs: Sequence[tuple[list[str], RunConfig]], options: argparse.Namespace) -> int:
     failed = 0
     with Launcher() as launcher:
-        for run_file, *overrides in runs:
+        for (run_file, *overrides), config in runs:
             if launcher.is_asked_to_stop:
                 break
-            if launcher.run(trainer_command(run_file, overrides, options)) != 0:
+            # Asked again before each run, since another sweep may have taken it.
+            if not _is_open(config):
+                continue
+            if launcher.run(trainer_command(run_file, overrides, options)) != 0 and _is_open(config):
                 print(f"failed: {shlex.join([run_file, *overrides])}", file=sys.stderr, flush=True)
                 failed = 1
         if launcher.is_asked_to_stop:
@@ -65,8 +74,20 @@ def _train_all(runs: Sequence[list[str]], options: argparse.Namespace) -> int:
     return failed
 
 
+def _is_open(config: RunConfig) -> bool:
+    """Whether a run is neither finished nor trained by another process; says so if it is not."""
+    if _is_finished(config):
+        what = "is finished"
+    elif run_folder_is_held(config.run_folder):
+        what = f"is in use by {holder_text(RunFolder(config.run_folder).lock)}; passed over until then"
+    else:
+        return True
+    print(f"{config.run_folder} {what}", file=sys.stderr, flush=True)
+    return False
+
+
 def read_sweep(path: Path) -> list[tuple[list[str], RunConfig]]:
-    """The runs of a sweep file in order, each as the words of its line and its configuration.
+    """The runs of a sweep file in order, each as its words, without `seeds=`, and its configuration.
 
     Raises InputError for a file without runs, runs that cannot be started, and two that share a run folder.
     """
@@ -74,27 +95,55 @@ def read_sweep(path: Path) -> list[tuple[list[str], RunConfig]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"sweep file {path} cannot be read: {error}") from None
-    runs: list[tuple[list[str], RunConfig]] = []
+    runs: list[tuple[int, list[str], RunConfig]] = []  # the first is the place of its seed in the line
     problems: list[str] = []
     line_of: dict[Path, int] = {}
+    shared: list[str] = []
     for number, line in enumerate(lines, start=1):
         try:
             words = shlex.split(line, comments=True)
-            if not words:
+            if not words or "=" in words[0]:
+                shared += words
                 continue
-            config = _checked(words)
+            each_seed = enumerate(_per_seed([words[0], *shared, *words[1:]]))
+            found = [(place, each, _checked(each)) for place, each in each_seed]
         except ValueError as error:  # an InputError, or quotes without an end
             problems.append(f"line {number}: {error}")
             continue
-        first = line_of.setdefault(config.run_folder, number)
-        if first != number:
-            problems.append(f"line {number}: writes to {config.run_folder}, as line {first} does; give it another name")
-        runs.append((words, config))
+        for _, _, config in found:
+            first = line_of.setdefault(config.run_folder, number)
+            if first != number:
+                folder = config.run_folder
+                problems.append(f"line {number}: writes to {folder}, as line {first} does; give it another name")
+        runs += found
     if not runs and not problems:
         problems.append("no run in it; write one line per run, such as `run_configs/demo.yaml name=a seed=1`")
     if problems:
         raise InputError(problem_list(f"sweep file {path}", problems))
-    return runs
+    runs.sort(key=lambda run: run[0])
+    return [(words, config) for _, words, config in runs]
+
+
+def _per_seed(words: list[str]) -> list[list[str]]:
+    """The words of each run of a line: one, or one per seed of the last `seeds=[..]` in it.
+
+    Raises InputError for `seeds` that are not a list of different whole numbers, or together with `seed`.
+    """
+    listed = [word for word in words if word.startswith("seeds=")]
+    if not listed:
+        return [words]
+    try:
+        seeds = _SEEDS.validate_python(yaml.safe_load(listed[-1].removeprefix("seeds=")))
+    except (ValidationError, yaml.YAMLError):
+        seeds = []
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"{listed[-1]}: must be a list of different whole numbers, such as seeds=[0,1,2]")
+    rest = [word for word in words if word not in listed]
+    if any(word.startswith("seed=") for word in rest):
+        raise InputError("has both seed= and seeds=; keep one")
+    name = load_run_config(rest[0], rest[1:]).name
+    run_file, *others = [word for word in rest if not word.startswith("name=")]
+    return [[run_file, override("name", f"{name}_seed{seed}"), f"seed={seed}", *others] for seed in seeds]
 
 
 def _checked(words: list[str]) -> RunConfig:
@@ -108,9 +157,6 @@ def _checked(words: list[str]) -> RunConfig:
         raise InputError(f"{', '.join(missing)}: not there; data/README.md says how to get or make the data")
     if _is_finished(config) and (keys := _differing_keys(config)):
         raise InputError(f"{config.run_folder} is finished and was trained with another {', '.join(keys)}; rename one")
-    if not _is_finished(config) and run_folder_is_held(config.run_folder):
-        lock = RunFolder(config.run_folder).lock
-        raise InputError(f"{config.run_folder} is in use by {holder_text(lock)}, or rename one")
     return config
 
 

@@ -90,6 +90,9 @@ def _model_rules(config: RunConfig) -> _Found:
 
 
 def _data_rules(config: RunConfig) -> _Found:
+    if config.eval_thoughts is not None and not (config.only_eval and config.traits.thoughts != "none"):
+        rule = "is for the evaluation of a model with thoughts or pauses; leave it out"
+        yield ("eval_thoughts", "only_eval", "method"), f"eval_thoughts: {config.eval_thoughts} {rule}"
     if config.only_eval:
         if not config.load_model_path:
             yield ("only_eval", "load_model_path"), "only_eval: needs load_model_path, what to evaluate"

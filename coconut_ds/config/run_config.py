@@ -148,6 +148,8 @@ class RunConfig(Section):
     # Evaluation
     eval_batch_size: _AutoBatchSize = 16
     """Examples per rank in one decoding batch; `auto` is what the free memory holds."""
+    eval_thoughts: int | None = Field(None, ge=0)
+    """With `only_eval`: thoughts (or pauses) before every answer, another number than the model was trained with."""
     max_new_tokens: int = Field(128, ge=1)
 
     # Records

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from coconut_ds.config.methods import METHODS, Method, Traits
 from coconut_ds.config.run_config import RunConfig
@@ -41,6 +41,7 @@ class Curriculum:
     uniform_prob: float
     seed: int
     icot: IcotConfig = field(default_factory=IcotConfig)
+    eval_thoughts: int | None = None
 
     @classmethod
     def of(cls, config: RunConfig) -> Curriculum:
@@ -66,6 +67,10 @@ class Curriculum:
 
     def layout(self, stage: int, n_steps: int) -> Layout:
         """Layout of an example with `n_steps` steps in `stage`, for the validation loss and, mostly, in training."""
+        layout = self._trained_layout(stage, n_steps)
+        return layout if self.eval_thoughts is None else replace(layout, n_thoughts=self.eval_thoughts)
+
+    def _trained_layout(self, stage: int, n_steps: int) -> Layout:
         if self.traits.steps == "dropped by token":
             return Layout(0, 0, self._removed(stage))
         if self.traits.steps != "dropped" and stage <= self.max_latent_stage:
@@ -97,6 +102,8 @@ class Curriculum:
 
     def prompt_thoughts(self, stage: int, n_steps: int) -> int:
         """Number of thoughts in the evaluation prompt of an example with `n_steps` steps."""
+        if self.eval_thoughts is not None:
+            return self.eval_thoughts
         return min(stage, self._most_stages(n_steps)) * self.thoughts_per_step
 
     def _most_stages(self, n_steps: int) -> int:

@@ -160,6 +160,8 @@ def evaluate(draft: DraftRun) -> None:
             return
         evaluation, predictions = outcome
         name = f"eval_{Path(path).stem}"
+        if config.eval_thoughts is not None:
+            name += f"_with_{config.eval_thoughts}_thoughts"
         write_predictions(folder, name, predictions)
         say(summary.evaluation_text(config, path, stage, evaluation))
         if evaluation.n_cut:

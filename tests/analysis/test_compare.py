@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import struct
 import subprocess
@@ -315,6 +316,57 @@ def test_markdown(runs, capsys):
         assert all(set(cell[:-1]) == {"-"} and cell[-1] == ":" for cell in others)
     cells = [cell.strip() for cell in tables[0][2].strip("|").split("|")]
     assert cells[:4] == ["ours", "0, 1", "4", "62.5%"]
+
+
+def learning(folder: Path, name: str, seed: int, right: str, *evaluations: tuple[int, float]) -> str:
+    """A run of three stages, with the accuracy on the validation set at the end of each epoch."""
+    run = write_run(folder, name, seed, right, max_latent_stage=2, c_thought=1, method="coconut", coconut=False)
+    events = [
+        {"event": "eval", "epoch": epoch, "stage": stage, "step": 10 * epoch, "valid_loss": 0.1, "accuracy": accuracy}
+        | {"n_correct": 1, "n_total": 1, "mean_new_tokens": 1.0, "examples_per_s": 1.0}
+        for epoch, (stage, accuracy) in enumerate(evaluations, start=1)
+    ]
+    Path(run, "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return run
+
+
+def test_seeds_that_solve_it_and_their_steps(tmp_path, capsys):
+    runs = [
+        learning(tmp_path, "fast_seed0", 0, "xxxx", (0, 1.0), (1, 0.7), (2, 0.9), (3, 0.8)),
+        learning(tmp_path, "fast_seed1", 1, "xxx.", (0, 1.0), (1, 0.7), (2, 0.5), (3, 0.8)),
+        learning(tmp_path, "slow_seed0", 0, "x...", (0, 1.0), (1, 1.0), (2, 0.3), (3, 0.7)),
+        learning(tmp_path, "slow_seed1", 1, "x...", (0, 1.0), (1, 1.0), (2, 0.9), (3, 0.7)),
+        learning(tmp_path, "once_seed0", 0, "xxxx", (0, 1.0), (1, 1.0), (2, 0.9), (3, 0.7)),
+    ]
+    text = printed([*runs, "--solved", "0.75", "--json", str(tmp_path / "out.json")], capsys)
+    assert row_of(text, "group  ") == ["group", "seeds", "solved (75%)", "steps to 75%, by seed"]
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if "solved (75%)" in line)
+    rows = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines[start + 1 : start + 4]]
+    # Visible steps do not count: 1.0 in stages 0 and 1.
+    assert rows == [["fast", "2", "2", "30, 40"], ["slow", "2", "0", "never, 30"], ["once", "1", "1", "30"]]
+    # 30, 40 against 30, never: no division is nearer to even. Fisher: one of six, on either side.
+    assert next(line for line in lines[start:] if line.startswith("fast, slow")).split()[2:] == [
+        "1",
+        "1",
+        "0.33",
+        "0.33",
+    ]
+    assert "fast, once" not in "".join(lines[start:])
+    assert json.loads((tmp_path / "out.json").read_text())["solved"]["groups"][0]["steps"] == [30, 40]
+    assert "solved" not in printed(runs, capsys)
+    assert "--solved 95.0: must be above 0 and at most 1" in refusal([*runs, "--solved", "95"], capsys)
+
+
+def test_tables_as_csv(runs, tmp_path, capsys):
+    folder = tmp_path / "tables" / "test"
+    printed([*runs, "--csv", str(folder)], capsys)
+    names = ("accuracy", "accuracy_by_steps", "differences", "mcnemar")
+    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.csv" for name in names]
+    rows = list(csv.reader((folder / "accuracy.csv").open()))
+    assert rows[0][:4] == ["group, run", "seed", "examples", "accuracy"]
+    assert [row[0] for row in rows[1:]] == ["ours", "ours_seed0", "ours_seed1", "control", "control-s0"]
+    assert rows[1][1:4] == ["0, 1", "4", "62.5%"]
 
 
 def drawn(runs: list[str]):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
-from coconut_ds.analysis.intervals import bootstrap, holm, mcnemar, percentile_interval, wilson
+from coconut_ds.analysis.intervals import bootstrap, fisher, holm, mann_whitney, mcnemar, percentile_interval, wilson
 
 
 @pytest.mark.parametrize(
@@ -126,3 +128,27 @@ def test_ten_seeds_cover_what_they_should():
         covered.append(low <= truth <= high)
     # Three standard errors of 300 intervals are 0.04.
     assert 0.88 < np.mean(covered) < 0.99
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "p"),
+    [
+        # By counting the divisions of five and five: one is the most extreme on each side.
+        ([1, 2, 3, 4, 5], [6, 7, 8, 9, math.inf], 2 / math.comb(10, 5)),
+        ([1, 1, 1, 1, 1], [math.inf] * 5, 2 / math.comb(10, 5)),
+        ([math.inf] * 5, [math.inf] * 5, 1.0),
+        # Of the 6 divisions of 1, 1, 2, 2 one has both 1s in front, one both 2s.
+        ([1, 1], [2, 2], 2 / 6),
+        ([1, 2], [1, 2], 1.0),
+    ],
+)
+def test_mann_whitney_is_exact_with_ties(first, second, p):
+    assert mann_whitney(first, second) == pytest.approx(p)
+    assert mann_whitney(second, first) == pytest.approx(p)
+
+
+def test_fisher():
+    # The lady tasting tea: 3 of 4 cups, (1 + 16) / 70 on one side.
+    assert fisher(3, 4, 1, 4) == pytest.approx(34 / 70)
+    assert fisher(5, 5, 0, 5) == pytest.approx(2 / math.comb(10, 5))
+    assert fisher(5, 5, 5, 5) == 1.0

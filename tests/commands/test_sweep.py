@@ -16,6 +16,8 @@ from coconut_ds.commands import sweep
 from coconut_ds.config.run_file import load_run_config
 from coconut_ds.errors import InputError
 
+SWEEPS = sorted((launching.ROOT / "run_configs").rglob("*.txt"))
+
 
 @pytest.fixture
 def run_file(tmp_path):
@@ -61,6 +63,26 @@ def test_words_come_back_quoted(run_file, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == f"{run_file} 'name=with blank' 'adam_betas=[0.9, 0.98]'"
 
 
+def test_a_line_with_seeds_is_a_run_for_each_the_first_of_every_line_first(run_file, tmp_path, capsys):
+    lines = [f"{run_file} name=a seeds=[0,3] lr=1e-3", f"{run_file} name=b seeds=[1]", f"{run_file} name=c"]
+    path = listed(tmp_path, *lines)
+    assert sweep.main(["--list", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{run_file} name=a_seed0 seed=0 lr=1e-3",
+        f"{run_file} name=b_seed1 seed=1",
+        f"{run_file} name=c",
+        f"{run_file} name=a_seed3 seed=3 lr=1e-3",
+    ]
+
+
+def test_a_line_without_a_run_file_holds_for_the_runs_below(run_file, tmp_path):
+    lines = [f"{run_file} name=a", "lr=0.5 seeds=[1]", f"{run_file} name=b", f"{run_file} name=c lr=0.25"]
+    path = listed(tmp_path, *lines)
+    configs = [config for _, config in sweep.read_sweep(path)]
+    assert [(each.name, each.seed, each.lr) for each in configs[1:]] == [("b_seed1", 1, 0.5), ("c_seed1", 1, 0.25)]
+    assert (configs[0].name, configs[0].lr) == ("a", load_run_config(run_file).lr)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -71,6 +93,9 @@ def test_words_come_back_quoted(run_file, tmp_path, capsys):
         ("RUN name=b train_path=none.json", "line 2: none.json: not there; data/README.md"),
         ("RUN name=b deepspeed=none.json", "line 2: deepspeed file none.json cannot be read"),
         ("RUN 'name=b", "line 2: No closing quotation"),
+        ("RUN name=b seeds=[0,0]", "line 2: seeds=[0,0]: must be a list of different whole numbers"),
+        ("RUN name=b seeds=3", "line 2: seeds=3: must be a list"),
+        ("RUN name=b seeds=[1] seed=1", "line 2: has both seed= and seeds="),
     ],
 )
 def test_what_is_wrong_is_said_before_a_run_starts(run_file, tmp_path, capsys, line, message):
@@ -94,10 +119,10 @@ def test_a_sweep_without_runs_is_refused(tmp_path):
         sweep.read_sweep(tmp_path / "none.txt")
 
 
-@pytest.mark.parametrize("path", sorted((launching.ROOT / "run_configs").glob("*.txt")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
 def test_shipped_sweeps_load_and_say_how_they_are_started(path, data_is_there):
     assert sweep.read_sweep(path)
-    assert f"./launch.sh sweep run_configs/{path.name}" in path.read_text()
+    assert f"./launch.sh sweep {path.relative_to(launching.ROOT)}" in path.read_text()
 
 
 def test_the_comparison_of_the_demo_task_is_fifteen_runs(data_is_there):

@@ -137,6 +137,7 @@ val_path: b.json
         ("train_batch_size=33", "train_batch_size: 33 must be a multiple of batch_size_training (32)"),
         ("adam_betas=[0.9, 1.0]", "adam_betas: [0.9, 1.0]: each must be at least 0 and below 1"),
         ("only_eval=true", "only_eval: needs load_model_path"),
+        ("eval_thoughts=6", "eval_thoughts: 6 is for the evaluation of a model with thoughts"),
         ("bf16=true precision=fp16", "bf16: true, but precision is fp16"),
         ("load_model_path=x resume=4", "resume: 4 leaves nothing to train, num_epochs is 4"),
         ("coconut=false cot=true latent_context.scope=sequence", "latent_context: cot has no continuous thoughts"),

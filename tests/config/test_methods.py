@@ -279,7 +279,7 @@ def test_a_learned_window_is_saved_restored_and_evaluated(tmp_path):
     # The second run stops after two epochs and goes on: its window goes on from where it was.
     parts = run | {"name": "parts"}
     evaluation = run | {"only_eval": True, "load_model_path": str(checkpoint)}
-    trained([run, parts | {"num_epochs": 2}, parts, evaluation], tmp_path)
+    trained([run, parts | {"num_epochs": 2}, parts, evaluation, evaluation | {"eval_thoughts": 5}], tmp_path)
     learned = [event["latent_weights"] for event in launching.events(folder, "eval")]
     assert learned[0] == pytest.approx([4 / 7, 2 / 7, 1 / 7], abs=1e-3), "in stage 0 nothing but decay moves it"
     assert max(abs(a - b) for a, b in zip(learned[0], learned[-1])) > 0.01
@@ -287,6 +287,8 @@ def test_a_learned_window_is_saved_restored_and_evaluated(tmp_path):
     assert learned == [event["latent_weights"] for event in launching.events(tmp_path / "runs" / "parts", "eval")]
     predictions = folder / "predictions"
     assert (predictions / "eval_prosqa_valid.jsonl").read_text() == (predictions / "epoch_0004.jsonl").read_text()
+    longer = (predictions / "eval_prosqa_valid_with_5_thoughts.jsonl").read_text()
+    assert longer.count('"n_thoughts": 5,') == longer.count("\n") == 4
     stored = load_file(checkpoint / "model" / "latent_window.safetensors")
     assert stored["latent_window.logits"].softmax(dim=0).tolist() == pytest.approx(learned[-1], rel=1e-6)
     plain = AutoModelForCausalLM.from_pretrained(checkpoint / "model", output_loading_info=True)[1]

@@ -39,6 +39,8 @@ def test_stage_grows_every_epochs_per_stage(curriculum):
         ({"max_latent_stage": 3}, 3, 5, Layout(3, 3)),
         ({"thoughts_per_step": 2, "max_latent_stage": 2}, 2, 5, Layout(2, 4)),
         ({"thoughts_per_step": 2, "max_latent_stage": 2, "pad_latent_to_max": False}, 9, 1, Layout(1, 2)),
+        ({"eval_thoughts": 9}, 2, 4, Layout(2, 9)),
+        ({"eval_thoughts": 9}, 7, 4, Layout(4, 9)),
         ({"method": "no_cot", "thoughts_per_step": 0}, 0, 4, Layout(4, 0)),
         ({"method": "cot", "thoughts_per_step": 0}, 0, 4, Layout(0, 0)),
         ({"method": "no_thoughts", "thoughts_per_step": 0}, 2, 4, Layout(2, 0)),
@@ -56,6 +58,7 @@ def test_layouts(curriculum, changes, stage, n_steps, expected):
         ({"pad_latent_to_max": False}, 9, 4, 4),
         ({"pad_latent_to_max": False}, 5, 4, 4),
         ({"pad_latent_to_max": False, "thoughts_per_step": 2}, 3, 2, 4),
+        ({"eval_thoughts": 9}, 2, 4, 9),
     ],
 )
 def test_prompt_thoughts(curriculum, changes, stage, n_steps, expected):
