@@ -17,6 +17,7 @@ from matplotlib.collections import PathCollection
 
 from coconut_ds.analysis import comparison
 from coconut_ds.analysis.plots.comparison import draw
+from coconut_ds.analysis.solved import solved
 from coconut_ds.commands import compare
 from coconut_ds.config.run_config import RunConfig
 
@@ -397,6 +398,24 @@ def test_a_picture_leaves_out_what_says_nothing(tmp_path):
     assert [(*line.get_xdata(), *line.get_ydata()) for line in right.lines] == [(6, 50), (7, 100)]
     assert "tokens" in right.get_xlabel()
     assert len(drawn([short]).axes) == 1
+
+
+def test_a_picture_of_when_seeds_solve_it(tmp_path):
+    runs = [
+        learning(tmp_path, "fast_seed0", 0, "xxxx", (0, 1.0), (2, 0.9)),
+        learning(tmp_path, "fast_seed1", 1, "xxxx", (0, 1.0), (2, 0.8), (3, 0.9)),
+        learning(tmp_path, "slow_seed0", 0, "x...", (0, 1.0), (2, 0.3)),
+    ]
+    groups = comparison.grouped([comparison.read_run(run) for run in runs])
+    compared = {**comparison.compare(groups), "solved": solved(groups, 0.9)}
+    _, middle, right = draw(compared).axes
+    fast, slow = (np.asarray(each.get_offsets()) for each in middle.collections if isinstance(each, PathCollection))
+    assert fast[:, 0].tolist() == [20, 30]
+    assert slow[0, 0] > 30
+    assert [label.get_text() for label in middle.get_xticklabels()] == ["20", "30", "never"]
+    assert [text.get_text() for text in middle.texts] == ["2 of 2", "0 of 1"]
+    assert "90%" in middle.get_xlabel()
+    assert "steps" in right.get_xlabel()
 
 
 def test_the_picture_is_written(runs, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -15,24 +16,25 @@ _WIDTH, _HEIGHT, _DPI = 12, 5, 100  # inches and dots per inch: 1200 x 500 px
 def draw(comparison: dict[str, Any]) -> Figure:
     """The plot of what `comparison.compare` returns.
 
-    Left, accuracy of each group with its interval and a dot per seed. Right, accuracy by number of steps; if all
-    questions have the same number, accuracy over generated tokens; if that is the same too, nothing.
+    Left, accuracy of each group with its interval and a dot per seed. Beside it, if it is known, when each seed solved
+    the task, and accuracy by number of steps if questions differ in it. With neither, accuracy over generated tokens,
+    and nothing if that is the same too.
     """
-    groups = comparison["groups"]
+    groups, solved = comparison["groups"], comparison.get("solved")
+    panels = [partial(_draw_accuracies, groups=groups)]
+    if solved:
+        panels.append(partial(_draw_solved, solved=solved))
+    if len(groups[0]["accuracy_by_steps"]) > 1:
+        panels.append(partial(_draw_steps, groups=groups))
+    elif not solved and len({group["mean_tokens"] for group in groups}) > 1:
+        panels.append(partial(_draw_tokens, groups=groups))
     figure = new_figure(_WIDTH, _HEIGHT, _DPI)
-    has_steps = len(groups[0]["accuracy_by_steps"]) > 1
-    has_tokens = len({group["mean_tokens"] for group in groups}) > 1
-    panels = figure.subplots(1, 2 if has_steps or has_tokens else 1, squeeze=False)[0]
-    _draw_accuracies(panels[0], groups)
-    if has_steps:
-        _draw_steps(panels[1], groups)
-    elif has_tokens:
-        _draw_tokens(panels[1], groups)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        panel(axes)
     return figure
 
 
 def _draw_accuracies(axes: Axes, groups: list[dict[str, Any]]) -> None:
-    # One group per row, so that long names can be read.
     for row, group in enumerate(groups):
         colour, marker = LIGHT.look(row)
         accuracy, (low, high) = 100 * group["accuracy"], group["interval"]
@@ -42,9 +44,31 @@ def _draw_accuracies(axes: Axes, groups: list[dict[str, Any]]) -> None:
         # Each seed a little lower, so that equal ones do not hide each other.
         heights = [row + 0.18 + 0.3 * place / len(shares) for place in range(len(shares))]
         axes.scatter(shares, heights, s=28, facecolors="none", edgecolors=colour, linewidths=1.2)
+    axes.set_xlabel("accuracy (%): mean, 95% interval, one circle per seed")
+    _finish_rows(axes, groups)
+
+
+def _draw_solved(axes: Axes, solved: dict[str, Any]) -> None:
+    groups = solved["groups"]
+    reached = [each for group in groups for each in group["steps"] if each is not None]
+    never = 1.15 * max(reached, default=1)
+    for row, group in enumerate(groups):
+        colour, marker = LIGHT.look(row)
+        places = [never if each is None else each for each in group["steps"]]
+        heights = [row - 0.3 + 0.6 * (place + 0.5) / len(places) for place in range(len(places))]
+        axes.scatter(places, heights, s=28, marker=marker, facecolors="none", edgecolors=colour, linewidths=1.2)
+        axes.annotate(f"{group['n_solved']} of {group['n_seeds']}", (1.01, row), xycoords=("axes fraction", "data"))
+    axes.axvline(never, color="0.7", linewidth=0.8)
+    ticks = sorted(set(reached))
+    axes.set_xticks([*ticks, never], [*map(str, ticks), "never"])
+    axes.set_xlabel(f"optimizer steps to {solved['share']:.0%} of the validation set, by seed; seeds that solve it")
+    _finish_rows(axes, groups)
+
+
+def _finish_rows(axes: Axes, groups: list[dict[str, Any]]) -> None:
+    """One group per row, so that long names can be read."""
     axes.set_yticks(range(len(groups)), [group["group"] for group in groups])
     axes.set_ylim(len(groups) - 0.4, -0.6)
-    axes.set_xlabel("accuracy (%): mean, 95% interval, one circle per seed")
     axes.grid(axis="x", alpha=0.3)
 
 
