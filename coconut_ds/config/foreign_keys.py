@@ -18,9 +18,8 @@ _TEXTS: dict[str, str] = {}
 
 for _text, _keys in {
     # Forks of the published code
-    "every stage has epochs_per_stage epochs; for a longer stage 0 train a run with method: cot, and start this one "
-    "from its checkpoint with load_model_path (and resume, the first epoch)": """stage_0_epochs stage0_epochs
-        epochs_stage_0 num_epochs_stage_0 initial_epochs first_stage_epochs""",
+    "make epochs_per_stage a list: [6, 3] trains stage 0 for 6 epochs and every later one for 3": """
+        stage_0_epochs stage0_epochs epochs_stage_0 num_epochs_stage_0 initial_epochs first_stage_epochs""",
     "there is no setting for a part of a set; write the records wanted to a file of their own and name that": """
         max_size train_size val_size valid_size test_size eval_size debug_val_size debug_train_size num_eval_samples
         num_train_samples max_train_samples max_eval_samples max_val_samples max_samples max_examples subset_size

@@ -24,10 +24,22 @@ PUBLISHED_SWITCHES = ("cot", "no_cot", "no_thoughts", "coconut")
 """The published spellings of `method`."""
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _positive_or_auto(value: Any) -> Any:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+    if value != "auto" and not _is_count(value):
         raise ValueError("must be a whole number of at least 1, or auto")
     return value
+
+
+def _one_or_several(value: Any) -> Any:
+    if _is_count(value):
+        return value
+    if not isinstance(value, list | tuple) or not value or not all(map(_is_count, value)):
+        raise ValueError("must be a whole number of at least 1, or a list of them such as [6, 3]")
+    return tuple(value)
 
 
 def _switch(value: Any) -> Any:
@@ -80,7 +92,8 @@ class RunConfig(Section):
     no_thoughts: bool = False
     c_thought: int = Field(1, ge=0)
     """Thoughts per replaced step."""
-    epochs_per_stage: int = Field(1, ge=1)
+    epochs_per_stage: Annotated[int | tuple[int, ...], PlainValidator(_one_or_several)] = 1
+    """Of a list the first number is that of stage 0, and the last holds for all stages from there on: `[6, 3]`."""
     max_latent_stage: int = Field(0, ge=0)
     """Steps replaced at most; in the stage after it all remaining steps are dropped."""
     pad_latent_to_max: bool = False

@@ -35,7 +35,7 @@ class Curriculum:
 
     method: Method
     thoughts_per_step: int
-    epochs_per_stage: int
+    epochs_per_stage: int | tuple[int, ...]
     max_latent_stage: int
     pad_latent_to_max: bool
     uniform_prob: float
@@ -63,7 +63,7 @@ class Curriculum:
             return 0
         if self.traits.steps == "dropped":
             return 0 if self.traits.thoughts == "none" else self.max_latent_stage + 1
-        return epoch // self.epochs_per_stage
+        return math.floor(self._stages_after(epoch))
 
     def layout(self, stage: int, n_steps: int) -> Layout:
         """Layout of an example with `n_steps` steps in `stage`, for the validation loss and, mostly, in training."""
@@ -87,7 +87,7 @@ class Curriculum:
         stage = self.stage(epoch)
         if self.traits.steps == "dropped by token":
             extra = self._smoothing(random.Random(f"{self.seed}/{epoch}/{index}"))
-            return Layout(0, 0, self._removed((epoch + progress) / self.epochs_per_stage, extra))
+            return Layout(0, 0, self._removed(self._stages_after(epoch + progress), extra))
         if self.uniform_prob:
             draw = random.Random(f"{self.seed}/{epoch}/{index}")
             if draw.random() < self.uniform_prob:
@@ -105,6 +105,15 @@ class Curriculum:
         if self.eval_thoughts is not None:
             return self.eval_thoughts
         return min(stage, self._most_stages(n_steps)) * self.thoughts_per_step
+
+    def _stages_after(self, epochs: float) -> float:
+        """Stages that are over after `epochs`, counted from 0, the one under way in part."""
+        lengths = self.epochs_per_stage if isinstance(self.epochs_per_stage, tuple) else (self.epochs_per_stage,)
+        for stage, length in enumerate(lengths[:-1]):
+            if epochs < length:
+                return stage + epochs / length
+            epochs -= length
+        return len(lengths) - 1 + epochs / lengths[-1]
 
     def _most_stages(self, n_steps: int) -> int:
         return self.max_latent_stage if self.pad_latent_to_max else min(n_steps, self.max_latent_stage)

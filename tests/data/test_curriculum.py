@@ -23,6 +23,8 @@ PLAIN = Tokens(tiny.PAD)
 
 def test_stage_grows_every_epochs_per_stage(curriculum):
     assert [curriculum(epochs_per_stage=2).stage(epoch) for epoch in range(6)] == [0, 0, 1, 1, 2, 2]
+    longer = curriculum(epochs_per_stage=(3, 1, 2))
+    assert [longer.stage(epoch) for epoch in range(9)] == [0, 0, 0, 1, 2, 2, 3, 3, 4]
     assert curriculum(method="cot").stage(40) == curriculum(method="no_cot").stage(40) == 0
     assert curriculum(method="no_thoughts", epochs_per_stage=2).stage(4) == 2
 
