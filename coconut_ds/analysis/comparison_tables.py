@@ -88,7 +88,7 @@ def _mcnemar_table(pairs: list[dict[str, Any]]) -> Rows:
 
 
 def _solved_table(solved: dict[str, Any]) -> Rows:
-    share = f"{solved['share']:.0%}"
+    share = f"{100 * solved['share']:.4g}%"
     rows = [["group", "seeds", f"solved ({share})", f"steps to {share}, by seed"]]
     for group in solved["groups"]:
         steps = ", ".join("never" if each is None else str(each) for each in group["steps"])

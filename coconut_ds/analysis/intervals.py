@@ -70,9 +70,9 @@ def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tuple[int, i
 
 
 def mann_whitney(first: Sequence[float], second: Sequence[float]) -> float:
-    """Two-sided p-value that neither sample tends to be larger (Mann and Whitney 1947), exact also with ties.
+    """Two-sided p-value that neither sample tends to be larger (Mann and Whitney 1947), with ties too.
 
-    All ways to divide the values are gone through up to 20,000 of them (7 and 7 values), beyond that as many drawn.
+    All ways to divide the values are gone through up to 20,000 of them (8 and 8 values), beyond that as many drawn.
     Each sample has two values or more.
     """
     from scipy.stats import PermutationMethod, mannwhitneyu

@@ -9,15 +9,18 @@ from typing import Any
 
 from coconut_ds.analysis import intervals
 from coconut_ds.analysis.comparison import Groups, Run
+from coconut_ds.errors import InputError
 from coconut_ds.runs.metrics import EpochEvaluation
 
 
 def solved(groups: Groups, share: float) -> dict[str, Any]:
     """Seeds of each group whose compared answers reach the accuracy `share`, and steps until the validation set does.
 
-    Steps are those of the first evaluation in the last stage of the curriculum that reaches it; None if none does.
-    Pairs of groups: the exact Mann-Whitney test of the steps, never being later than any, and Fisher's exact test of
-    the solved seeds, two-sided, each with Holm's adjustment over all pairs; groups of one seed are not tested.
+    Steps are those of the first evaluation that reaches it without a visible step (or, under methods that keep or drop
+    the chain in every epoch, of any); None if none does. Pairs of groups: the Mann-Whitney test of the steps, never
+    being later than any, and Fisher's exact test of the solved seeds, two-sided, each with Holm's adjustment over all
+    pairs; groups of one seed are not tested. Raises InputError for a run without such an evaluation, and for icot,
+    which removes the chain token by token.
     """
     steps = {name: [steps_to(run, share) for run in runs] for name, runs in groups.items()}
     counts = {name: sum(_accuracy(run) >= share for run in runs) for name, runs in groups.items()}
@@ -44,10 +47,17 @@ def steps_to(run: Run, share: float) -> int | None:
 
 
 def _last_stage(run: Run) -> list[EpochEvaluation]:
-    """Evaluations in the layout of the end of the run: where steps are replaced, all of them are."""
-    if run.config.traits.steps != "replaced by stage":
-        return list(run.evaluations)
-    return [each for each in run.evaluations if each.stage >= run.config.max_latent_stage]
+    """Evaluations in the layout of the end of the curriculum: where steps are replaced by stage, none is visible."""
+    if run.config.traits.steps == "dropped by token":
+        raise InputError(f"{run.folder}: --solved needs a stage without steps, and icot removes the chain by tokens")
+    found, first = list(run.evaluations), 0
+    if run.config.traits.steps == "replaced by stage":
+        # Stage S replaces S steps, the stage after it drops what is left.
+        longest = max(answer.n_steps for answer in run.answers)
+        first = run.config.max_latent_stage + (longest > run.config.max_latent_stage)
+    if not (found := [each for each in found if each.stage >= first]):
+        raise InputError(f"{run.folder}: no evaluation of stage {first} or later in its metrics.jsonl; finish the run")
+    return found
 
 
 def _accuracy(run: Run) -> float:

@@ -21,9 +21,9 @@ McNemar      Exact test of two models of the same seed, on the questions that on
 p, Holm      The same p-values, adjusted for the number of tests printed.
 tokens       Mean thoughts plus generated tokens per question, before the end of the answer; then thoughts alone.
 solved       With --solved 0.95: seeds of a group that answer at least 95% right, and optimizer steps to the first
-             evaluation of the last stage with 95% of the validation set right. "steps, p": exact Mann-Whitney test of
-             two groups, never being later than any; "seeds, p": Fisher's exact test of solved seeds, which cannot be
-             below 0.0079 with 5 seeds each. Holm's adjustment is over all pairs.
+             evaluation without visible steps that has 95% of the validation set right. "steps, p": Mann-Whitney
+             test of two groups, never being later than any, exact up to 8 seeds each; "seeds, p": Fisher's exact test
+             of solved seeds, which cannot be below 0.0079 with 5 seeds each. Holm's adjustment is over all pairs.
 cut          Answers that reached `max_new_tokens` before their end; the column appears only if there are any.
 """
 

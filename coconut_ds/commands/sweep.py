@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -37,14 +36,18 @@ from coconut_ds.runs.lock import holder_text, run_folder_is_held
 from coconut_ds.runs.metrics import read_metrics
 from coconut_ds.runs.paths import RunFolder
 
+_Run = tuple[list[str], RunConfig]
+_RUN_FILES = (".yaml", ".yml")
 _SEEDS = TypeAdapter(list[Annotated[int, Strict()]])
+_REFUSED = 2
+"""Exit status of a trainer that was told by its input, or by the lock of the folder, not to start."""
 
 
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} sweep") -> int:
-    """0 if every run is finished or the sweep was stopped, 1 if a run failed; else as `run_command` says."""
+    """0 if every run is finished or the sweep was stopped, 1 if one is not; else as `run_command` says."""
     parser = new_parser(prog, __doc__)
     parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("--list", action="store_true", help="only print the unfinished runs, quoted for a shell")
+    parser.add_argument("--list", action="store_true", help="only print the runs still to do, quoted for a shell")
     add_launch_options(parser)
     return run_command(_sweep, parser, arguments)
 
@@ -54,23 +57,33 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.list:
         print("".join(f"{shlex.join(words)}\n" for words, config in runs if _is_open(config)), end="")
         return 0
-    return _train_all(runs, options)
-
-
-def _train_all(runs: Sequence[tuple[list[str], RunConfig]], options: argparse.Namespace) -> int:
-    failed = 0
     with Launcher() as launcher:
-        for (run_file, *overrides), config in runs:
-            if launcher.is_asked_to_stop:
-                break
-            # Asked again before each run, since another sweep may have taken it.
-            if not _is_open(config):
-                continue
-            if launcher.run(trainer_command(run_file, overrides, options)) != 0 and _is_open(config):
-                print(f"failed: {shlex.join([run_file, *overrides])}", file=sys.stderr, flush=True)
-                failed = 1
+        failed = _train_all(runs, options, launcher)
         if launcher.is_asked_to_stop:
             print("stopped as requested; the same command resumes")
+            return int(failed)
+    return int(failed or not all(_is_finished(config) for _, config in runs))
+
+
+def _train_all(runs: list[_Run], options: argparse.Namespace, launcher: Launcher) -> bool:
+    """Train what is open, again and again as long as runs of other processes come to be; whether one failed."""
+    failed = False
+    while runs:
+        passed_over = []
+        for run in runs:
+            (run_file, *overrides), config = run
+            if launcher.is_asked_to_stop:
+                return failed
+            # Asked before each run, since another sweep may have taken it.
+            if not _is_open(config):
+                passed_over.append(run)
+            elif status := launcher.run(trainer_command(run_file, overrides, options)):
+                if status == _REFUSED and run_folder_is_held(config.run_folder):
+                    passed_over.append(run)  # another sweep was faster by an instant
+                else:
+                    print(f"failed: {shlex.join([run_file, *overrides])}", file=sys.stderr, flush=True)
+                    failed = True
+        runs = [run for run in passed_over if not _is_finished(run[1]) and not run_folder_is_held(run[1].run_folder)]
     return failed
 
 
@@ -86,7 +99,7 @@ def _is_open(config: RunConfig) -> bool:
     return False
 
 
-def read_sweep(path: Path) -> list[tuple[list[str], RunConfig]]:
+def read_sweep(path: Path) -> list[_Run]:
     """The runs of a sweep file in order, each as its words, without `seeds=`, and its configuration.
 
     Raises InputError for a file without runs, runs that cannot be started, and two that share a run folder.
@@ -99,14 +112,17 @@ def read_sweep(path: Path) -> list[tuple[list[str], RunConfig]]:
     problems: list[str] = []
     line_of: dict[Path, int] = {}
     shared: list[str] = []
+    last_shared = 0
     for number, line in enumerate(lines, start=1):
         try:
             words = shlex.split(line, comments=True)
-            if not words or "=" in words[0]:
-                shared += words
+            if not words:
                 continue
-            each_seed = enumerate(_per_seed([words[0], *shared, *words[1:]]))
-            found = [(place, each, _checked(each)) for place, each in each_seed]
+            if _is_shared(words):
+                shared, last_shared = [*shared, *words], number
+                continue
+            last_shared = 0
+            found = [(place, each, _checked(each)) for place, each in enumerate(_per_seed(words, shared))]
         except ValueError as error:  # an InputError, or quotes without an end
             problems.append(f"line {number}: {error}")
             continue
@@ -116,7 +132,9 @@ def read_sweep(path: Path) -> list[tuple[list[str], RunConfig]]:
                 folder = config.run_folder
                 problems.append(f"line {number}: writes to {folder}, as line {first} does; give it another name")
         runs += found
-    if not runs and not problems:
+    if last_shared:
+        problems.append(f"line {last_shared}: names no run file, and no run is below it that it could hold for")
+    elif not runs and not problems:
         problems.append("no run in it; write one line per run, such as `run_configs/demo.yaml name=a seed=1`")
     if problems:
         raise InputError(problem_list(f"sweep file {path}", problems))
@@ -124,31 +142,41 @@ def read_sweep(path: Path) -> list[tuple[list[str], RunConfig]]:
     return [(words, config) for _, words, config in runs]
 
 
-def _per_seed(words: list[str]) -> list[list[str]]:
-    """The words of each run of a line: one, or one per seed of the last `seeds=[..]` in it.
+def _is_shared(words: list[str]) -> bool:
+    return all("=" in word for word in words) and not words[0].endswith(_RUN_FILES)
+
+
+def _per_seed(words: list[str], shared: list[str]) -> list[list[str]]:
+    """The words of each run of a line under `shared` ones: one run, or one per seed of `seeds=[..]`.
 
     Raises InputError for `seeds` that are not a list of different whole numbers, or together with `seed`.
     """
-    listed = [word for word in words if word.startswith("seeds=")]
-    if not listed:
-        return [words]
+    run_file, *own = words
+    # Seeds of the line replace those of lines above it.
+    shared = [word for word in shared if not (_seeds_in(own) and _seeds_in([word]))]
+    words = [*shared, *own]
+    if not any(word.startswith("seeds=") for word in words):
+        return [[run_file, *words]]
+    *_, listed = given = _seeds_in(words)
     try:
-        seeds = _SEEDS.validate_python(yaml.safe_load(listed[-1].removeprefix("seeds=")))
+        seeds = _SEEDS.validate_python(yaml.safe_load(listed.removeprefix("seeds=")))
     except (ValidationError, yaml.YAMLError):
         seeds = []
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise InputError(f"{listed[-1]}: must be a list of different whole numbers, such as seeds=[0,1,2]")
-    rest = [word for word in words if word not in listed]
-    if any(word.startswith("seed=") for word in rest):
-        raise InputError("has both seed= and seeds=; keep one")
-    name = load_run_config(rest[0], rest[1:]).name
-    run_file, *others = [word for word in rest if not word.startswith("name=")]
+    if not seeds or len(set(seeds)) < len(seeds) or len(given) > 1:
+        raise InputError(f"{' '.join(given)}: must be one list of different whole numbers, such as seeds=[0,1,2]")
+    words = [word for word in words if word not in given]
+    name = load_run_config(run_file, words).name
+    others = [word for word in words if not word.startswith("name=")]
     return [[run_file, override("name", f"{name}_seed{seed}"), f"seed={seed}", *others] for seed in seeds]
+
+
+def _seeds_in(words: list[str]) -> list[str]:
+    return [word for word in words if word.startswith(("seed=", "seeds="))]
 
 
 def _checked(words: list[str]) -> RunConfig:
     """The run of a line; raises InputError for problems that can be found without loading its model."""
-    if not words[0].endswith((".yaml", ".yml")):
+    if not words[0].endswith(_RUN_FILES):
         raise InputError(f"{words[0]}: a run file ends in .yaml or .yml")
     config = load_run_config(words[0], words[1:])
     read_ds_json(config.deepspeed)

@@ -92,7 +92,7 @@ class RunConfig(Section):
     no_thoughts: bool = False
     c_thought: int = Field(1, ge=0)
     """Thoughts per replaced step."""
-    epochs_per_stage: Annotated[int | tuple[int, ...], PlainValidator(_one_or_several)] = 1
+    epochs_per_stage: Annotated[int | tuple[int, ...], BeforeValidator(_one_or_several)] = 1
     """Of a list the first number is that of stage 0, and the last holds for all stages from there on: `[6, 3]`."""
     max_latent_stage: int = Field(0, ge=0)
     """Steps replaced at most; in the stage after it all remaining steps are dropped."""

@@ -140,16 +140,23 @@ def longest_prompt(examples: Dataset, curriculum: Curriculum) -> int:
 
 
 def check_lengths(
-    path: str | Path, examples: Dataset, curriculum: Curriculum, n_positions: int, new_tokens: int
+    path: str | Path,
+    examples: Dataset,
+    curriculum: Curriculum,
+    n_positions: int,
+    new_tokens: int,
+    stage: int | None = None,
 ) -> None:
     """Raise DataError for the first example that does not fit the model's positions, in training or when decoding.
 
-    The training bound is the longest layout of any stage; the decoding bound the longest prompt plus `new_tokens`.
+    The training bound is the longest layout of any stage, or of `stage` alone; the decoding bound the longest prompt
+    plus `new_tokens`.
     """
+    shorter = "max_new_tokens" if curriculum.eval_thoughts is None else "max_new_tokens or eval_thoughts"
     for index, row in enumerate(examples.select_columns(["question_ids", "steps_ids", "answer_ids"])):
         steps = [len(step) for step in row["steps_ids"]]
         prompt = len(row["question_ids"]) + curriculum.n_markers
-        layouts = curriculum.layouts(len(steps))
+        layouts = curriculum.layouts(len(steps)) if stage is None else {curriculum.layout(stage, len(steps))}
         middle = max(each.n_thoughts + sum(steps[each.n_skip :]) for each in layouts)
         training = prompt + middle + len(row["answer_ids"])
         if training > n_positions:
@@ -161,6 +168,5 @@ def check_lengths(
         if decoding > n_positions:
             raise DataError(
                 f"{path}: record {index}: key 'question': a prompt of {decoding - new_tokens} tokens and "
-                f"max_new_tokens {new_tokens} need {decoding} positions, the model has {n_positions}; lower "
-                "max_new_tokens"
+                f"max_new_tokens {new_tokens} need {decoding} positions, the model has {n_positions}; lower {shorter}"
             )

@@ -99,12 +99,17 @@ def _scratch(model: ScratchModelConfig | None, records: list[dict[str, Any]]) ->
 
 
 def tokenized(
-    path: str, records: list[dict[str, Any]], backbone: Backbone, curriculum: Curriculum, new_tokens: int
+    path: str,
+    records: list[dict[str, Any]],
+    backbone: Backbone,
+    curriculum: Curriculum,
+    new_tokens: int,
+    stage: int | None = None,
 ) -> Dataset:
-    """The examples of a data file; raises InputError for reserved text and for too long ones."""
+    """The examples of a data file; raises InputError for reserved text, and for length as `check_lengths` does."""
     examples = tokenize(records, backbone.tokenizer)
     demand_plain_text(path, examples, backbone.tokenizer)
-    check_lengths(path, examples, curriculum, backbone.n_positions, new_tokens)
+    check_lengths(path, examples, curriculum, backbone.n_positions, new_tokens, stage)
     return examples
 
 

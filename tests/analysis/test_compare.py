@@ -321,7 +321,7 @@ def test_markdown(runs, capsys):
 
 def learning(folder: Path, name: str, seed: int, right: str, *evaluations: tuple[int, float]) -> str:
     """A run of three stages, with the accuracy on the validation set at the end of each epoch."""
-    run = write_run(folder, name, seed, right, max_latent_stage=2, c_thought=1, method="coconut", coconut=False)
+    run = write_run(folder, name, seed, right, max_latent_stage=3, c_thought=1, method="coconut", coconut=False)
     events = [
         {"event": "eval", "epoch": epoch, "stage": stage, "step": 10 * epoch, "valid_loss": 0.1, "accuracy": accuracy}
         | {"n_correct": 1, "n_total": 1, "mean_new_tokens": 1.0, "examples_per_s": 1.0}
@@ -333,18 +333,18 @@ def learning(folder: Path, name: str, seed: int, right: str, *evaluations: tuple
 
 def test_seeds_that_solve_it_and_their_steps(tmp_path, capsys):
     runs = [
-        learning(tmp_path, "fast_seed0", 0, "xxxx", (0, 1.0), (1, 0.7), (2, 0.9), (3, 0.8)),
-        learning(tmp_path, "fast_seed1", 1, "xxx.", (0, 1.0), (1, 0.7), (2, 0.5), (3, 0.8)),
-        learning(tmp_path, "slow_seed0", 0, "x...", (0, 1.0), (1, 1.0), (2, 0.3), (3, 0.7)),
-        learning(tmp_path, "slow_seed1", 1, "x...", (0, 1.0), (1, 1.0), (2, 0.9), (3, 0.7)),
-        learning(tmp_path, "once_seed0", 0, "xxxx", (0, 1.0), (1, 1.0), (2, 0.9), (3, 0.7)),
+        learning(tmp_path, "fast_seed0", 0, "xxxx", (2, 1.0), (2, 0.7), (3, 0.9), (4, 0.8)),
+        learning(tmp_path, "fast_seed1", 1, "xxx.", (2, 1.0), (2, 0.7), (3, 0.5), (4, 0.8)),
+        learning(tmp_path, "slow_seed0", 0, "x...", (2, 1.0), (2, 1.0), (3, 0.3), (4, 0.7)),
+        learning(tmp_path, "slow_seed1", 1, "x...", (2, 1.0), (2, 1.0), (3, 0.9), (4, 0.7)),
+        learning(tmp_path, "once_seed0", 0, "xxxx", (2, 1.0), (2, 1.0), (3, 0.9), (4, 0.7)),
     ]
     text = printed([*runs, "--solved", "0.75", "--json", str(tmp_path / "out.json")], capsys)
     assert row_of(text, "group  ") == ["group", "seeds", "solved (75%)", "steps to 75%, by seed"]
     lines = text.splitlines()
     start = next(number for number, line in enumerate(lines) if "solved (75%)" in line)
     rows = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines[start + 1 : start + 4]]
-    # Visible steps do not count: 1.0 in stages 0 and 1.
+    # Visible steps do not count: 1.0 in stage 2, as there are questions of 3 steps.
     assert rows == [["fast", "2", "2", "30, 40"], ["slow", "2", "0", "never, 30"], ["once", "1", "1", "30"]]
     # 30, 40 against 30, never: no division is nearer to even. Fisher: one of six, on either side.
     assert next(line for line in lines[start:] if line.startswith("fast, slow")).split()[2:] == [
@@ -356,6 +356,8 @@ def test_seeds_that_solve_it_and_their_steps(tmp_path, capsys):
     assert "fast, once" not in "".join(lines[start:])
     assert json.loads((tmp_path / "out.json").read_text())["solved"]["groups"][0]["steps"] == [30, 40]
     assert "solved" not in printed(runs, capsys)
+    unfinished = learning(tmp_path, "short_seed0", 0, "xxxx", (2, 1.0))
+    assert "no evaluation of stage 3 or later" in refusal([runs[0], unfinished, "--solved", "0.75"], capsys)
     assert "--solved 95.0: must be above 0 and at most 1" in refusal([*runs, "--solved", "95"], capsys)
 
 
@@ -402,9 +404,9 @@ def test_a_picture_leaves_out_what_says_nothing(tmp_path):
 
 def test_a_picture_of_when_seeds_solve_it(tmp_path):
     runs = [
-        learning(tmp_path, "fast_seed0", 0, "xxxx", (0, 1.0), (2, 0.9)),
-        learning(tmp_path, "fast_seed1", 1, "xxxx", (0, 1.0), (2, 0.8), (3, 0.9)),
-        learning(tmp_path, "slow_seed0", 0, "x...", (0, 1.0), (2, 0.3)),
+        learning(tmp_path, "fast_seed0", 0, "xxxx", (2, 1.0), (3, 0.9)),
+        learning(tmp_path, "fast_seed1", 1, "xxxx", (2, 1.0), (3, 0.8), (4, 0.9)),
+        learning(tmp_path, "slow_seed0", 0, "x...", (2, 1.0), (3, 0.3)),
     ]
     groups = comparison.grouped([comparison.read_run(run) for run in runs])
     compared = {**comparison.compare(groups), "solved": solved(groups, 0.9)}

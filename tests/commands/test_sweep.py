@@ -77,8 +77,10 @@ def test_a_line_with_seeds_is_a_run_for_each_the_first_of_every_line_first(run_f
 
 def test_a_line_without_a_run_file_holds_for_the_runs_below(run_file, tmp_path):
     lines = [f"{run_file} name=a", "lr=0.5 seeds=[1]", f"{run_file} name=b", f"{run_file} name=c lr=0.25"]
-    path = listed(tmp_path, *lines)
+    path = listed(tmp_path, *lines, f"{run_file} name=d seed=7", f"{run_file} name=e seeds=[8]")
     configs = [config for _, config in sweep.read_sweep(path)]
+    assert [(each.name, each.seed) for each in configs[3:]] == [("d", 7), ("e_seed8", 8)]
+    configs = configs[:3]
     assert [(each.name, each.seed, each.lr) for each in configs[1:]] == [("b_seed1", 1, 0.5), ("c_seed1", 1, 0.25)]
     assert (configs[0].name, configs[0].lr) == ("a", load_run_config(run_file).lr)
 
@@ -93,9 +95,11 @@ def test_a_line_without_a_run_file_holds_for_the_runs_below(run_file, tmp_path):
         ("RUN name=b train_path=none.json", "line 2: none.json: not there; data/README.md"),
         ("RUN name=b deepspeed=none.json", "line 2: deepspeed file none.json cannot be read"),
         ("RUN 'name=b", "line 2: No closing quotation"),
-        ("RUN name=b seeds=[0,0]", "line 2: seeds=[0,0]: must be a list of different whole numbers"),
-        ("RUN name=b seeds=3", "line 2: seeds=3: must be a list"),
-        ("RUN name=b seeds=[1] seed=1", "line 2: has both seed= and seeds="),
+        ("RUN name=b seeds=[0,0]", "line 2: seeds=[0,0]: must be one list of different whole numbers"),
+        ("RUN name=b seeds=3", "line 2: seeds=3: must be one list"),
+        ("RUN name=b seeds=[1] seed=1", "line 2: seeds=[1] seed=1: must be one list"),
+        ("name=b seed=1", "line 2: names no run file, and no run is below it"),
+        ("name=b RUN seed=1", "line 2: name=b: a run file ends in .yaml or .yml"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_run_starts(run_file, tmp_path, capsys, line, message):
@@ -110,6 +114,31 @@ def test_a_finished_run_that_was_trained_otherwise_is_no_result_of_its_line(run_
     finish(run_file, "a", 2)
     assert sweep.main([str(listed(tmp_path, f"{run_file} name=a lr=0.3 seed=4"))]) == 2
     assert "runs/a is finished and was trained with another seed, lr; rename one" in capsys.readouterr().err
+
+
+def test_a_run_of_another_sweep_that_ends_unfinished_is_taken_at_the_end(run_file, tmp_path, monkeypatch, capsys):
+    started, elsewhere = [], {"a"}
+
+    class Started:
+        is_asked_to_stop = False
+        __enter__, __exit__ = (lambda self: self), (lambda self, *error: None)
+
+        def run(self, words: list[str]) -> int:
+            name = words[-1].removeprefix("name=")
+            started.append(name)
+            finish(run_file, name, 2)
+            elsewhere.clear()
+            return 0
+
+    monkeypatch.setattr(sweep, "Launcher", Started)
+    monkeypatch.setattr(sweep, "trainer_command", lambda run_file, overrides, options: overrides)
+    monkeypatch.setattr(sweep, "run_folder_is_held", lambda folder: folder.name in elsewhere)
+    path = listed(tmp_path, f"{run_file} name=a", f"{run_file} name=b")
+    assert sweep.main([str(path)]) == 0
+    assert started == ["b", "a"]
+    assert "runs/a is in use by" in capsys.readouterr().err
+    elsewhere.add("c")
+    assert sweep.main([str(listed(tmp_path, f"{run_file} name=c"))]) == 1, "it is not finished"
 
 
 def test_a_sweep_without_runs_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import yaml
@@ -380,3 +381,11 @@ def test_other_words_for_off(tmp_path):
     assert load(tmp_path, GOOD, "max_grad_norm=null").max_grad_norm == 0
     for word in ("null", "none", "None", "false"):
         assert load(tmp_path, GOOD, f"reset_optimizer={word}").reset_optimizer is False
+
+
+def test_a_list_of_epochs_is_written_and_read_back(tmp_path):
+    config = load(tmp_path, GOOD, "epochs_per_stage=[6, 3]")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert load_run_config(tmp_path / "again.yaml").epochs_per_stage == config.epochs_per_stage == (6, 3)

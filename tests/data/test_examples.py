@@ -127,5 +127,6 @@ def test_examples_that_do_not_fit_the_model_are_named(curriculum):
     # The bound is exact: with as many positions as the longest layout needs, nothing is refused.
     needed = 30 + 1 + 2 + 6 + 3
     check_lengths("f.json", examples, curriculum(), n_positions=needed, new_tokens=1)
+    check_lengths("f.json", examples, curriculum(), n_positions=needed - 1, new_tokens=1, stage=0)
     with pytest.raises(DataError):
         check_lengths("f.json", examples, curriculum(), n_positions=needed - 1, new_tokens=1)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from coconut_ds.analysis.plots.canvas import LIGHT, new_figure
 
-_WIDTH, _HEIGHT, _DPI = 12, 5, 100  # inches and dots per inch: 1200 x 500 px
+_WIDTH, _HEIGHT, _DPI = 6, 5, 100  # inches per panel and dots per inch: 1200 x 500 px for two panels
 
 
 def draw(comparison: dict[str, Any]) -> Figure:
@@ -28,7 +28,7 @@ def draw(comparison: dict[str, Any]) -> Figure:
         panels.append(partial(_draw_steps, groups=groups))
     elif not solved and len({group["mean_tokens"] for group in groups}) > 1:
         panels.append(partial(_draw_tokens, groups=groups))
-    figure = new_figure(_WIDTH, _HEIGHT, _DPI)
+    figure = new_figure(_WIDTH * max(2, len(panels)), _HEIGHT, _DPI)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         panel(axes)
     return figure
@@ -44,7 +44,7 @@ def _draw_accuracies(axes: Axes, groups: list[dict[str, Any]]) -> None:
         # Each seed a little lower, so that equal ones do not hide each other.
         heights = [row + 0.18 + 0.3 * place / len(shares) for place in range(len(shares))]
         axes.scatter(shares, heights, s=28, facecolors="none", edgecolors=colour, linewidths=1.2)
-    axes.set_xlabel("accuracy (%): mean, 95% interval, one circle per seed")
+    axes.set_xlabel("accuracy (%)\nmean, 95% interval, one circle per seed")
     _finish_rows(axes, groups)
 
 
@@ -61,7 +61,9 @@ def _draw_solved(axes: Axes, solved: dict[str, Any]) -> None:
     axes.axvline(never, color="0.7", linewidth=0.8)
     ticks = sorted(set(reached))
     axes.set_xticks([*ticks, never], [*map(str, ticks), "never"])
-    axes.set_xlabel(f"optimizer steps to {solved['share']:.0%} of the validation set, by seed; seeds that solve it")
+    axes.set_xlabel(
+        f"optimizer steps to {100 * solved['share']:.4g}% of the validation set\n(right: seeds that solve the test)"
+    )
     _finish_rows(axes, groups)
 
 
