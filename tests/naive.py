@@ -61,6 +61,27 @@ def batch_loss(model: Coconut, input_ids, attention_mask, labels) -> torch.Tenso
     return total
 
 
+def step_loss(model: Coconut, rows: list[tuple[list[int], list[list[int]]]]) -> torch.Tensor:
+    """Sum of the cross entropies of the texts of all groups of thoughts, one group at a time (SIM-CoT).
+
+    A row is an unpadded sequence with the texts of its groups; a group is an equal share of its thoughts.
+    """
+    base, total = model.base_causallm, torch.zeros(())
+    decoder = model.step_decoder or base
+    for ids, texts in rows:
+        _, fed = row_states(model, ids)
+        thoughts = [column for column, token in enumerate(ids) if token == model.latent_token_id]
+        share = len(thoughts) // max(1, len(texts))
+        for group, text in enumerate(texts):
+            own = [fed[column] for column in thoughts[group * share : (group + 1) * share]]
+            for place, token in enumerate(text):
+                read = torch.stack([*own, *base.get_input_embeddings()(torch.tensor(text[:place], dtype=torch.long))])
+                hidden = _run(decoder, read, torch.arange(len(read))[None])
+                logits = decoder.get_output_embeddings()(hidden[-1])
+                total = total + F.cross_entropy(logits, torch.tensor(token))
+    return total
+
+
 def greedy(model: Coconut, prompt: list[int], n_tokens: int) -> list[int]:
     """Greedy continuation of one prompt, everything computed again for every token; ends after EOS."""
     ids = list(prompt)

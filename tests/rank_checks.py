@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,9 +39,11 @@ from coconut_ds.engine.reset import new_schedule, reset_optimizer_state
 from coconut_ds.engine.states import gather, updates_done
 from coconut_ds.engine.states import restore as restore_states
 from coconut_ds.memory.model_states import model_states
+from coconut_ds.model import fast
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.folder import load_window
 from coconut_ds.model.scratch import word_tokenizer
+from coconut_ds.model.step_decoder import copy_of
 from coconut_ds.runtime import distributed
 from coconut_ds.training.step import NonFiniteLossError, optimizer_step
 
@@ -70,48 +73,56 @@ def examples(count: int) -> Dataset:
     return Dataset.from_list([tiny.row(4 + index % 5, [3, 2 + index % 3, 4], 3, index) for index in range(count)])
 
 
-def undivided(rows: Dataset, epoch: int) -> Batch:
+def undivided(rows: Dataset, epoch: int, tokens: Tokens = TOKENS) -> Batch:
     plan = curriculum()
     sequences = [
-        training_sequence(row, plan.training_layout(len(row["steps_ids"]), epoch, index), TOKENS)
+        training_sequence(row, plan.training_layout(len(row["steps_ids"]), epoch, index), tokens)
         for index, row in enumerate(rows)
     ]
-    return collate_training(sequences, list(range(len(rows))), tiny.PAD)
+    return collate_training(sequences, list(range(len(rows))), tiny.PAD, tokens.step_end is not None)
 
 
-def windows_of(name: str, rows: Dataset, sizes: BatchSizes, epoch: int) -> TrainingSteps:
+def windows_of(name: str, rows: Dataset, sizes: BatchSizes, epoch: int, tokens: Tokens = TOKENS) -> TrainingSteps:
     """This rank's windows of an epoch, as the ZeRO file wants them."""
     in_step = name.startswith("zero3")
-    return TrainingSteps(rows, curriculum(), TOKENS, sizes, distributed.rank(), epoch, in_step=in_step)
+    return TrainingSteps(rows, curriculum(), tokens, sizes, distributed.rank(), epoch, in_step=in_step)
 
 
-def gradient_errors(names: list[str], splits: list[list[int]], speed: str) -> dict[str, float]:
+def gradient_errors(
+    names: list[str], splits: list[list[int]], speed: str, step_weight: float = 0.0, decoder: str = "shared"
+) -> dict[str, float]:
     """Largest difference between a gradient through the engine and that of one undivided batch of 8 in plain torch.
 
-    `speed` of the engine's model: plain passes, fast ones, or fast with activations recomputed. One step of SGD with
-    learning rate 1 turns the gradient into a difference of weights.
+    `speed` of the engine's model: plain passes, fast ones, or fast with activations recomputed; `step_weight` of the
+    steps that `decoder` writes from thoughts. One step of SGD with learning rate 1 turns the gradient into a difference
+    of weights.
     """
     start_process_group()
+    tokens = replace(TOKENS, step_end=tiny.EOS) if step_weight else TOKENS
     rows = examples(8)
-    reference = tiny.coconut(context=CONTEXT, plain=True)
-    reference(**undivided(rows, epoch=2).inputs).loss.backward()
+    reference = _model("plain", decoder)
+    whole = undivided(rows, 2, tokens)
+    output = reference(**whole.inputs)
+    steps = output.step_loss_sum / whole.n_step_targets if step_weight else output.loss * 0
+    (output.loss + step_weight * steps).backward()
     expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
     world = distributed.world_size()
     errors = {}
     for name in names:
         for micro, accumulation in splits:
             sizes = BatchSizes(micro, accumulation, world)
-            model = _model(speed)
+            model = _model(speed, decoder)
             before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
             settings = ds_config(name, RunConfig(), sizes) | {"zero_force_ds_cpu_optimizer": False}
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), config=settings
             )
             # Accumulation is long enough for all eight, so the epoch is one window.
-            window = windows_of(name, rows, sizes, epoch=2)[0]
-            step = optimizer_step(engine, window, "token")
-            assert step.n_targets == undivided(rows, epoch=2).n_targets
-            assert abs(step.loss - reference(**undivided(rows, epoch=2).inputs).loss.item()) < 1e-5
+            window = windows_of(name, rows, sizes, 2, tokens)[0]
+            step = optimizer_step(engine, window, "token", step_weight)
+            assert step.n_targets == whole.n_targets
+            assert abs(step.loss - output.loss.item()) < 1e-5
+            assert abs((step.step_loss or 0.0) - steps.item()) < 1e-5
             weights = {key: safe_get_full_fp32_param(value) for key, value in model.named_parameters()}
             weights = {key: value if value is not None else model.get_parameter(key) for key, value in weights.items()}
             worst = max((before[key] - weights[key] - expected[key]).abs().max().item() for key in before)
@@ -140,8 +151,12 @@ def bf16_error(name: str, accumulation: int) -> float:
     return float((before - masters() - expected).norm() / expected.norm())
 
 
-def _model(speed: str) -> Coconut:
-    model = tiny.coconut(context=CONTEXT, plain=speed == "plain")
+def _model(speed: str, decoder: str = "shared") -> Coconut:
+    model = tiny.coconut(context=CONTEXT, plain=True)
+    if decoder == "copy":
+        model.step_decoder = copy_of(model.base_causallm)
+    if speed != "plain":
+        fast.install(model)
     if speed == "recomputed":
         model.enable_activation_checkpointing()
     return model

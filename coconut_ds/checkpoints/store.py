@@ -4,6 +4,7 @@
     checkpoints/epoch_0003_step_00000420/       within the fourth epoch, after optimizer step 420
         model/                     fp32 weights, config, tokenizer, coconut.json: plain transformers loads it;
                                    latent_window.safetensors where the window is learned
+        step_decoder.safetensors   where steps are written by a decoder with weights of its own
         exp_avg.safetensors        Adam's moments by parameter name, fp32
         exp_avg_sq.safetensors
         random_states.safetensors  of every rank
@@ -34,6 +35,8 @@ from coconut_ds.errors import InputError
 from coconut_ds.memory.meter import GIB
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.folder import MODEL_FOLDER, WEIGHTS_FILE, stored_window, write_folder
+from coconut_ds.model.step_decoder import PREFIX as DECODER_PREFIX
+from coconut_ds.model.step_decoder import stored_decoder, write_decoder
 from coconut_ds.runs import atomic_folder
 from coconut_ds.runs.paths import RunFolder, is_within_epoch
 from coconut_ds.runs.terminal import say
@@ -189,7 +192,13 @@ def restore(path: Path, engine: deepspeed.DeepSpeedEngine) -> None:
     stored = read_stored(path)
     # Files are mapped into memory, so a tensor is read when it is copied.
     backbone = load_file(path / MODEL_FOLDER / WEIGHTS_FILE)
-    weights = {f"{_PREFIX}{name}": value for name, value in backbone.items()} | stored_window(str(path))
+    weights = {f"{_PREFIX}{name}": value for name, value in backbone.items()}
+    weights |= stored_window(str(path)) | stored_decoder(path)
+    if missing := [name for name, _ in engine.module.named_parameters() if name not in weights]:
+        raise CheckpointError(
+            f"{path} has no {missing[0]} ({len(missing)} such weights): it was trained without what this run adds; "
+            "give the run another name and start it from load_model_path"
+        )
     moments = {moment: load_file(path / f"{moment}.safetensors") for moment in states.MOMENTS if stored.updates}
     states.restore(engine, stored.updates, weights, moments)
     internals.restore_loss_scale(engine, stored.loss_scale)
@@ -209,7 +218,10 @@ def _write_tensors(
     tensors = states.gather(engine)
     _on_main(failed, _demand_finite, tensors)
     own = {name.removeprefix(_PREFIX): value for name, value in tensors.items() if name.startswith(_PREFIX)}
-    window = {name: value for name, value in tensors.items() if not name.startswith(_PREFIX)}
+    decoder = {name: value for name, value in tensors.items() if name.startswith(DECODER_PREFIX)}
+    window = {name: value for name, value in tensors.items() if not name.startswith((_PREFIX, DECODER_PREFIX))}
+    # Called on every rank, whose tensors are empty but on rank 0.
+    _on_main(failed, write_decoder, decoder, folder)
     _on_main(failed, write_folder, folder / MODEL_FOLDER, backbone.model, backbone.tokenizer, settings, own, window)
     for moment in states.MOMENTS if stored.updates else ():
         watchdog.alive()

@@ -25,9 +25,11 @@ for _text, _keys in {
         num_train_samples max_train_samples max_eval_samples max_val_samples max_samples max_examples subset_size
         n_train n_val num_samples val_set_size test_split_size data_fraction""",
     "steps are replaced from the first on; there is no reversed curriculum": "reversed reverse reverse_curriculum",
-    "the loss has one term and nothing to weigh; remove the key": """alpha beta gamma multi_mode multimode mode_weights
-        loss_weights aux_loss_weight explain_loss_factor distill_loss_factor ce_loss_factor distill_loss_div_std kl_coef
-        kl_coeff distillation label_smoothing label_smoothing_factor neftune_noise_alpha""",
+    "steps that are written from thoughts have supervision.steps.weight; no other loss can be added": """alpha beta
+        gamma multi_mode multimode mode_weights loss_weights aux_loss_weight explain_loss_factor distill_loss_factor
+        ce_loss_factor distill_loss_div_std kl_coef kl_coeff distillation""",
+    "the loss of the tokens has nothing to set but loss_normalization; remove the key": """label_smoothing
+        label_smoothing_factor neftune_noise_alpha""",
     "what a thought is made of is set by latent_context and latent_norm": """replacement_method feedback thought_source
         context_window window_size context_weights window_weights""",
     "the model is not compiled; remove the key": """torch_compile compile use_compile torch_compile_backend

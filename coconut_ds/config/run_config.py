@@ -18,6 +18,7 @@ from coconut_ds.config.sections import (
     LatentContextConfig,
     ScratchModelConfig,
     Section,
+    SupervisionConfig,
 )
 
 PUBLISHED_SWITCHES = ("cot", "no_cot", "no_thoughts", "coconut")
@@ -104,6 +105,8 @@ class RunConfig(Section):
     """Null is plain Coconut."""
     latent_norm: Annotated[Literal["none", "rms", "embedding"], _OffIsNone] = "none"
     """Every thought is scaled to a root mean square of 1, or to the mean norm of its question's token embeddings."""
+    supervision: Annotated[SupervisionConfig | None, _OrOff] = None
+    """Null is the published loss."""
     icot: Annotated[IcotConfig | None, _OrOff] = None
     """For `method: icot`; null is its defaults."""
 
@@ -198,6 +201,17 @@ class RunConfig(Section):
     @property
     def thoughts_per_step(self) -> int:
         return 0 if self.traits.thoughts == "none" else self.c_thought
+
+    @property
+    def step_weight(self) -> float:
+        """Of the loss of steps written from their thoughts; 0 without step supervision."""
+        return self.supervision.steps.weight if self.supervision and self.supervision.steps else 0.0
+
+    @property
+    def has_copied_decoder(self) -> bool:
+        """Whether steps are written by a decoder with weights of its own."""
+        steps = self.supervision.steps if self.supervision else None
+        return steps is not None and steps.weight > 0 and steps.decoder == "copy"
 
     @property
     def run_folder(self) -> Path:

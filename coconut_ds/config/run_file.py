@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from coconut_ds import strict_json
 from coconut_ds.config.foreign_keys import known_elsewhere
@@ -16,12 +16,17 @@ from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.sections import Section
 from coconut_ds.errors import InputError, did_you_mean
 
-_SECTIONS = {
-    key: section
-    for key, field in RunConfig.model_fields.items()
-    for section in get_args(field.annotation)
-    if isinstance(section, type) and issubclass(section, Section)
-}
+
+def _sections_of(model: type[BaseModel]) -> dict[str, type[Section]]:
+    return {
+        key: section
+        for key, field in model.model_fields.items()
+        for section in get_args(field.annotation)
+        if isinstance(section, type) and issubclass(section, Section)
+    }
+
+
+_SECTIONS = _sections_of(RunConfig)
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -94,9 +99,11 @@ def _describe(item: Any) -> Problem:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        section = location[0] if len(location) > 1 else ""
-        fields = _SECTIONS.get(section, RunConfig).model_fields
-        hint = known_elsewhere(location[-1], section) or did_you_mean(location[-1], fields)
+        section: type[BaseModel] = RunConfig
+        for part in location[:-1]:
+            section = _sections_of(section).get(part, section)
+        of_section = location[0] if len(location) > 1 else ""
+        hint = known_elsewhere(location[-1], of_section) or did_you_mean(location[-1], section.model_fields)
         return Problem((location[0],), f"{key}: unknown key{hint}")
     rule = item["msg"].removeprefix("Value error, ")
     return Problem((location[0],), f"{key}: {item['input']!r}: {rule[0].lower()}{rule[1:]}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Scope = Literal["sequence", "last_pass"]
 
@@ -81,6 +81,27 @@ class IcotConfig(Section):
     """Once the schedule removes this many tokens the whole chain goes; null never. The published value for GSM8K."""
     smoothing: float | None = Field(4.0, gt=0)
     """Lambda: an example loses o tokens more with a probability proportional to exp(-lambda o); null is off."""
+
+
+class StepSupervisionConfig(Section):
+    """The model also learns to write each replaced step from its thoughts alone (SIM-CoT, arXiv 2509.20317)."""
+
+    weight: float = Field(1.0, ge=0)
+    """Of the cross entropy of the written steps, a mean over their tokens, beside that of the sequence; 0 is off."""
+    decoder: Literal["shared", "copy"] = "shared"
+    """Who writes: the model itself, or a copy with weights of its own that starts from the model's and is dropped by
+    export and inference."""
+
+
+def _on_or_off(value: Any) -> Any:
+    """A switch for a section of defaults."""
+    return {} if value is True else None if value is False else value
+
+
+class SupervisionConfig(Section):
+    """What thoughts learn from besides the tokens after them."""
+
+    steps: Annotated[StepSupervisionConfig | None, BeforeValidator(_on_or_off)] = None
 
 
 class ScratchModelConfig(Section):

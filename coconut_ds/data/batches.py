@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from coconut_ds.config.methods import METHODS, Method
 from coconut_ds.data.markers import END_LATENT, LATENT, START_LATENT, marker_ids
 from coconut_ds.data.stages import Layout
+from coconut_ds.data.step_targets import IGNORED, StepTargets, collate_step_targets, moved, texts_of_groups
 from coconut_ds.runtime import distributed
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,17 @@ class Tokens:
     """Ends a fact of a question, if facts are shuffled."""
     bos: int | None = None
     """Precedes a question under some tokenizers."""
+    step_end: int | None = None
+    """Ends a step that is written from its thoughts; None without step supervision."""
 
     @classmethod
-    def of(cls, method: Method, tokenizer: PreTrainedTokenizerBase, fact_end: int | None = None) -> Tokens:
+    def of(
+        cls,
+        method: Method,
+        tokenizer: PreTrainedTokenizerBase,
+        fact_end: int | None = None,
+        writes_steps: bool = False,
+    ) -> Tokens:
         """Those of `method`; raises ModelError if it needs markers that the tokenizer does not have."""
         traits = METHODS[method]
         ids = {} if traits.thoughts == "none" else marker_ids(tokenizer)
@@ -47,6 +54,7 @@ class Tokens:
             is_pause=traits.thoughts == "pause",
             fact_end=fact_end,
             bos=tokenizer.bos_token_id,
+            step_end=tokenizer.eos_token_id if writes_steps else None,
         )
 
     @property
@@ -63,6 +71,8 @@ class TokenSequence:
     first_thought: int
     n_thoughts: int
     first_target: int
+    written: tuple[tuple[int, ...], ...] = ()
+    """What a decoder learns to write from each group of thoughts; empty without step supervision."""
 
 
 class Batch(NamedTuple):
@@ -70,13 +80,15 @@ class Batch(NamedTuple):
 
     inputs: dict[str, Any]
     """Of `Coconut.forward`: input_ids, attention_mask, labels, position_ids, each (B, T), thought_span as ints,
-    and supervised (N,)."""
+    supervised (N,), and with step supervision `steps`."""
     n_targets: int
     """Supervised tokens, counted after the causal shift."""
     n_tokens: int
     """Cells of the batch that are not padding; a filler has none."""
     indices: list[int]
     """Position of each row's example in its data file; empty for a filler."""
+    n_step_targets: int = 0
+    """Tokens that are written from thoughts, with step supervision."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +97,16 @@ class Size:
 
     n_thoughts: int = 0
     n_targets: int = 0
+    n_step_targets: int = 0
 
     @classmethod
     def of(cls, batch: Batch) -> Size:
         span = batch.inputs["thought_span"]
-        return cls(span[1] - span[0] if span else 0, batch.n_targets)
+        return cls(span[1] - span[0] if span else 0, batch.n_targets, batch.n_step_targets)
 
     def __or__(self, other: Size) -> Size:
         """The larger of both, in each respect."""
-        return Size(max(self.n_thoughts, other.n_thoughts), max(self.n_targets, other.n_targets))
+        return Size(*map(max, zip(astuple(self), astuple(other), strict=True)))
 
 
 def grown(batch: Batch, size: Size, pad: int) -> Batch:
@@ -114,6 +127,8 @@ def grown(batch: Batch, size: Size, pad: int) -> Batch:
     # Column 1 of the first row: it follows the first token of a question, or of a filler, and has no label there.
     added = torch.ones(size.n_targets - len(rows), dtype=torch.long)
     inputs["supervised"] = torch.cat([inputs["supervised"] + rows * missing, added])
+    if "steps" in inputs:
+        inputs["steps"] = moved(inputs["steps"], columns, columns + missing, size.n_step_targets)
     return batch._replace(inputs=inputs)
 
 
@@ -121,7 +136,8 @@ def training_sequence(row: dict[str, Any], layout: Layout, tokens: Tokens) -> To
     """question [start] thoughts [end] remaining steps, answer; everything before the steps is unsupervised."""
     opening = prompt_sequence(row, layout.n_thoughts, tokens)
     steps = [token for step in row["steps_ids"][layout.n_skip :] for token in step]
-    return replace(opening, ids=opening.ids + steps[layout.n_drop :] + row["answer_ids"])
+    written = () if tokens.step_end is None else texts_of_groups(row, layout, tokens.step_end)
+    return replace(opening, ids=opening.ids + steps[layout.n_drop :] + row["answer_ids"], written=written)
 
 
 def prompt_sequence(row: dict[str, Any], n_thoughts: int, tokens: Tokens) -> TokenSequence:
@@ -143,19 +159,21 @@ def shuffle_facts(ids: list[int], tokens: Tokens, draw: random.Random) -> list[i
     return ids[:first] + [token for fact in facts for token in fact] + ids[ends[-1] if ends else first :]
 
 
-def collate_training(sequences: Sequence[TokenSequence], indices: list[int], pad: int) -> Batch:
+def collate_training(
+    sequences: Sequence[TokenSequence], indices: list[int], pad: int, writes_steps: bool = False
+) -> Batch:
     """Left-pad until all first thoughts stand in one column, right-pad the rest.
 
     Rows without thoughts get no left padding. Without any row the result is a filler, one unsupervised token, so that
-    every rank runs the same number of micro-batches.
+    every rank runs the same number of micro-batches. `writes_steps` adds the targets of step supervision.
     """
     if not sequences:
-        filler = _collate([TokenSequence([pad], 0, 0, 1)], [0], indices, pad)
+        filler = _collate([TokenSequence([pad], 0, 0, 1)], [0], indices, pad, writes_steps)
         return filler._replace(n_tokens=0)
     with_thoughts = [each for each in sequences if each.n_thoughts]
     column = max((each.first_thought for each in with_thoughts), default=0)
     offsets = [column - each.first_thought if each.n_thoughts else 0 for each in sequences]
-    return _collate(sequences, offsets, indices, pad)
+    return _collate(sequences, offsets, indices, pad, writes_steps)
 
 
 def collate_prompts(sequences: Sequence[TokenSequence], indices: list[int], pad: int) -> Batch:
@@ -164,7 +182,9 @@ def collate_prompts(sequences: Sequence[TokenSequence], indices: list[int], pad:
     return _collate(sequences, [width - len(each.ids) for each in sequences], indices, pad)
 
 
-def _collate(sequences: Sequence[TokenSequence], offsets: list[int], indices: list[int], pad: int) -> Batch:
+def _collate(
+    sequences: Sequence[TokenSequence], offsets: list[int], indices: list[int], pad: int, writes_steps: bool = False
+) -> Batch:
     shape = (len(sequences), max(offset + len(each.ids) for each, offset in zip(sequences, offsets)))
     input_ids, labels = torch.full(shape, pad), torch.full(shape, IGNORED)
     attention_mask, position_ids = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
@@ -187,7 +207,13 @@ def _collate(sequences: Sequence[TokenSequence], offsets: list[int], indices: li
         "thought_span": (min(first for first, _ in spans), max(end for _, end in spans)) if spans else (),
         "supervised": supervised,
     }
-    return Batch(inputs, len(supervised), sum(len(each.ids) for each in sequences), indices)
+    batch = Batch(inputs, len(supervised), sum(len(each.ids) for each in sequences), indices)
+    if not writes_steps:
+        return batch
+    firsts = [offset + each.first_thought for each, offset in zip(sequences, offsets)]
+    counts = [each.n_thoughts for each in sequences]
+    steps = collate_step_targets([each.written for each in sequences], firsts, counts, shape[1])
+    return batch._replace(inputs={**inputs, "steps": steps}, n_step_targets=len(steps.supervised))
 
 
 def supervised_entries(labels: torch.Tensor) -> torch.Tensor:
@@ -200,7 +226,10 @@ def supervised_entries(labels: torch.Tensor) -> torch.Tensor:
 def to_device(inputs: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
     """Tensors on `device`, or on this rank's; other values unchanged."""
     device = device or distributed.device()
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for key, value in inputs.items()
-    }
+
+    def moved_there(value: Any) -> Any:
+        if isinstance(value, StepTargets):
+            return StepTargets(*map(moved_there, value))
+        return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+    return {key: moved_there(value) for key, value in inputs.items()}

@@ -107,7 +107,7 @@ class TrainingSteps(torch.utils.data.Dataset):
                 draw = random.Random(f"{self._curriculum.seed}/{self._epoch}/{index}/facts")
                 row["question_ids"] = shuffle_facts(row["question_ids"], self._tokens, draw)
             sequences.append(training_sequence(row, layout, self._tokens))
-        return collate_training(sequences, indices, self._tokens.pad)
+        return collate_training(sequences, indices, self._tokens.pad, writes_steps=self._tokens.step_end is not None)
 
 
 def _grouped(order: torch.Tensor, lengths: torch.Tensor, total: int, generator: torch.Generator) -> torch.Tensor:

@@ -21,6 +21,8 @@ class Layout:
     n_skip: int
     n_thoughts: int
     n_drop: int = 0
+    per_step: int = field(default=1, compare=False)
+    """Thoughts that stand for one step."""
 
 
 _EVERYTHING = 2**31
@@ -74,8 +76,10 @@ class Curriculum:
         if self.traits.steps == "dropped by token":
             return Layout(0, 0, self._removed(stage))
         if self.traits.steps != "dropped" and stage <= self.max_latent_stage:
-            return Layout(n_skip=min(stage, n_steps), n_thoughts=stage * self.thoughts_per_step)
-        return Layout(n_skip=n_steps, n_thoughts=self._most_stages(n_steps) * self.thoughts_per_step)
+            n_skip, n_groups = min(stage, n_steps), stage
+        else:
+            n_skip, n_groups = n_steps, self._most_stages(n_steps)
+        return Layout(n_skip, n_groups * self.thoughts_per_step, per_step=self.thoughts_per_step)
 
     def training_layout(self, n_steps: int, epoch: int, index: int, progress: float = 0.0) -> Layout:
         """Layout of training example `index` in `epoch`, of which the share `progress` (below 1) is done.

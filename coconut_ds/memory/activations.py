@@ -30,7 +30,7 @@ from coconut_ds.data.loaders import ID_COLUMNS
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.engine.internals import FakeTensorMode, tree_map_only
 from coconut_ds.memory.meter import LiveTensorMeter
-from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.coconut import Coconut, CoconutOutput
 from coconut_ds.model.fast.planning import planning_for_card
 from coconut_ds.model.loss import CHUNK
 
@@ -86,7 +86,7 @@ def measured_peak(model: Coconut, batch: Batch) -> int:
 
 def batch_of(sequence: TokenSequence, rows: int) -> Batch:
     """A micro-batch with `sequence` in each of its `rows`."""
-    return collate_training([sequence] * rows, list(range(rows)), pad=0)
+    return collate_training([sequence] * rows, list(range(rows)), pad=0, writes_steps=bool(sequence.written))
 
 
 def _filling_chunks(batch: Batch) -> Batch:
@@ -109,7 +109,14 @@ def widest_sequence(examples: Dataset, curriculum: Curriculum, stage: int, token
     targets = max(len(each.ids) - each.first_target for each in sequences)
     latent = [] if tokens.latent is None else [tokens.latent] * thoughts
     ids = [0] * prefix + latent + [0] * (middle + targets)
-    return TokenSequence(ids, prefix, thoughts, len(ids) - targets)
+    return TokenSequence(ids, prefix, thoughts, len(ids) - targets, _widest_texts(sequences))
+
+
+def _widest_texts(sequences: Sequence[TokenSequence]) -> tuple[tuple[int, ...], ...]:
+    """As many texts as any example has groups of thoughts, each as long as the longest; none if none is written."""
+    texts = [text for each in sequences for text in each.written]
+    longest = max(map(len, texts), default=0)
+    return ((0,) * longest,) * max(len(each.written) for each in sequences)
 
 
 def _predicted(model: Coconut, batches: Sequence[Batch], dtype: torch.dtype | None, for_card: bool) -> list[list[int]]:
@@ -147,11 +154,17 @@ def _live_bytes(model: Coconut, inputs: dict[str, Any]) -> list[int]:
     devices: list[int] | None = [] if next(model.parameters()).device.type == "cpu" else None
     try:
         with in_training(model), torch.random.fork_rng(devices), LiveTensorMeter() as meter:
-            model(**inputs).loss_sum.backward()
+            total_loss(model(**inputs)).backward()
     finally:
         for hook in hooks:
             hook.remove()
     return meter.history
+
+
+def total_loss(output: CoconutOutput) -> torch.Tensor:
+    """All losses of a forward, for a trial of its backward; 0-d."""
+    assert output.loss_sum is not None, "the batch has labels"
+    return output.loss_sum if output.step_loss_sum is None else output.loss_sum + output.step_loss_sum
 
 
 @contextmanager

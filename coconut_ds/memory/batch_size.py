@@ -15,7 +15,7 @@ from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.batches import Tokens, TokenSequence, to_device
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.errors import InputError
-from coconut_ds.memory.activations import batch_of, in_training, measure, predicted_peak, widest_sequence
+from coconut_ds.memory.activations import batch_of, in_training, measure, predicted_peak, total_loss, widest_sequence
 from coconut_ds.memory.meter import GIB
 from coconut_ds.memory.model_states import model_states
 from coconut_ds.model.backbone import cast_parameters
@@ -135,7 +135,7 @@ def _fits(model: Coconut, sequence: TokenSequence, rows: int, kept: int) -> bool
         # Stands for what the engine will keep beside the weights.
         reserved = torch.empty(max(0, kept - weights), dtype=torch.uint8, device=device)
         with in_training(model):
-            model(**to_device(batch_of(sequence, rows).inputs)).loss.backward()
+            total_loss(model(**to_device(batch_of(sequence, rows).inputs))).backward()
         del reserved
     except torch.OutOfMemoryError:
         return False

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from coconut_ds.data.batches import Tokens, supervised_entries
+from coconut_ds.data.step_targets import StepTargets
 from coconut_ds.errors import InputError
 from coconut_ds.model import folder as pretrained
 from coconut_ds.model.decoding import decode
@@ -22,19 +23,21 @@ from coconut_ds.model.loading import load_model, load_tokenizer
 from coconut_ds.model.loss import summed_cross_entropy
 from coconut_ds.model.passes import TOKEN_IDS, LatentPasses
 from coconut_ds.model.self_check import demand_fit
+from coconut_ds.model.step_decoder import written_steps_loss
 
 
 @dataclass
 class CoconutOutput(ModelOutput):
     """`loss` is the mean over supervised tokens, `loss_sum` their sum and `n_targets` their number (0-d tensors).
 
-    `logits` (B, T, V) is filled only when no labels were given.
+    `logits` (B, T, V) is filled only when no labels were given, `step_loss_sum` (0-d) only with `steps`.
     """
 
     loss: torch.Tensor | None = None
     loss_sum: torch.Tensor | None = None
     n_targets: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    step_loss_sum: torch.Tensor | None = None
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> dict[str, int | None]:
@@ -127,12 +130,14 @@ class Coconut(LatentPasses):
         position_ids: torch.Tensor | None = None,
         thought_span: Sequence[int] | None = None,
         supervised: torch.Tensor | None = None,
+        steps: StepTargets | None = None,
     ) -> CoconutOutput:
         """All tensors (B, T). Labels are -100 for ignored columns; a label is predicted from the column before it.
 
         `thought_span` is (first thought column of the batch, one past the last), or () for a batch without thoughts.
         `supervised` (N,) holds row * T + column of every label that counts. The collator provides both; by default they
-        are read from the tensors, which synchronises with a GPU.
+        are read from the tensors, which synchronises with a GPU. `steps` says what to write from thoughts
+        (model/step_decoder.py).
 
         Raises ValueError for a thought in column 0, or if HF's own checkpointing, which drops the cache, is on in
         training.
@@ -146,7 +151,8 @@ class Coconut(LatentPasses):
         states = encoded.hidden.flatten(0, 1).index_select(0, supervised - 1)  # (N, D)
         loss_sum = summed_cross_entropy(self.lm_head, states, labels.flatten().index_select(0, supervised))
         n_targets = len(supervised)
-        return CoconutOutput(loss_sum / max(n_targets, 1), loss_sum, torch.tensor(n_targets))
+        written = None if steps is None else written_steps_loss(self, encoded.inputs_embeds, steps)
+        return CoconutOutput(loss_sum / max(n_targets, 1), loss_sum, torch.tensor(n_targets), step_loss_sum=written)
 
     def generate(
         self,

@@ -85,6 +85,8 @@ class LatentPasses(nn.Module):
         self.latent_window = LatentWindow(self.latent_context)
         self.training_settings: dict[str, Any] = {}
         """The contents of `coconut.json` about the run that trained the weights; saved with them."""
+        self.step_decoder: PreTrainedModel | None = None
+        """Writes steps from thoughts in training, if a decoder of its own does (`step_decoder.py`)."""
         self.speed_layer: SpeedLayer | None = None
         """Set by `fast.install`."""
         self.decodes_on_static_cache = takes_static_cache(base_causallm)

@@ -42,6 +42,8 @@ class TrainStep(_Record):
     peak_memory_gib: float | None = None
     peak_reserved_gib: float | None = None
     """What torch's allocator held at most; None on a CPU."""
+    step_loss: Number | None = None
+    """Of steps written from their thoughts, without its weight; None without step supervision or thoughts."""
     n_tokens: int | None = None
     padding_share: float | None = None
     n_skipped_in_run: int | None = None

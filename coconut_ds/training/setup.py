@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -22,6 +23,7 @@ from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import load_window
 from coconut_ds.model.scratch import scratch_backbone, word_tokenizer
+from coconut_ds.model.step_decoder import copy_of, load_decoder
 from coconut_ds.runtime import distributed
 
 DEBUG_EXAMPLES = 32
@@ -68,7 +70,7 @@ def load_setup(
     curriculum = Curriculum.of(config)
     train_set = tokenized(train_path, train_records, backbone, curriculum, config.max_new_tokens)
     valid_set = tokenized(val_path, valid_records, backbone, curriculum, config.max_new_tokens)
-    model, tokens = build_coconut(config, backbone, weights if with_weights else None, checkpointing)
+    model, tokens = build_coconut(config, backbone, weights if with_weights else None, checkpointing, is_trained=True)
     _demand_facts(config, tokens, train_set)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     found = []
@@ -118,8 +120,12 @@ def build_coconut(
     backbone: Backbone,
     weights: str | None = None,
     checkpointing: ActivationCheckpointingConfig | None = None,
+    is_trained: bool = False,
 ) -> tuple[Coconut, Tokens]:
-    """Coconut around `backbone`, with the learned window stored in `weights`, if any, and the run's token ids."""
+    """Coconut around `backbone`, with the learned window stored in `weights`, if any, and the run's token ids.
+
+    With what only training needs if it `is_trained`.
+    """
     tokens = _tokens(config, backbone)
     model = Coconut(
         backbone.model,
@@ -129,6 +135,10 @@ def build_coconut(
         eos_token_id=backbone.tokenizer.eos_token_id,
         latent_context=latent_context(config),
     )
+    if is_trained and config.has_copied_decoder:
+        model.step_decoder = copy_of(backbone.model)
+        if weights is not None:
+            load_decoder(model.step_decoder, Path(weights))
     if config.fast == "auto":
         fast.install(model)
     if weights is not None:
@@ -142,15 +152,16 @@ def build_coconut(
 
 
 def _tokens(config: RunConfig, backbone: Backbone) -> Tokens:
+    writes_steps = config.step_weight > 0
     if config.shuffle_facts is None:
-        return Tokens.of(config.method, backbone.tokenizer, None)
+        return Tokens.of(config.method, backbone.tokenizer, None, writes_steps)
     ids = backbone.tokenizer(config.shuffle_facts, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise InputError(
             f"shuffle_facts: {config.shuffle_facts!r} is {len(ids)} tokens; name the one token that ends every fact, "
             "such as '|' in symbolic ProsQA"
         )
-    return Tokens.of(config.method, backbone.tokenizer, int(ids[0]))
+    return Tokens.of(config.method, backbone.tokenizer, int(ids[0]), writes_steps)
 
 
 def _demand_facts(config: RunConfig, tokens: Tokens, train_set: Dataset) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +175,7 @@ class Trainer:
         started = time.monotonic()
         learning_rate = self.schedule.get_last_lr()[0]
         number = self.progress.step + 1
-        metrics = optimizer_step(self.engine, batches, self.config.loss_normalization)
+        metrics = optimizer_step(self.engine, batches, self.config.loss_normalization, self.config.step_weight)
         skipped = not self.engine.was_step_applied()
         if not skipped:
             self.schedule.step()
@@ -206,7 +206,7 @@ class Trainer:
                 grad_norm=None if norm is None else float(norm),
                 step_time_s=seconds,
                 **peak_memory(),
-                **asdict(metrics),
+                **metrics.as_dict(),
                 **self._skips(skipped),
             )
             begin_peak()

@@ -274,6 +274,7 @@ def test_each_method_trains_saves_and_is_evaluated(method, runs_folder):
 def test_a_learned_window_is_saved_restored_and_evaluated(tmp_path):
     run = run_of("coconut", tmp_path) | {"lr": 0.05, "latent_norm": "embedding", "name": "whole"}
     run["latent_context"] = {"weights": "exponential", "window": 3, "learned": True}
+    run["supervision"] = {"steps": {"weight": 0.5, "decoder": "copy"}}
     folder = tmp_path / "runs" / "whole"
     checkpoint = folder / "checkpoints" / "epoch_0004"
     # The second run stops after two epochs and goes on: its window goes on from where it was.
@@ -285,6 +286,14 @@ def test_a_learned_window_is_saved_restored_and_evaluated(tmp_path):
     assert max(abs(a - b) for a, b in zip(learned[0], learned[-1])) > 0.01
     assert sum(learned[-1]) == pytest.approx(1)
     assert learned == [event["latent_weights"] for event in launching.events(tmp_path / "runs" / "parts", "eval")]
+    losses = [
+        [(event["loss"], event.get("step_loss")) for event in launching.events(tmp_path / "runs" / name, "train_step")]
+        for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+    assert [step_loss is None for _, step_loss in losses[0]] == [True, False, False, False]
+    assert (checkpoint / "step_decoder.safetensors").is_file()
+    assert not list((checkpoint / "model").glob("step_decoder*"))
     predictions = folder / "predictions"
     assert (predictions / "eval_prosqa_valid.jsonl").read_text() == (predictions / "epoch_0004.jsonl").read_text()
     longer = (predictions / "eval_prosqa_valid_with_5_thoughts.jsonl").read_text()

@@ -25,6 +25,22 @@ def test_gradients_do_not_depend_on_the_split(ranks, splits, speed):
         assert max(errors.values()) < 1e-6, errors
 
 
+@pytest.mark.parametrize(
+    ("ranks", "splits", "speed", "decoder"),
+    [
+        (1, [[3, 3]], "recomputed", "copy"),
+        (2, [[1, 4], [3, 2]], "plain", "shared"),
+        (2, [[1, 4], [3, 2]], "recomputed", "copy"),
+    ],
+)
+def test_gradients_of_written_steps_do_not_depend_on_the_split(ranks, splits, speed, decoder):
+    """Micro-batches with and without steps to write, fillers, and ranks with different numbers of them."""
+    code = "import rank_checks\nresult = rank_checks.gradient_errors(names, splits, speed, 0.7, decoder)"
+    for errors in launching.on_ranks(ranks, code, names=CONFIGS, splits=splits, speed=speed, decoder=decoder):
+        assert len(errors) == len(CONFIGS) * len(splits)
+        assert max(errors.values()) < 1e-6, errors
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_two_stages_are_the_same_with_every_file(ranks):
     """Losses step by step and final weights of plain torch, with fewer and more thoughts on each rank."""

@@ -58,11 +58,11 @@ def backward(family: str, dtype: str, recomputed: bool, window: str, thoughts: i
 def optimizer_step(family: str, normalization: str, micro_batches: int) -> dict[str, Any]:
     """What the host waits for in the step's two halves, before DeepSpeed's update."""
     model: Any = _model(family, "three", recomputed=True)
-    batches = [_batch(thoughts) for thoughts in range(micro_batches)]
+    batches = [_batch(thoughts, writes_steps=True) for thoughts in range(micro_batches)]
     with FakeCuda() as cuda, mock.patch.object(distributed, "device", return_value=CUDA):
         engine: Any = PlainEngine(_placed(model, "float16", "cuda"))
         cuda.waits.clear()
-        pending = accumulate_gradients(engine, batches, normalization)
+        pending = accumulate_gradients(engine, batches, normalization, 1.0)
         accumulating = dict(cuda.waits)
         cuda.waits.clear()
         metrics = fetch(pending, 1)
@@ -92,12 +92,12 @@ def _made(family: str, window: str) -> Coconut:
     return tiny.coconut(family, WINDOWS[window], dropout=0.1).train()
 
 
-def _batch(thoughts: int) -> Batch:
+def _batch(thoughts: int, writes_steps: bool = False) -> Batch:
     def sequence(n_thoughts: int, prefix: int) -> TokenSequence:
         ids = [5] * prefix + [tiny.LATENT] * n_thoughts + [tiny.END, 6, 7, tiny.EOS]
-        return TokenSequence(ids, prefix, n_thoughts, prefix + n_thoughts + 1)
+        return TokenSequence(ids, prefix, n_thoughts, prefix + n_thoughts + 1, ((6, tiny.EOS),) * n_thoughts)
 
-    return collate_training([sequence(thoughts, 9), sequence(max(0, thoughts - 1), 7)], [0, 1], tiny.PAD)
+    return collate_training([sequence(thoughts, 9), sequence(max(0, thoughts - 1), 7)], [0, 1], tiny.PAD, writes_steps)
 
 
 def check(what: str, **case: Any) -> dict[str, Any]:

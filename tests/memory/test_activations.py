@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -49,10 +51,12 @@ def gpt2_small() -> Coconut:
     return gpt2()
 
 
-@pytest.mark.parametrize("checkpointed", [True, False])
-def test_the_peak_of_gpt2_small_is_predicted_within_a_tenth(gpt2_small, checkpointed):
-    # 64 columns, so that it takes seconds; benchmarks/memory.py does the same at the columns of ProsQA.
-    sequence = TokenSequence([5] * 50 + [50259] * 4 + [5] * 10, 50, 4, 55)
+@pytest.mark.parametrize(("checkpointed", "written"), [(True, 0), (False, 0), (True, 8)])
+def test_the_peak_of_gpt2_small_is_predicted_within_a_tenth(gpt2_small, checkpointed, written):
+    # 64 columns, so that it takes seconds; benchmarks/memory.py does the same at the columns of ProsQA. With step
+    # supervision each thought writes eight tokens.
+    texts = ((5,) * written,) * 4 if written else ()
+    sequence = TokenSequence([5] * 50 + [50259] * 4 + [5] * 10, 50, 4, 55, texts)
     gpt2_small.disable_activation_checkpointing()
     if checkpointed:
         gpt2_small.enable_activation_checkpointing()
@@ -115,6 +119,14 @@ def test_measuring_leaves_the_model_as_it_was():
     assert all(parameter.grad is None for parameter in model.parameters())
     model(**batch_of(TokenSequence([5, 6, 7], 0, 0, 1), 2).inputs).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters()), "the hooks are gone"
+
+
+def test_the_widest_sequence_writes_as_many_steps_as_any_and_each_as_long_as_the_longest(curriculum):
+    rows = Dataset.from_list([tiny.row(4, [3, 2], 2, 0), tiny.row(4, [7, 1], 2, 1)])
+    tokens = replace(TOKENS, step_end=tiny.EOS)
+    stages = curriculum(max_latent_stage=2, pad_latent_to_max=True)
+    assert [len(each) for each in widest_sequence(rows, stages, 2, tokens).written] == [8, 8]
+    assert widest_sequence(rows, stages, 2, TOKENS).written == ()
 
 
 def test_the_widest_sequence_covers_every_example(curriculum):

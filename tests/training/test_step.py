@@ -25,19 +25,22 @@ from coconut_ds.training.step import (
 TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
 
 
-def step(loss: float) -> Pending:
-    return Pending(torch.tensor(loss), torch.tensor([7, 1, 30, 40]), [10, 12])
+def step(loss: float, step_loss: float = 0.0, n_step_targets: int = 0) -> Pending:
+    totals = torch.tensor([7, 1, n_step_targets, int(n_step_targets > 0), 30, 40])
+    return Pending(torch.tensor([loss, step_loss]), totals, [10, 12])
 
 
 def test_metrics():
     metrics = fetch(step(2.5), 8)
-    assert (metrics.loss, metrics.n_targets, metrics.n_tokens, metrics.padding_share) == (2.5, 7, 30, 0.25)
+    assert metrics.as_dict() == {"loss": 2.5, "n_targets": 7, "n_tokens": 30, "padding_share": 0.25}
+    assert fetch(step(2.5, 1.5, 3), 8).as_dict() == metrics.as_dict() | {"step_loss": 1.5}
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_names_step_and_examples(loss):
+@pytest.mark.parametrize("place", ["sequence", "steps"])
+def test_a_loss_that_is_not_finite_names_step_and_examples(loss, place):
     with pytest.raises(NonFiniteLossError) as error:
-        fetch(step(loss), 9)
+        fetch(step(loss) if place == "sequence" else step(1.0, loss, 3), 9)
     assert f"loss {loss} at optimizer step 9, nothing was updated" in str(error.value)
     assert "rank 0 had training examples [10, 12]" in str(error.value)
 

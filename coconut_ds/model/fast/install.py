@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from coconut_ds.model.fast import checkpointing, low_rank_attention, low_rank_linear
@@ -41,7 +42,7 @@ class Installed:
     forward = staticmethod(low_rank_linear.passes_of_a_forward)
 
     def __init__(self, model: LatentPasses):
-        self._base = model.base_causallm
+        self._model, self._base = model, model.base_causallm
         self._gelus = fuse_gelu(self._base)
         low_rank_linear.install(self._base.base_model)
         self._has_attention = low_rank_attention.install(self._base)
@@ -55,10 +56,15 @@ class Installed:
             self._base.set_submodule(name, gelu)
 
     def checkpoint_layers(self, every_n_layers: int, offload: bool) -> None:
-        checkpointing.checkpoint_layers(self._base, every_n_layers, offload)
+        for model in self._checkpointed():
+            checkpointing.checkpoint_layers(model, every_n_layers, offload)
 
     def restore_layers(self) -> None:
-        checkpointing.restore_layers(self._base)
+        for model in self._checkpointed():
+            checkpointing.restore_layers(model)
+
+    def _checkpointed(self) -> list[PreTrainedModel]:
+        return [each for each in (self._base, self._model.step_decoder) if each is not None]
 
 
 def fuse_gelu(model: nn.Module) -> dict[str, nn.Module]:
