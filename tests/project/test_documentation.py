@@ -210,7 +210,7 @@ def write_prosqa(folder: Path, **shape: Any) -> None:
 def shorten_sweep(path: Path) -> None:
     """Two seeds of its first line, an epoch each."""
     runs = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
-    path.write_text(f"{runs[0]} {SMALL} seeds=[0,1]\n", encoding="utf-8")
+    path.write_text(re.sub(r"seeds=\S+", f"seeds=[0,1] {SMALL}", runs[0]) + "\n", encoding="utf-8")
 
 
 def write_gpt2(folder: Path) -> None:
