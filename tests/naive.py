@@ -39,6 +39,26 @@ def row_states(model: Coconut, ids: list[int], n_prompt: int | None = None) -> t
     return _run(base, stacked, positions), stacked
 
 
+def jacobi_states(model: Coconut, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`row_states` by the model's solver: all thoughts from the states of the iteration before, a whole forward."""
+    context, base = model.latent_context, model.base_causallm
+    embeds = list(base.get_input_embeddings()(torch.tensor(ids)))
+    positions = torch.arange(len(ids))[None]
+    thoughts = [column for column, token in enumerate(ids) if token == model.latent_token_id]
+    window = torch.softmax(model.latent_window.logits, dim=0) if context.learned else context.weights
+    for number in range(model.solver.iterations if thoughts else 0):
+        hidden = _run(base, torch.stack(embeds), positions)
+        if model.solver.gradient == "last" and number + 1 == model.solver.iterations:
+            hidden = torch.cat([hidden[: thoughts[0]], hidden[thoughts[0] :].detach()])
+        for column in thoughts:
+            is_alone = context.scope == "last_pass" and column - 1 in thoughts
+            weights = window[: min(len(window), 1 if is_alone else column)]
+            weighted = [weight * hidden[column - 1 - back] for back, weight in enumerate(weights)]
+            embeds[column] = _with_norm(sum(weighted) / sum(weights), context.norm, embeds[: thoughts[0]])
+    stacked = torch.stack(embeds)
+    return _run(base, stacked, positions), stacked
+
+
 def _with_norm(thought: torch.Tensor, norm: str, before_thoughts: list[torch.Tensor]) -> torch.Tensor:
     if norm == "rms":
         return thought / thought.square().mean().sqrt()
@@ -55,7 +75,8 @@ def batch_loss(model: Coconut, input_ids, attention_mask, labels) -> torch.Tenso
     """Sum of the cross entropies of all supervised tokens of a padded batch, computed row by row without padding."""
     total = torch.zeros(())
     for ids, mask, targets in zip(input_ids, attention_mask.bool(), labels):
-        hidden, _ = row_states(model, ids[mask].tolist())
+        states = row_states if model.solver is None else jacobi_states
+        hidden, _ = states(model, ids[mask].tolist())
         logits = model.lm_head(hidden[:-1])
         total = total + F.cross_entropy(logits, targets[mask][1:], ignore_index=-100, reduction="sum")
     return total

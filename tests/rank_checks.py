@@ -42,6 +42,7 @@ from coconut_ds.memory.model_states import model_states
 from coconut_ds.model import fast
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.folder import load_window
+from coconut_ds.model.jacobi import Jacobi
 from coconut_ds.model.scratch import word_tokenizer
 from coconut_ds.model.step_decoder import copy_of
 from coconut_ds.runtime import distributed
@@ -89,18 +90,18 @@ def windows_of(name: str, rows: Dataset, sizes: BatchSizes, epoch: int, tokens: 
 
 
 def gradient_errors(
-    names: list[str], splits: list[list[int]], speed: str, step_weight: float = 0.0, decoder: str = "shared"
+    names: list[str], splits: list[list[int]], speed: str, step_weight: float = 0.0, everything: bool = False
 ) -> dict[str, float]:
     """Largest difference between a gradient through the engine and that of one undivided batch of 8 in plain torch.
 
-    `speed` of the engine's model: plain passes, fast ones, or fast with activations recomputed; `step_weight` of the
-    steps that `decoder` writes from thoughts. One step of SGD with learning rate 1 turns the gradient into a difference
-    of weights.
+    `speed` of the engine's model: plain passes, fast ones, or fast with activations recomputed; `step_weight` of steps
+    written from thoughts; `everything`: by a decoder of its own, and thoughts in Jacobi iterations. One step of SGD
+    with learning rate 1 turns the gradient into a difference of weights.
     """
     start_process_group()
     tokens = replace(TOKENS, step_end=tiny.EOS) if step_weight else TOKENS
     rows = examples(8)
-    reference = _model("plain", decoder)
+    reference = _model("plain", everything)
     whole = undivided(rows, 2, tokens)
     output = reference(**whole.inputs)
     steps = output.step_loss_sum / whole.n_step_targets if step_weight else output.loss * 0
@@ -111,7 +112,7 @@ def gradient_errors(
     for name in names:
         for micro, accumulation in splits:
             sizes = BatchSizes(micro, accumulation, world)
-            model = _model(speed, decoder)
+            model = _model(speed, everything)
             before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
             settings = ds_config(name, RunConfig(), sizes) | {"zero_force_ds_cpu_optimizer": False}
             engine, *_ = deepspeed.initialize(
@@ -151,10 +152,10 @@ def bf16_error(name: str, accumulation: int) -> float:
     return float((before - masters() - expected).norm() / expected.norm())
 
 
-def _model(speed: str, decoder: str = "shared") -> Coconut:
+def _model(speed: str, everything: bool = False) -> Coconut:
     model = tiny.coconut(context=CONTEXT, plain=True)
-    if decoder == "copy":
-        model.step_decoder = copy_of(model.base_causallm)
+    if everything:
+        model.step_decoder, model.solver = copy_of(model.base_causallm), Jacobi(2)
     if speed != "plain":
         fast.install(model)
     if speed == "recomputed":

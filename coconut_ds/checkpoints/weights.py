@@ -15,7 +15,8 @@ from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.markers import MARKERS
 from coconut_ds.errors import InputError, problem_list
 from coconut_ds.model.backbone import Backbone, add_markers
-from coconut_ds.model.folder import MODEL_FOLDER, context_settings, model_folder, stored_settings
+from coconut_ds.model.folder import MODEL_FOLDER, context_settings, model_folder, solver_settings, stored_settings
+from coconut_ds.model.jacobi import Jacobi
 from coconut_ds.model.latents import LatentContext
 from coconut_ds.model.loading import backbone_from_config, load_backbone
 from coconut_ds.model.state_dicts import SECOND_TABLE, demand_finite, demand_whole, is_plain, plain_name
@@ -25,8 +26,13 @@ from coconut_ds.runs import atomic_folder
 def latent_settings(config: RunConfig) -> dict[str, Any]:
     """How a run makes thoughts, for `model/coconut.json`."""
     values = config.model_dump(mode="json", include={"pad_latent_to_max", "max_latent_stage", "latent_norm"})
-    window = context_settings(latent_context(config))
-    return {"method": config.method, "c_thought": config.thoughts_per_step, "latent_context": window, **values}
+    context = {"latent_context": context_settings(latent_context(config)), "solver": solver_settings(solver(config))}
+    return {"method": config.method, "c_thought": config.thoughts_per_step, **context, **values}
+
+
+def solver(config: RunConfig) -> Jacobi | None:
+    """The solver of a run, as an argument of the model."""
+    return None if config.solver is None else Jacobi(config.solver.iterations, config.solver.gradient)
 
 
 def latent_context(config: RunConfig) -> LatentContext:

@@ -56,6 +56,8 @@ def _method_rules(config: RunConfig) -> _Found:
             yield ("latent_context", method), f"latent_context: {without}; set latent_context to null"
         if config.latent_norm != "none":
             yield ("latent_norm", method), f"latent_norm: {without}; set latent_norm to none"
+        if config.solver:
+            yield ("solver", method), f"solver: {without}; set solver to null"
         if config.step_weight:
             yield ("supervision", method), f"supervision.steps: {without} to write steps from; leave it out"
     if config.uniform_prob and method in ("pause", "no_curriculum", "icot"):

@@ -18,6 +18,7 @@ from coconut_ds.config.sections import (
     LatentContextConfig,
     ScratchModelConfig,
     Section,
+    SolverConfig,
     SupervisionConfig,
 )
 
@@ -105,6 +106,8 @@ class RunConfig(Section):
     """Null is plain Coconut."""
     latent_norm: Annotated[Literal["none", "rms", "embedding"], _OffIsNone] = "none"
     """Every thought is scaled to a root mean square of 1, or to the mean norm of its question's token embeddings."""
+    solver: Annotated[SolverConfig | None, _OrOff] = None
+    """Null computes one thought after another, as published."""
     supervision: Annotated[SupervisionConfig | None, _OrOff] = None
     """Null is the published loss."""
     icot: Annotated[IcotConfig | None, _OrOff] = None

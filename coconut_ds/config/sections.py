@@ -104,6 +104,16 @@ class SupervisionConfig(Section):
     steps: Annotated[StepSupervisionConfig | None, BeforeValidator(_on_or_off)] = None
 
 
+class SolverConfig(Section):
+    """In which order thoughts are computed: all at once, several times over (PCCoT, arXiv 2506.18582)."""
+
+    kind: Literal["jacobi"] = "jacobi"
+    iterations: int = Field(3, ge=1)
+    """T; as many as there are thoughts give what the sequential method gives."""
+    gradient: Literal["all", "last"] = "all"
+    """The iterations through which gradients go back."""
+
+
 class ScratchModelConfig(Section):
     """A small model with random weights, used when `model_id` is `scratch`."""
 

@@ -70,7 +70,8 @@ class Coconut(LatentPasses):
         ids = settings.get("token_ids") or _token_ids(load_tokenizer(folder), settings)
         if set(ids) != set(TOKEN_IDS):
             raise InputError(f"{name}: token_ids of coconut.json has {', '.join(ids)}; save the model again")
-        model = cls(load_model(folder), **ids, latent_context=pretrained.latent_context(settings))
+        context, solver = pretrained.latent_context(settings), pretrained.solver_of(settings)
+        model = cls(load_model(folder), **ids, latent_context=context, solver=solver)
         pretrained.load_window(model.latent_window.logits, name)
         model.training_settings = settings
         return model.eval()
@@ -95,6 +96,7 @@ class Coconut(LatentPasses):
             **{key: value for key, value in self.training_settings.items() if key != "results"},
             "latent_context": pretrained.context_settings(self.latent_context),
             "latent_norm": self.latent_context.norm,
+            "solver": pretrained.solver_settings(self.solver),
             "token_ids": {name: getattr(self, name) for name in TOKEN_IDS},
         }
         window = {f"latent_window.{name}": value for name, value in self.latent_window.state_dict().items()}

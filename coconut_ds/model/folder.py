@@ -24,6 +24,7 @@ from coconut_ds import strict_json
 from coconut_ds.config.methods import METHODS
 from coconut_ds.errors import InputError, in_one_line
 from coconut_ds.model.card import model_card
+from coconut_ds.model.jacobi import Jacobi
 from coconut_ds.model.latents import LatentContext
 from coconut_ds.model.state_dicts import demand_finite
 from coconut_ds.runs.paths import RunFolder
@@ -159,6 +160,17 @@ def context_settings(context: LatentContext) -> dict[str, Any] | None:
     if context.reach == 1 and not context.learned:
         return None
     return {"weights": list(context.weights), "scope": context.scope, "learned": context.learned}
+
+
+def solver_settings(solver: Jacobi | None) -> dict[str, Any] | None:
+    """The solver as stored in `coconut.json`; None for one thought after another."""
+    return None if solver is None else {"kind": "jacobi", "iterations": solver.iterations}
+
+
+def solver_of(settings: Mapping[str, Any]) -> Jacobi | None:
+    """The solver that `coconut.json` describes; files of earlier versions have none."""
+    stored = settings.get("solver")
+    return None if stored is None else Jacobi(stored["iterations"])
 
 
 def latent_context(settings: Mapping[str, Any]) -> LatentContext:

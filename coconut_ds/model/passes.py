@@ -5,6 +5,7 @@ Shapes: B rows, T columns, D hidden size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from coconut_ds.model.internals import demand_names, takes_static_cache
+from coconut_ds.model.jacobi import Jacobi, JacobiPasses, Run, mask_of_iteration
 from coconut_ds.model.latents import LatentContext, LatentWindow, next_thought, scaled, states_in_reach, wanted_norm
 from coconut_ds.model.masks import causal_mask, columns_of
 
@@ -73,6 +75,7 @@ class LatentPasses(nn.Module):
         end_latent_id: int | None,
         eos_token_id: int,
         latent_context: LatentContext | None = None,
+        solver: Jacobi | None = None,
     ):
         super().__init__()
         demand_names(base_causallm)
@@ -83,6 +86,8 @@ class LatentPasses(nn.Module):
         self.eos_token_id = eos_token_id
         self.latent_context = latent_context or LatentContext()
         self.latent_window = LatentWindow(self.latent_context)
+        self.solver = solver
+        """None computes one thought after another."""
         self.training_settings: dict[str, Any] = {}
         """The contents of `coconut.json` about the run that trained the weights; saved with them."""
         self.step_decoder: PreTrainedModel | None = None
@@ -125,73 +130,120 @@ class LatentPasses(nn.Module):
         span = self._find_thoughts(input_ids) if thought_span is None else tuple(thought_span)
         embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (B, T, D)
         # -1 for a growing cache.
-        keys = cache.get_max_length() if cache is not None and cache.layers else 0
-        layer = self.speed_layer
-        if cache is None and span:
-            cache = layer.cache(input_ids.shape[1]) if layer else DynamicCache(config=self.base_causallm.config)
+        given, keys = cache, cache.get_max_length() if cache is not None and cache.layers else 0
         mask = causal_mask(attention_mask, self.base_causallm.config, embeds.dtype, keys)
         # Also without thoughts: gradients must become ready in one order on every rank (`fast/__init__.py`).
-        around = layer.forward() if layer else nullcontext
+        around = self.speed_layer.forward() if self.speed_layer else nullcontext
 
-        def run(embeds: torch.Tensor, start: int) -> torch.Tensor:
+        def run(embeds: torch.Tensor, start: int, cache: Cache | None, unseen: int = 0) -> torch.Tensor:
             """One pass of the backbone without its LM head over the columns from `start` on: (B, columns, D)."""
             end = start + embeds.shape[1]
+            room = keys if cache is given else 0
+            seen = mask_of_iteration(mask, start, end, unseen) if unseen else columns_of(mask, start, end, room)
             with around(start == 0):
                 return self.base_causallm.base_model(
                     inputs_embeds=embeds,
-                    attention_mask=columns_of(mask, start, end, keys),
+                    attention_mask=seen,
                     position_ids=position_ids[:, start:end],
                     past_key_values=cache,
                     use_cache=cache is not None,
                 ).last_hidden_state
 
-        if span:
-            passes = list(self._passes(span, input_ids, embeds, attention_mask, run, intervene))
-        else:
-            _, hidden = self.latent_window(run(embeds, 0))
-            passes = [(embeds, hidden)]
-        fed, states = zip(*passes)
+        if not span:
+            _, hidden = self.latent_window(run(embeds, 0, cache))
+            return Encoded(hidden, (embeds,))
+        place = self._place(span)
+        is_thought: Any = input_ids == self.latent_token_id
+        context, window = self.latent_context, self.latent_window
+        thoughts = _Thoughts(context, window, place, embeds, attention_mask, is_thought, intervene)
+        fed, states = zip(*self._passes(thoughts, run, cache, is_masked=mask.ndim == 4))
         return Encoded(torch.cat(states, dim=1), fed)
 
     def _passes(
-        self,
-        span: tuple[int, ...],
-        input_ids: torch.Tensor,
-        embeds: torch.Tensor,
-        attention_mask: torch.Tensor,
-        run: Callable[[torch.Tensor, int], torch.Tensor],
-        intervene: Intervention | None,
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (embeddings fed, hidden states), each (B, columns, D), of the prefix, each thought, and the tail."""
+        self, thoughts: _Thoughts, run: Run, cache: Cache | None, is_masked: bool
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(embeddings fed, hidden states), each (B, columns, D), of columns from left to right."""
+        if self.solver is None:
+            cache = self._new_cache(thoughts.embeds.shape[1]) if cache is None else cache
+            return list(thoughts.in_turn(functools.partial(run, cache=cache)))
+        if not is_masked:
+            raise ValueError(
+                f"solver: {type(self.base_causallm).__name__} makes its own attention mask, so that thoughts of one "
+                "iteration would see those of another; compute them one after another (solver: null)"
+            )
+        passes = JacobiPasses(self.solver, thoughts.span, thoughts.embeds, thoughts.at_once, run, self._new_cache)
+        return passes.in_training() if cache is None else passes.into(cache)
+
+    def _new_cache(self, n_columns: int) -> Cache:
+        if self.speed_layer is not None:
+            return self.speed_layer.cache(n_columns)
+        return DynamicCache(config=self.base_causallm.config)
+
+    def _place(self, span: tuple[int, ...]) -> tuple[int, int]:
         first, end = span
         if self.latent_token_id is None:
             raise ValueError(f"thought_span {span}: this model was built without latent_token_id")
         if first == 0:
             raise ValueError("a thought stands in column 0, where no hidden state precedes it; put a token before it")
-        context = self.latent_context
-        is_thought = torch.eq(input_ids, self.latent_token_id)  # (B, T)
-        first_real = attention_mask.argmax(dim=1)  # (B,)
-        norm = wanted_norm(context, embeds, attention_mask, is_thought)
-        fed = embeds[:, :first]
-        weights, hidden = self.latent_window(run(fed, 0))
-        yield fed, hidden
-        recent = hidden[:, -context.reach :].flip(1)  # (B, J, D), newest first
-        for column in range(first, end):
-            available = states_in_reach(context.scope, column, first_real, is_thought[:, column - 1])
-            thought = scaled(next_thought(recent, available, weights), norm)  # (B, D)
-            if intervene is not None:
-                number = torch.where(is_thought[:, column], is_thought[:, :column].sum(dim=1), -1)
-                thought = intervene(number, thought)
-            # In another row this column can be an ordinary token.
-            fed = torch.where(is_thought[:, column, None], thought, embeds[:, column])[:, None]
-            if column == end - 1:
-                fed = torch.cat([fed, embeds[:, end:]], dim=1)
-            hidden = run(fed, column)
-            yield fed, hidden
-            recent = torch.cat([hidden[:, :1], recent], dim=1)[:, : context.reach]
+        return first, end
 
     def _find_thoughts(self, input_ids: torch.Tensor) -> tuple[int, ...]:
         if self.latent_token_id is None:
             return ()
         columns = (input_ids == self.latent_token_id).any(dim=0).nonzero()
         return (int(columns[0]), int(columns[-1]) + 1) if len(columns) else ()
+
+
+class _Thoughts:
+    """What is fed at the thought columns of a batch, made from the states of earlier columns."""
+
+    def __init__(
+        self,
+        context: LatentContext,
+        window: LatentWindow,
+        span: tuple[int, int],
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        is_thought: torch.Tensor,
+        intervene: Intervention | None,
+    ):
+        """embeds (B, T, D) of the tokens; attention_mask and is_thought (B, T)."""
+        self._context, self._window = context, window
+        self.span, self.embeds = span, embeds
+        self._is_thought, self._intervene = is_thought, intervene
+        self._first_real = attention_mask.argmax(dim=1)  # (B,)
+        self._norm = wanted_norm(context, embeds, attention_mask, is_thought)
+
+    def in_turn(self, run: Callable[[torch.Tensor, int], torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (embeddings fed, hidden states), each (B, columns, D), of the prefix, each thought, and the tail."""
+        first, end = self.span
+        fed = self.embeds[:, :first]
+        weights, hidden = self._window(run(fed, 0))
+        yield fed, hidden
+        recent = hidden[:, -self._context.reach :].flip(1)  # (B, J, D), newest first
+        for column in range(first, end):
+            fed = self._at(column, recent, weights)[:, None]
+            if column == end - 1:
+                fed = torch.cat([fed, self.embeds[:, end:]], dim=1)
+            hidden = run(fed, column)
+            yield fed, hidden
+            recent = torch.cat([hidden[:, :1], recent], dim=1)[:, : self._context.reach]
+
+    def at_once(self, states: torch.Tensor) -> torch.Tensor:
+        """All of them (B, k, D) from the states (B, end, D) of an earlier iteration."""
+        weights, states = self._window(states)
+        reach = self._context.reach
+        columns = range(*self.span)
+        recent = [states[:, max(0, column - reach) : column].flip(1) for column in columns]
+        return torch.stack([self._at(column, each, weights) for column, each in zip(columns, recent)], dim=1)
+
+    def _at(self, column: int, recent: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What is fed at `column` (B, D), from `recent` states (B, J, D), newest first."""
+        is_thought = self._is_thought
+        available = states_in_reach(self._context.scope, column, self._first_real, is_thought[:, column - 1])
+        thought = scaled(next_thought(recent, available, weights), self._norm)  # (B, D)
+        if self._intervene is not None:
+            number = torch.where(is_thought[:, column], is_thought[:, :column].sum(dim=1), -1)
+            thought = self._intervene(number, thought)
+        # In another row this column can be an ordinary token.
+        return torch.where(is_thought[:, column, None], thought, self.embeds[:, column])

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from coconut_ds.checkpoints.weights import latent_context, load_initial
+from coconut_ds.checkpoints.weights import latent_context, load_initial, solver
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.sections import ActivationCheckpointingConfig, ScratchModelConfig
 from coconut_ds.data.batches import Tokens
@@ -134,6 +134,7 @@ def build_coconut(
         end_latent_id=tokens.end_latent,
         eos_token_id=backbone.tokenizer.eos_token_id,
         latent_context=latent_context(config),
+        solver=solver(config),
     )
     if is_trained and config.has_copied_decoder:
         model.step_decoder = copy_of(backbone.model)

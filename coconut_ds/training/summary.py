@@ -58,11 +58,12 @@ def _memory_text(planned: tuple[int, int] | None) -> str:
 
 
 def _window_text(config: RunConfig) -> str:
-    context = config.latent_context
+    context, solver = config.latent_context, config.solver
+    iterations = f", {solver.iterations} Jacobi iteration{'s' * (solver.iterations > 1)}" if solver else ""
     if context is None:
-        return ""
+        return iterations
     weights = [round(weight, 4) for weight in context.newest_first]
-    return f", {'learned ' * context.learned}window {weights} ({context.scope})"
+    return f", {'learned ' * context.learned}window {weights} ({context.scope}){iterations}"
 
 
 def _stages_text(config: RunConfig, curriculum: Curriculum, steps_per_epoch: int) -> str:

@@ -274,7 +274,7 @@ def test_each_method_trains_saves_and_is_evaluated(method, runs_folder):
 def test_a_learned_window_is_saved_restored_and_evaluated(tmp_path):
     run = run_of("coconut", tmp_path) | {"lr": 0.05, "latent_norm": "embedding", "name": "whole"}
     run["latent_context"] = {"weights": "exponential", "window": 3, "learned": True}
-    run["supervision"] = {"steps": {"weight": 0.5, "decoder": "copy"}}
+    run |= {"supervision": {"steps": {"weight": 0.5, "decoder": "copy"}}, "solver": {"iterations": 2}}
     folder = tmp_path / "runs" / "whole"
     checkpoint = folder / "checkpoints" / "epoch_0004"
     # The second run stops after two epochs and goes on: its window goes on from where it was.

@@ -26,17 +26,17 @@ def test_gradients_do_not_depend_on_the_split(ranks, splits, speed):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "splits", "speed", "decoder"),
+    ("ranks", "splits", "speed", "everything"),
     [
-        (1, [[3, 3]], "recomputed", "copy"),
-        (2, [[1, 4], [3, 2]], "plain", "shared"),
-        (2, [[1, 4], [3, 2]], "recomputed", "copy"),
+        (1, [[3, 3]], "recomputed", True),
+        (2, [[1, 4], [3, 2]], "plain", False),
+        (2, [[1, 4], [3, 2]], "recomputed", True),
     ],
 )
-def test_gradients_of_written_steps_do_not_depend_on_the_split(ranks, splits, speed, decoder):
+def test_gradients_of_written_steps_do_not_depend_on_the_split(ranks, splits, speed, everything):
     """Micro-batches with and without steps to write, fillers, and ranks with different numbers of them."""
-    code = "import rank_checks\nresult = rank_checks.gradient_errors(names, splits, speed, 0.7, decoder)"
-    for errors in launching.on_ranks(ranks, code, names=CONFIGS, splits=splits, speed=speed, decoder=decoder):
+    code = "import rank_checks\nresult = rank_checks.gradient_errors(names, splits, speed, 0.7, everything)"
+    for errors in launching.on_ranks(ranks, code, names=CONFIGS, splits=splits, speed=speed, everything=everything):
         assert len(errors) == len(CONFIGS) * len(splits)
         assert max(errors.values()) < 1e-6, errors
 

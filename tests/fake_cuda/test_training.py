@@ -32,8 +32,11 @@ LOW_RANK = [case(family, False, "three", dtype="float32", device="cpu") for fami
 
 
 STEPS = [
-    {"what": "step", "family": family, "normalization": normalization, "micro_batches": 4}
-    for family, normalization in itertools.product(("gpt2", "llama"), ("token", "micro_batch"))
+    {"what": "step", "family": family, "normalization": normalization, "micro_batches": 4, "iterations": iterations}
+    for family, normalization, iterations in [
+        *itertools.product(("gpt2", "llama"), ("token", "micro_batch"), (0,)),
+        ("llama", "token", 2),
+    ]
 ]
 
 

@@ -15,6 +15,7 @@ from training.test_step import PlainEngine
 from coconut_ds import Coconut, LatentContext
 from coconut_ds.data.batches import Batch, TokenSequence, collate_training, to_device
 from coconut_ds.model.fast.low_rank import Factors
+from coconut_ds.model.jacobi import Jacobi
 from coconut_ds.runtime import distributed
 from coconut_ds.training.step import accumulate_gradients, fetch
 from fake_cuda.device import CUDA
@@ -55,9 +56,10 @@ def backward(family: str, dtype: str, recomputed: bool, window: str, thoughts: i
     }
 
 
-def optimizer_step(family: str, normalization: str, micro_batches: int) -> dict[str, Any]:
-    """What the host waits for in the step's two halves, before DeepSpeed's update."""
+def optimizer_step(family: str, normalization: str, micro_batches: int, iterations: int) -> dict[str, Any]:
+    """What the host waits for in the step's two halves, before DeepSpeed's update; `iterations` of Jacobi, or none."""
     model: Any = _model(family, "three", recomputed=True)
+    model.solver = Jacobi(iterations) if iterations else None
     batches = [_batch(thoughts, writes_steps=True) for thoughts in range(micro_batches)]
     with FakeCuda() as cuda, mock.patch.object(distributed, "device", return_value=CUDA):
         engine: Any = PlainEngine(_placed(model, "float16", "cuda"))

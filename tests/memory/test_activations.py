@@ -26,6 +26,7 @@ from coconut_ds.memory.activations import (
 )
 from coconut_ds.memory.batch_size import choose_eval_batch, distinct_stages, halved_until_it_fits, largest_divisor
 from coconut_ds.model import fast
+from coconut_ds.model.jacobi import Jacobi
 from coconut_ds.model.latents import _constant
 
 TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
@@ -54,9 +55,10 @@ def gpt2_small() -> Coconut:
 @pytest.mark.parametrize(("checkpointed", "written"), [(True, 0), (False, 0), (True, 8)])
 def test_the_peak_of_gpt2_small_is_predicted_within_a_tenth(gpt2_small, checkpointed, written):
     # 64 columns, so that it takes seconds; benchmarks/memory.py does the same at the columns of ProsQA. With step
-    # supervision each thought writes eight tokens.
+    # supervision each thought writes eight tokens, and thoughts are computed in two iterations.
     texts = ((5,) * written,) * 4 if written else ()
     sequence = TokenSequence([5] * 50 + [50259] * 4 + [5] * 10, 50, 4, 55, texts)
+    gpt2_small.solver = Jacobi(2) if written else None
     gpt2_small.disable_activation_checkpointing()
     if checkpointed:
         gpt2_small.enable_activation_checkpointing()
