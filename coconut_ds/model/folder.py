@@ -91,7 +91,7 @@ def stored_settings(name: str) -> dict[str, Any] | None:
         return None
     try:
         # Early checkpoints lack settings that did not exist yet.
-        settings = {"latent_norm": "none", **json.loads(file.read_text(encoding="utf-8"))}
+        settings = {"latent_norm": "none", "solver": None, **json.loads(file.read_text(encoding="utf-8"))}
         if settings.get("latent_context"):
             settings["latent_context"] = context_settings(LatentContext(**settings["latent_context"]))
         if settings.get("method") not in (None, *METHODS):

@@ -291,15 +291,24 @@ def test_an_evaluation_takes_the_run_file_beside_its_checkpoint(run_file, begin,
     assert "none is not a checkpoint folder; name one such as" in ended(begin("eval", "none"))[1]
 
 
+def sweep_of(monkeypatch, *runs: list[str]) -> launcher.argparse.Namespace:
+    """Options of a sweep of runs, each by its words, that are not trained yet and taken for finished afterwards."""
+    monkeypatch.setattr(sweep, "read_sweep", lambda path: [(words, None) for words in runs])
+    monkeypatch.setattr(sweep, "_is_open", lambda config: True)
+    monkeypatch.setattr(sweep, "_is_finished", lambda config: True)
+    given = {"file": None, "list": False, "ranks": "1", "master_port": None, "verbose": False, "dry_run": False}
+    return launcher.argparse.Namespace(**given)
+
+
 def test_a_sweep_goes_past_a_run_that_fails(monkeypatch, capsys, tmp_path):
     started = {"a": 1, "b": 0, "c": 130}
     monkeypatch.setattr(sweep.Launcher, "run", lambda self, words: started[words[-1].removeprefix("name=")])
-    options = launcher.argparse.Namespace(ranks="1", master_port=None, verbose=False, dry_run=False)
-    assert sweep._train_all([["r.yaml", f"name={name}"] for name in "abc"], options) == 1
+    options = sweep_of(monkeypatch, *(["r.yaml", f"name={name}"] for name in "abc"))
+    assert sweep._sweep(options) == 1
     captured = capsys.readouterr()
     assert captured.err.splitlines() == ["failed: r.yaml name=a", "failed: r.yaml name=c"]
     assert captured.out == ""
-    assert sweep._train_all([["r.yaml", "name=b"]], options) == 0
+    assert sweep._sweep(sweep_of(monkeypatch, ["r.yaml", "name=b"])) == 0
 
 
 @pytest.mark.parametrize("status", [0, 1])
@@ -307,12 +316,16 @@ def test_a_signal_reaches_the_run_under_way_and_no_other_starts(monkeypatch, cap
     stand_ins.put_launcher(tmp_path)
     for key, value in {"PYTHONPATH": tmp_path, "LOG": log, "RANK_STATUS": status}.items():
         monkeypatch.setenv(key, str(value))
-    options = launcher.argparse.Namespace(ranks="1", master_port=None, verbose=False, dry_run=False)
+    options = sweep_of(monkeypatch, ["a.yaml"], ["b.yaml"])
     asker = "import os, pathlib, signal, sys, time\nlog = pathlib.Path(sys.argv[1])\n"
     asker += "while not (log.exists() and 'ready' in log.read_text()):\n    time.sleep(0.02)\n"
     asker += "os.kill(os.getppid(), signal.SIGTERM)"
     with subprocess.Popen([sys.executable, "-c", asker, str(log)]):
-        assert sweep._train_all([["a.yaml"], ["b.yaml"]], options) == status
+        try:
+            assert sweep._sweep(options) == status
+        except BaseException:
+            log.write_text("ready")  # nobody else ends the one that waits for it
+            raise
     assert "a.yaml" in lines(log)[0]
     assert lines(log)[1:] == ["ready", "rank SIGTERM"]
     assert capsys.readouterr().out.startswith("stopped as ")
