@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from transformers import (
 )
 
 from coconut_ds import Coconut, LatentContext
+from coconut_ds.data.batches import Batch, Tokens, collate_training, training_sequence
+from coconut_ds.data.stages import Layout
 from coconut_ds.model import fast
 
 PAD, EOS, START, END, LATENT, VOCABULARY = 0, 1, 2, 3, 4, 40
@@ -93,6 +96,15 @@ def row(n_question: int, steps: list[int], n_answer: int, seed: int) -> dict[str
         "steps_ids": [draw(count) for count in steps],
         "answer_ids": [*draw(n_answer), EOS],
     }
+
+
+def batch_of(shapes: Sequence[tuple[int, int, int]]) -> Batch:
+    """A batch of coconut with (question tokens, skipped steps, thoughts) for each row; steps of 3, 4 and 5 tokens."""
+    tokens = Tokens(PAD, START, END, LATENT)
+    rows = [row(question, [3, 4, 5], 4, seed) for seed, (question, _, _) in enumerate(shapes)]
+    layouts = [Layout(n_skip, n_thoughts) for _, n_skip, n_thoughts in shapes]
+    sequences = [training_sequence(each, layout, tokens) for each, layout in zip(rows, layouts)]
+    return collate_training(sequences, list(range(len(rows))), PAD)
 
 
 def write_symbolic(folder: Path, n_train: int, n_valid: int, seed: int = 0) -> None:

@@ -27,20 +27,13 @@ ALIGNED = [(9, 2, 3), (14, 1, 3), (2, 1, 3)]
 RAGGED = [(9, 2, 4), (12, 1, 2), (2, 1, 1), (7, 0, 0)]
 
 
-def batch_of(shapes):
-    rows = [tiny.row(question, [3, 4, 5], 4, seed) for seed, (question, _, _) in enumerate(shapes)]
-    layouts = [Layout(n_skip, n_thoughts) for _, n_skip, n_thoughts in shapes]
-    sequences = [training_sequence(row, layout, TOKENS) for row, layout in zip(rows, layouts)]
-    return collate_training(sequences, list(range(len(rows))), tiny.PAD)
-
-
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
 @pytest.mark.parametrize("context", CONTEXTS, ids=str)
 @pytest.mark.parametrize("shapes", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
 @pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
 def test_loss_and_gradients_equal_the_naive_twin(family, context, shapes, plain):
     model = tiny.coconut(family, CONTEXTS[context], plain=plain)
-    batch = batch_of(shapes)
+    batch = tiny.batch_of(shapes)
     output = model(**batch.inputs)
     output.loss.backward()
     fast = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -59,7 +52,7 @@ def test_a_learned_window_starts_from_its_weights_and_moves():
     model = tiny.coconut(context=LatentContext((2.0, 1.0, 1.0), learned=True))
     assert model.latent_window.current() == pytest.approx([0.5, 0.25, 0.25])
     given = tiny.coconut(context=LatentContext((2.0, 1.0, 1.0)))
-    inputs = batch_of(RAGGED).inputs
+    inputs = tiny.batch_of(RAGGED).inputs
     loss = model(**inputs).loss
     assert loss.item() == pytest.approx(given(**inputs).loss.item(), rel=1e-6)
     loss.backward()
@@ -83,7 +76,7 @@ def test_weights_are_numbers(weight):
 @pytest.mark.parametrize("shapes", [[(5, 0, 0), (3, 0, 0)], []], ids=["stage 0", "filler"])
 def test_a_learned_window_has_a_gradient_without_thoughts(shapes):
     model = tiny.coconut(context=CONTEXTS["learned"])
-    model(**batch_of(shapes).inputs).loss_sum.backward()
+    model(**tiny.batch_of(shapes).inputs).loss_sum.backward()
     assert model.latent_window.logits.grad.tolist() == [0, 0, 0]
 
 
@@ -94,7 +87,7 @@ def test_the_windows_gradient_is_ready_before_the_prefix_and_after_the_thoughts(
         model, order = tiny.coconut("llama", CONTEXTS["learned"]), []
         for name, parameter in model.named_parameters():
             parameter.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
-        model(**batch_of(shapes).inputs).loss_sum.backward()
+        model(**tiny.batch_of(shapes).inputs).loss_sum.backward()
         orders.append(order)
     assert "latent_window.logits" in orders[0]
     assert orders[1:] == orders[:1] * 3
@@ -102,7 +95,7 @@ def test_the_windows_gradient_is_ready_before_the_prefix_and_after_the_thoughts(
 
 def thoughts_of(context: LatentContext) -> tuple[torch.Tensor, dict]:
     """Thoughts (N, D) of a batch of two rows with three each, and the batch."""
-    inputs = batch_of([(9, 2, 3), (4, 1, 3)]).inputs
+    inputs = tiny.batch_of([(9, 2, 3), (4, 1, 3)]).inputs
     fed = tiny.coconut(context=context).encode(*(inputs[key] for key in ("input_ids", "attention_mask")))
     return fed.inputs_embeds[inputs["input_ids"] == tiny.LATENT], inputs
 
@@ -121,7 +114,7 @@ def test_norms_of_thoughts():
 
 def test_what_the_collator_did_not_say_is_found():
     model = tiny.coconut(context=CONTEXTS["sequence"])
-    inputs = dict(batch_of(RAGGED).inputs)
+    inputs = dict(tiny.batch_of(RAGGED).inputs)
     with_span = model(**inputs).loss
     del inputs["thought_span"], inputs["position_ids"], inputs["supervised"]
     assert torch.equal(model(**inputs).loss, with_span)
@@ -164,7 +157,7 @@ def test_thought_k_depends_on_thought_k_minus_2_through_the_window_itself(contex
 @pytest.mark.parametrize("context", CONTEXTS, ids=str)
 def test_padding_never_leaks_in(family, context):
     model = tiny.coconut(family, CONTEXTS[context]).eval()
-    batch = batch_of(RAGGED)
+    batch = tiny.batch_of(RAGGED)
     inputs = dict(batch.inputs)
     loss = model(**inputs).loss
     padding = inputs["attention_mask"] == 0
@@ -175,7 +168,7 @@ def test_padding_never_leaks_in(family, context):
 
 def test_rows_do_not_see_each_other():
     model = tiny.coconut(context=CONTEXTS["sequence"]).eval()
-    whole = model(**batch_of(RAGGED).inputs).loss_sum.item()
+    whole = model(**tiny.batch_of(RAGGED).inputs).loss_sum.item()
     alone = sum(model(**batch_of_row(index).inputs).loss_sum.item() for index in range(len(RAGGED)))
     assert whole == pytest.approx(alone, rel=1e-5)
 
@@ -188,7 +181,7 @@ def batch_of_row(index):
 
 def test_the_lm_head_sees_supervised_columns_only():
     model = tiny.coconut()
-    batch = batch_of(RAGGED)
+    batch = tiny.batch_of(RAGGED)
     seen = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
     model(**batch.inputs)

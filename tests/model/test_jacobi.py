@@ -8,8 +8,7 @@ import tiny
 import torch
 
 from coconut_ds import LatentContext
-from coconut_ds.data.batches import Tokens, collate_prompts, collate_training, prompt_sequence, training_sequence
-from coconut_ds.data.stages import Layout
+from coconut_ds.data.batches import Tokens, collate_prompts, prompt_sequence
 from coconut_ds.model import fast
 from coconut_ds.model.jacobi import Jacobi
 
@@ -23,13 +22,6 @@ WINDOWS = {
 # (question tokens, skipped steps, thoughts) of each row.
 ALIGNED = [(9, 2, 3), (14, 1, 3), (2, 1, 3)]
 RAGGED = [(9, 2, 4), (12, 1, 2), (2, 1, 1), (7, 0, 0)]
-
-
-def batch_of(shapes):
-    rows = [tiny.row(question, [3, 4, 5], 4, seed) for seed, (question, _, _) in enumerate(shapes)]
-    layouts = [Layout(n_skip, n_thoughts) for _, n_skip, n_thoughts in shapes]
-    sequences = [training_sequence(row, layout, TOKENS) for row, layout in zip(rows, layouts)]
-    return collate_training(sequences, list(range(len(rows))), tiny.PAD)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -56,7 +48,7 @@ def test_loss_and_gradients_equal_the_naive_twin(family, window, shapes, iterati
     if speed == "recomputed":
         model.enable_activation_checkpointing()
     model.solver = Jacobi(iterations, gradient)
-    inputs = batch_of(shapes).inputs
+    inputs = tiny.batch_of(shapes).inputs
     loss = model(**inputs).loss_sum
     loss.backward()
     ours = gradients(model)
@@ -73,7 +65,7 @@ def test_as_many_iterations_as_thoughts_are_the_sequential_method(family, window
     model = tiny.coconut(family, WINDOWS[window], plain=True).double()
     if speed == "fast":
         fast.install(model)
-    inputs = batch_of(RAGGED).inputs
+    inputs = tiny.batch_of(RAGGED).inputs
     results = []
     for solver in (None, Jacobi(4), Jacobi(9), Jacobi(1)):
         model.solver = solver
@@ -111,7 +103,7 @@ def test_a_model_with_a_mask_of_its_own_is_refused():
     model = tiny.coconut("mistral")
     model.solver = Jacobi(2)
     with pytest.raises(ValueError, match="makes its own attention mask"):
-        model(**batch_of(ALIGNED).inputs)
+        model(**tiny.batch_of(ALIGNED).inputs)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [((0,), "at least 1"), ((2, "none"), "'all' or 'last'")])
