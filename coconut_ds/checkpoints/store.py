@@ -26,8 +26,9 @@ from typing import Any
 
 import deepspeed
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from coconut_ds import strict_json
 from coconut_ds.engine import internals, states
@@ -194,16 +195,23 @@ def restore(path: Path, engine: deepspeed.DeepSpeedEngine) -> None:
     backbone = load_file(path / MODEL_FOLDER / WEIGHTS_FILE)
     weights = {f"{_PREFIX}{name}": value for name, value in backbone.items()}
     weights |= stored_window(str(path)) | stored_decoder(path)
-    if missing := [name for name, _ in engine.module.named_parameters() if name not in weights]:
-        raise CheckpointError(
-            f"{path} has no {missing[0]} ({len(missing)} such weights): it was trained without what this run adds; "
-            "give the run another name and start it from load_model_path"
-        )
     moments = {moment: load_file(path / f"{moment}.safetensors") for moment in states.MOMENTS if stored.updates}
     states.restore(engine, stored.updates, weights, moments)
     internals.restore_loss_scale(engine, stored.loss_scale)
     engine.global_steps = stored.progress.step
     _set_random_state(load_file(path / _RANDOM))
+
+
+def demand_weights(path: Path, model: nn.Module) -> None:
+    """Raise CheckpointError if a checkpoint lacks weights of a `model` that is to resume from it."""
+    with safe_open(path / MODEL_FOLDER / WEIGHTS_FILE, framework="pt") as file:
+        stored = {f"{_PREFIX}{name}" for name in file.keys()}  # noqa: SIM118
+    stored |= {*stored_window(str(path)), *stored_decoder(path)}
+    if missing := [name for name, _ in model.named_parameters() if name not in stored]:
+        raise CheckpointError(
+            f"{path} has no {missing[0]} ({len(missing)} such weights): the run was started without them; give this "
+            f"one another name, with load_model_path={path} to start from the same model"
+        )
 
 
 def _write_tensors(

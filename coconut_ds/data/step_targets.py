@@ -6,11 +6,14 @@ Shapes: R groups of thoughts of the batch, c thoughts each, L tokens of the long
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
 
-from coconut_ds.data.stages import Layout
+from coconut_ds.data.stages import Curriculum, Layout
+from coconut_ds.errors import InputError
 
 IGNORED = -100
 
@@ -40,6 +43,21 @@ def texts_of_groups(row: dict[str, Any], layout: Layout, end: int) -> tuple[tupl
         # The answer's tokens have their end.
         texts.append((*(token for step in own for token in step), end) if own else tuple(row["answer_ids"]))
     return tuple(texts)
+
+
+def check_written_lengths(
+    path: str | Path, examples: Dataset, curriculum: Curriculum, end: int, n_positions: int
+) -> None:
+    """Raise InputError for the first example of which a text does not fit the decoder's positions, in any stage."""
+    for index, row in enumerate(examples.select_columns(["steps_ids", "answer_ids"])):
+        for layout in curriculum.layouts(len(row["steps_ids"])):
+            for text in texts_of_groups(row, layout, end):
+                if layout.per_step + len(text) - 1 > n_positions:
+                    raise InputError(
+                        f"{path}: record {index}: key 'steps': {len(text)} tokens are to be written from the last "
+                        f"{layout.per_step} thoughts, and the model has {n_positions} positions; raise "
+                        "max_latent_stage, leave the record out, or use a model with more"
+                    )
 
 
 def collate_step_targets(

@@ -67,7 +67,7 @@ def measure(
     batches = [batch_of(sequence, rows) for rows in (2, 3)]
     batches += [_filling_chunks(batch) for batch in batches]
     two, three, full_two, full_three = map(torch.tensor, _predicted(model, batches, dtype, for_card))
-    targets = len(sequence.ids) - sequence.first_target
+    targets = max(len(sequence.ids) - sequence.first_target, sum(map(len, sequence.written)))
     return ActivationCost(
         two, three, ActivationCost(full_two, full_three), chunked_from=max(1, CHUNK // max(1, targets))
     )
@@ -91,9 +91,14 @@ def batch_of(sequence: TokenSequence, rows: int) -> Batch:
 
 def _filling_chunks(batch: Batch) -> Batch:
     """`batch` with two chunks of supervised positions, some of them several times."""
-    supervised = batch.inputs["supervised"]
-    repeats = -(-2 * CHUNK // max(1, len(supervised)))
-    return batch._replace(inputs=batch.inputs | {"supervised": supervised.repeat(repeats)[: 2 * CHUNK]})
+
+    def filled(entries: torch.Tensor) -> torch.Tensor:
+        return entries.repeat(-(-2 * CHUNK // max(1, len(entries))))[: 2 * CHUNK]
+
+    inputs = batch.inputs | {"supervised": filled(batch.inputs["supervised"])}
+    if "steps" in inputs:
+        inputs["steps"] = inputs["steps"]._replace(supervised=filled(inputs["steps"].supervised))
+    return batch._replace(inputs=inputs)
 
 
 def widest_sequence(examples: Dataset, curriculum: Curriculum, stage: int, tokens: Tokens) -> TokenSequence:

@@ -104,8 +104,10 @@ def deciding_sequences(
     """The longest sequences of the stages that decide whether a run fits."""
     widest = [widest_sequence(examples, curriculum, stage, tokens) for stage in distinct_stages(config, curriculum)]
     # The number of columns costs most, then the number of passes.
-    longest, most_passes = max(widest, key=lambda each: len(each.ids)), max(widest, key=lambda each: each.n_thoughts)
-    return [longest] if longest == most_passes else [longest, most_passes]
+    deciding = [max(widest, key=lambda each: len(each.ids)), max(widest, key=lambda each: each.n_thoughts)]
+    # Of what is written from thoughts, the number of tokens, as texts are padded to the longest.
+    deciding.append(max(widest, key=lambda each: sum(map(len, each.written))))
+    return [each for place, each in enumerate(deciding) if each not in deciding[:place]]
 
 
 def memory_dtype(ds_config: dict[str, Any]) -> torch.dtype:

@@ -69,6 +69,15 @@ def _metadata(name: str, settings: Mapping[str, Any]) -> ModelCardData:
 
 
 def _window_text(settings: Mapping[str, Any]) -> str:
+    solver = settings.get("solver")
+    if solver:
+        return (
+            f"{_states_text(settings)}, in {solver['iterations']} Jacobi iterations over all of them (arXiv 2506.18582)"
+        )
+    return _states_text(settings)
+
+
+def _states_text(settings: Mapping[str, Any]) -> str:
     window = settings.get("latent_context")
     if not window:
         return "the hidden state before them"

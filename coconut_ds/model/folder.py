@@ -96,7 +96,8 @@ def stored_settings(name: str) -> dict[str, Any] | None:
             settings["latent_context"] = context_settings(LatentContext(**settings["latent_context"]))
         if settings.get("method") not in (None, *METHODS):
             raise ValueError(f"method {settings['method']!r} is not one of {', '.join(METHODS)}")
-    except (ValueError, TypeError) as error:
+        solver_of(settings)
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file} cannot be used: {in_one_line(error)}; copy the folder again") from None
     return settings
 
@@ -170,7 +171,11 @@ def solver_settings(solver: Jacobi | None) -> dict[str, Any] | None:
 def solver_of(settings: Mapping[str, Any]) -> Jacobi | None:
     """The solver that `coconut.json` describes; files of earlier versions have none."""
     stored = settings.get("solver")
-    return None if stored is None else Jacobi(stored["iterations"])
+    if stored is None:
+        return None
+    if stored.get("kind") != "jacobi":
+        raise ValueError(f"solver {stored!r} is of a kind that this version does not know")
+    return Jacobi(stored.get("iterations", 0))
 
 
 def latent_context(settings: Mapping[str, Any]) -> LatentContext:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from coconut_ds.errors import ModelError
 from coconut_ds.model.internals import demand_names, takes_static_cache
 from coconut_ds.model.jacobi import Jacobi, JacobiPasses, Run, mask_of_iteration
 from coconut_ds.model.latents import LatentContext, LatentWindow, next_thought, scaled, states_in_reach, wanted_norm
@@ -38,6 +39,9 @@ class Encoded:
     """(B, T, D)"""
     fed: Sequence[torch.Tensor]
     """The embeddings fed to each pass, (B, columns, D) each."""
+    sources: torch.Tensor
+    """The states that thoughts were made from: `hidden`, or (B, columns up to the last thought, D) of the iteration
+    before the last one."""
 
     @property
     def inputs_embeds(self) -> torch.Tensor:
@@ -151,13 +155,14 @@ class LatentPasses(nn.Module):
 
         if not span:
             _, hidden = self.latent_window(run(embeds, 0, cache))
-            return Encoded(hidden, (embeds,))
+            return Encoded(hidden, (embeds,), hidden)
         place = self._place(span)
         is_thought: Any = input_ids == self.latent_token_id
         context, window = self.latent_context, self.latent_window
         thoughts = _Thoughts(context, window, place, embeds, attention_mask, is_thought, intervene)
         fed, states = zip(*self._passes(thoughts, run, cache, is_masked=mask.ndim == 4))
-        return Encoded(torch.cat(states, dim=1), fed)
+        hidden = torch.cat(states, dim=1)
+        return Encoded(hidden, fed, hidden if thoughts.sources is None else thoughts.sources)
 
     def _passes(
         self, thoughts: _Thoughts, run: Run, cache: Cache | None, is_masked: bool
@@ -167,7 +172,7 @@ class LatentPasses(nn.Module):
             cache = self._new_cache(thoughts.embeds.shape[1]) if cache is None else cache
             return list(thoughts.in_turn(functools.partial(run, cache=cache)))
         if not is_masked:
-            raise ValueError(
+            raise ModelError(
                 f"solver: {type(self.base_causallm).__name__} makes its own attention mask, so that thoughts of one "
                 "iteration would see those of another; compute them one after another (solver: null)"
             )
@@ -213,6 +218,8 @@ class _Thoughts:
         self._is_thought, self._intervene = is_thought, intervene
         self._first_real = attention_mask.argmax(dim=1)  # (B,)
         self._norm = wanted_norm(context, embeds, attention_mask, is_thought)
+        self.sources: torch.Tensor | None = None
+        """The states that `at_once` was called with last."""
 
     def in_turn(self, run: Callable[[torch.Tensor, int], torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (embeddings fed, hidden states), each (B, columns, D), of the prefix, each thought, and the tail."""
@@ -231,6 +238,7 @@ class _Thoughts:
 
     def at_once(self, states: torch.Tensor) -> torch.Tensor:
         """All of them (B, k, D) from the states (B, end, D) of an earlier iteration."""
+        self.sources = states.detach()
         weights, states = self._window(states)
         reach = self._context.reach
         columns = range(*self.span)

@@ -42,7 +42,8 @@ def read_thoughts(
     fed = _rows_at(encoded.inputs_embeds, columns)
     back = torch.arange(1, context.reach + 1, device=columns.device)  # (J,)
     before = (columns[..., None] - back).clamp_min(0)  # (B, K, J)
-    states = _rows_at(encoded.hidden, before.flatten(1)).view(*before.shape, encoded.hidden.shape[2])  # (B, K, J, D)
+    before = before.clamp_max(encoded.sources.shape[1] - 1)  # of entries beyond a row's count
+    states = _rows_at(encoded.sources, before.flatten(1)).view(*before.shape, encoded.sources.shape[2])  # (B, K, J, D)
     follows = is_thought.gather(1, columns - 1)
     in_reach = [
         states_in_reach(context.scope, column, first_real, after) for column, after in zip(columns.T, follows.T)

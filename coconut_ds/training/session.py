@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from coconut_ds import strict_json
-from coconut_ds.checkpoints.store import Checkpoints, read_stored
+from coconut_ds.checkpoints.store import Checkpoints, demand_weights, read_stored
 from coconut_ds.checkpoints.weights import latent_settings, load_initial
 from coconut_ds.config.resolved_run import DraftRun, ResolvedRun, with_micro_batch
 from coconut_ds.config.run_config import RunConfig
@@ -73,6 +73,8 @@ def train(draft: DraftRun) -> None:
             if config.load_model_path:
                 say(f"load_model_path {config.load_model_path} is not used: the run resumes from its own weights")
         setup = load_setup(config, config.load_model_path if newest is None else str(newest), draft.checkpointing)
+        if newest is not None and not is_done:
+            demand_weights(newest, setup.model)
         if newest is None or not is_done:
             _train(_measured(draft, setup), folder, setup, checkpoints, newest)
         elif is_main:

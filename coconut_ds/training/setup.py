@@ -17,6 +17,7 @@ from coconut_ds.data.doubts import doubts, shared_questions
 from coconut_ds.data.plain_text import demand_plain_text
 from coconut_ds.data.records import DataError, check_lengths, read_records, tokenize
 from coconut_ds.data.stages import Curriculum
+from coconut_ds.data.step_targets import check_written_lengths
 from coconut_ds.errors import InputError
 from coconut_ds.model import fast
 from coconut_ds.model.backbone import Backbone
@@ -72,6 +73,8 @@ def load_setup(
     valid_set = tokenized(val_path, valid_records, backbone, curriculum, config.max_new_tokens)
     model, tokens = build_coconut(config, backbone, weights if with_weights else None, checkpointing, is_trained=True)
     _demand_facts(config, tokens, train_set)
+    if tokens.step_end is not None:
+        check_written_lengths(train_path, train_set, curriculum, tokens.step_end, backbone.n_positions)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     found = []
     if distributed.is_main():
@@ -138,7 +141,7 @@ def build_coconut(
     )
     if is_trained and config.has_copied_decoder:
         model.step_decoder = copy_of(backbone.model)
-        if weights is not None:
+        if weights is not None and weights != config.load_model_path:  # a checkpoint of this run
             load_decoder(model.step_decoder, Path(weights))
     if config.fast == "auto":
         fast.install(model)

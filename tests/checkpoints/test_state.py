@@ -196,6 +196,16 @@ def test_a_run_that_ends_leaves_the_process_as_it_was_also_when_it_evaluates(run
     assert "accuracy" in capsys.readouterr().out
 
 
+def test_a_start_that_needs_weights_the_run_does_not_have_is_refused_before_records_change(run, tmp_path, capsys):
+    file = str(launching.write_run(run, tmp_path))
+    assert train.main(["--run", file]) == 0
+    records = [tmp_path / "runs" / "run" / name for name in ("run_config.yaml", "environment.json", "metrics.jsonl")]
+    before = [path.read_bytes() for path in records]
+    assert train.main(["--run", file, "num_epochs=3", "supervision.steps.decoder=copy"]) == 2
+    assert "has no step_decoder." in capsys.readouterr().err
+    assert [path.read_bytes() for path in records] == before
+
+
 def test_to_import_the_entry_changes_nothing(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = dict(os.environ), list(sys.path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import naive
 import pytest
 import tiny
@@ -9,8 +11,10 @@ import torch
 
 from coconut_ds import LatentContext
 from coconut_ds.data.batches import Tokens, collate_prompts, prompt_sequence
+from coconut_ds.errors import InputError, ModelError
 from coconut_ds.model import fast
 from coconut_ds.model.jacobi import Jacobi
+from coconut_ds.model.thought_readings import read_thoughts
 
 TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
 WINDOWS = {
@@ -99,10 +103,22 @@ def test_answers_continue_from_the_thoughts_of_the_last_iteration(family, static
     assert torch.equal(answers["sequential"], answers["enough"])
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+def test_what_is_read_of_thoughts_is_what_was_fed(iterations):
+    model = tiny.coconut("llama", WINDOWS["sequence"])
+    model.solver = Jacobi(iterations)
+    inputs = tiny.batch_of(RAGGED[:3]).inputs
+    with torch.no_grad():
+        encoded = model.encode(inputs["input_ids"], inputs["attention_mask"])
+    thoughts = read_thoughts(model, encoded, inputs["input_ids"], inputs["attention_mask"])
+    for row, count in enumerate(thoughts.counts.tolist()):
+        torch.testing.assert_close(thoughts.averages[row, :count], thoughts.fed[row, :count])
+
+
 def test_a_model_with_a_mask_of_its_own_is_refused():
     model = tiny.coconut("mistral")
     model.solver = Jacobi(2)
-    with pytest.raises(ValueError, match="makes its own attention mask"):
+    with pytest.raises(ModelError, match="makes its own attention mask"):
         model(**tiny.batch_of(ALIGNED).inputs)
 
 
@@ -110,6 +126,18 @@ def test_a_model_with_a_mask_of_its_own_is_refused():
 def test_solvers_that_cannot_be(arguments, message):
     with pytest.raises(ValueError, match=message):
         Jacobi(*arguments)
+
+
+@pytest.mark.parametrize("change", [{"kind": "newton"}, {"iterations": 0}, {"iterations": None}])
+def test_a_stored_solver_that_cannot_be_is_refused(tmp_path, change):
+    model = tiny.coconut("llama")
+    model.solver = Jacobi(2)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "coconut.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"solver": settings["solver"] | change}))
+    with pytest.raises(InputError, match=r"coconut\.json cannot be used"):
+        type(model).from_pretrained(tmp_path)
 
 
 def test_a_saved_model_keeps_its_solver(tmp_path):

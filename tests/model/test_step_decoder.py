@@ -8,10 +8,13 @@ import naive
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 
 from coconut_ds import LatentContext
 from coconut_ds.data.batches import Size, Tokens, collate_training, grown, training_sequence
 from coconut_ds.data.stages import Layout
+from coconut_ds.data.step_targets import check_written_lengths
+from coconut_ds.errors import InputError
 from coconut_ds.model import fast
 from coconut_ds.model.step_decoder import copy_of, written_steps_loss
 
@@ -139,3 +142,11 @@ def test_a_batch_grown_to_that_of_another_rank_has_the_same_losses():
     assert after.step_loss_sum.item() == pytest.approx(before.step_loss_sum.item(), rel=1e-6)
     empty = grown(batch_of([]), size, tiny.PAD)
     assert model(**empty.inputs).step_loss_sum.item() == 0
+
+
+def test_texts_that_do_not_fit_the_positions_are_refused(curriculum):
+    rows = Dataset.from_list([tiny.row(4, [3, 2], 2, 0), tiny.row(4, [9, 9, 9], 2, 1)])
+    stages = curriculum(method="no_curriculum", max_latent_stage=2, pad_latent_to_max=True, thoughts_per_step=2)
+    check_written_lengths("f.json", rows, stages, tiny.EOS, 20)
+    with pytest.raises(InputError, match="record 1: key 'steps': 19 tokens are to be written from the last 2 thoughts"):
+        check_written_lengths("f.json", rows, stages, tiny.EOS, 19)
