@@ -14,7 +14,6 @@ import numpy as np
 from coconut_ds.analysis import intervals
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.errors import InputError
-from coconut_ds.runs.metrics import EpochEvaluation, read_metrics
 from coconut_ds.runs.paths import RunFolder, epoch_of
 from coconut_ds.runs.predictions import Prediction, chosen_file, cut_answers, cut_warning, read_predictions
 from coconut_ds.runs.read_run import read_config
@@ -43,8 +42,6 @@ class Run:
     config: RunConfig
     predictions: str
     answers: tuple[Prediction, ...]
-    evaluations: tuple[EpochEvaluation, ...] = ()
-    """Of the validation set while it was trained; empty if the folder has no records."""
 
     @property
     def epoch(self) -> int | None:
@@ -71,10 +68,8 @@ def read_run(text: str, predictions: str | None = None) -> Run:
         raise InputError(f"{text!r}: a label is written LABEL=RUN")
     folder = Path(rest if is_labelled else text)
     config = read_config(folder)
-    path, records = chosen_file(RunFolder(folder), predictions), RunFolder(folder).metrics
-    evaluations = read_metrics(records).evaluations if records.is_file() else ()
-    group = label if is_labelled else group_of(config)
-    return Run(folder, group, config, path.stem, read_predictions(path), evaluations)
+    path = chosen_file(RunFolder(folder), predictions)
+    return Run(folder, label if is_labelled else group_of(config), config, path.stem, read_predictions(path))
 
 
 def group_of(config: RunConfig) -> str:

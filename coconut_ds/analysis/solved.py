@@ -10,7 +10,8 @@ from typing import Any
 from coconut_ds.analysis import intervals
 from coconut_ds.analysis.comparison import Groups, Run
 from coconut_ds.errors import InputError
-from coconut_ds.runs.metrics import EpochEvaluation
+from coconut_ds.runs.metrics import EpochEvaluation, read_metrics
+from coconut_ds.runs.paths import RunFolder
 
 
 def solved(groups: Groups, share: float) -> dict[str, Any]:
@@ -50,12 +51,13 @@ def _last_stage(run: Run) -> list[EpochEvaluation]:
     """Evaluations in the layout of the end of the curriculum: where steps are replaced by stage, none is visible."""
     if run.config.traits.steps == "dropped by token":
         raise InputError(f"{run.folder}: --solved needs a stage without steps, and icot removes the chain by tokens")
-    found, first = list(run.evaluations), 0
+    records, first = RunFolder(run.folder).metrics, 0
+    evaluations = read_metrics(records).evaluations if records.is_file() else ()
     if run.config.traits.steps == "replaced by stage":
         # Stage S replaces S steps, the stage after it drops what is left.
         longest = max(answer.n_steps for answer in run.answers)
         first = run.config.max_latent_stage + (longest > run.config.max_latent_stage)
-    if not (found := [each for each in found if each.stage >= first]):
+    if not (found := [each for each in evaluations if each.stage >= first]):
         raise InputError(f"{run.folder}: no evaluation of stage {first} or later in its metrics.jsonl; finish the run")
     return found
 

@@ -1,10 +1,10 @@
 """Thoughts computed all at once, T times over, instead of one after another (PCCoT, arXiv 2506.18582, section 3).
 
-The sequential method solves x_i = f(prefix, x_1 .. x_{i-1}) for i = 1 .. k, one pass of the backbone each. Here the
-first pass runs over the prefix with the embedding of `<|latent|>` in place of every thought, and each of T further ones
-over all k thoughts, made from the states of the pass before: a Jacobi iteration. The tail goes with the last one. After
-t iterations the first t thoughts are those of the sequential method, so T = k gives its result in k + 1 passes, and a
-smaller T something else in fewer.
+The sequential method computes thought x_i = f(prefix, x_1 .. x_{i-1}) for i = 1 .. k in one backbone pass each.
+Here the first pass runs over the prefix and k embeddings of `<|latent|>`. Each of the T passes after it, a Jacobi
+iteration, runs over all k thoughts, computed from the states of the previous pass; the last one includes the tail.
+After t iterations the first t thoughts equal those of the sequential method, so T = k gives the same result in k + 1
+passes; a smaller T gives a different result in fewer.
 
 All passes append to one KV cache, where the thoughts of a pass see the prefix and each other, but not those of another.
 

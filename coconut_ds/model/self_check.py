@@ -90,7 +90,7 @@ def _demand_passes(model: LatentPasses, ids: torch.Tensor, mask: torch.Tensor) -
             encoded = model.encode(with_thoughts, mask, thought_span=_THOUGHTS, intervene=note)
         given = model.lm_head(encoded.hidden.detach())
         fed = base.get_input_embeddings()(ids)
-        last = thoughts[-int(is_thought.sum()) :]  # of the last iteration, where there are several
+        last = thoughts[-int(is_thought.sum()) :]  # a solver computes each thought once per iteration
         fed[:, is_thought] = torch.stack(last, dim=1).to(fed.dtype)
         with _trial(base, "a forward over embeddings"):
             expected = _plain_logits(base, mask, inputs_embeds=fed)
