@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from test_coconut import RAGGED, batch_of, prompts
+from test_coconut import RAGGED, prompts
 
 from coconut_ds.model.masks import causal_mask, columns_of
 
@@ -39,7 +39,7 @@ def test_attention_gets_it_added_to_scores_and_aligned_and_converts_nothing(fami
     plain = F.scaled_dot_product_attention
     model = tiny.coconut(family).to(dtype)
     monkeypatch.setattr(F, "scaled_dot_product_attention", note)
-    model(**batch_of(RAGGED).inputs).loss.backward()
+    model(**tiny.batch_of(RAGGED).inputs).loss.backward()
     _, inputs = prompts([2, 2, 2, 2])
     with torch.no_grad():
         model.encode(inputs["input_ids"], inputs["attention_mask"])

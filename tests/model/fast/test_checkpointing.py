@@ -8,7 +8,7 @@ import logging
 import pytest
 import tiny
 import torch
-from test_coconut import ALIGNED, CONTEXTS, RAGGED, batch_of, prompts
+from test_coconut import ALIGNED, CONTEXTS, RAGGED, prompts
 
 from coconut_ds.memory.meter import LiveTensorMeter
 from coconut_ds.model import fast
@@ -32,7 +32,7 @@ def loss_and_gradients(model, inputs):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_loss_and_gradients_stay(family, every_n_layers, shapes, dropout):
     model = tiny.coconut(family, CONTEXTS["sequence"], dropout=dropout)
-    inputs = batch_of(shapes).inputs
+    inputs = tiny.batch_of(shapes).inputs
     loss, gradients = loss_and_gradients(model, inputs)
     model.enable_activation_checkpointing(every_n_layers)
     again, same = loss_and_gradients(model, inputs)
@@ -46,7 +46,7 @@ def test_loss_and_gradients_stay(family, every_n_layers, shapes, dropout):
 @pytest.mark.parametrize("shapes", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
 def test_passes_of_thoughts_are_not_recomputed_and_no_bit_changes(family, shapes, monkeypatch):
     model = tiny.coconut(family, CONTEXTS["learned"], dropout=0.1).train()
-    inputs = batch_of(shapes).inputs
+    inputs = tiny.batch_of(shapes).inputs
     forwards: list[int] = []
     checkpointing.decoder_layers(model.base_causallm)[1].mlp.register_forward_pre_hook(
         lambda _, given: forwards.append(given[0].shape[1])
@@ -81,7 +81,7 @@ def test_where_attention_may_save_copies_of_all_keys_every_pass_is_recomputed(dt
     checkpointing.decoder_layers(model.base_causallm)[0].mlp.register_forward_pre_hook(
         lambda _, given: forwards.append(given[0].shape[1])
     )
-    loss_and_gradients(model, batch_of(RAGGED).inputs)
+    loss_and_gradients(model, tiny.batch_of(RAGGED).inputs)
     assert forwards[: len(forwards) // 2] == forwards[: len(forwards) // 2 - 1 : -1]
 
 
@@ -104,7 +104,7 @@ def test_ranks_that_gather_weights_recompute_alike_whatever_their_tails():
 
 def test_dropout_is_drawn_so_the_comparison_above_covers_it():
     model = tiny.coconut("gpt2", CONTEXTS["sequence"], dropout=0.3)
-    inputs = batch_of(RAGGED).inputs
+    inputs = tiny.batch_of(RAGGED).inputs
     losses = set()
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -116,7 +116,7 @@ def test_dropout_is_drawn_so_the_comparison_above_covers_it():
 def test_decoding_and_evaluation_stay(family):
     model = tiny.coconut(family, CONTEXTS["sequence"]).eval()
     _, inputs = prompts([2, 2, 2, 2])
-    batch = batch_of(RAGGED).inputs
+    batch = tiny.batch_of(RAGGED).inputs
     with torch.no_grad():
         expected = model.generate(inputs["input_ids"], inputs["attention_mask"], 8), model(**batch).loss
         model.enable_activation_checkpointing()
@@ -159,7 +159,7 @@ def test_switched_off_again():
         model.enable_activation_checkpointing()
     model.disable_activation_checkpointing()
     with LiveTensorMeter() as meter:
-        loss = model(**batch_of(RAGGED).inputs).loss
+        loss = model(**tiny.batch_of(RAGGED).inputs).loss
     assert loss.isfinite()
     assert meter.peak > 0
     model.enable_activation_checkpointing(every_n_layers=2)
@@ -172,9 +172,9 @@ def test_a_copy_recomputes_its_own_layers():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    loss, gradients = loss_and_gradients(twin, batch_of(RAGGED).inputs)
+    loss, gradients = loss_and_gradients(twin, tiny.batch_of(RAGGED).inputs)
     fresh = tiny.coconut("gpt2", CONTEXTS["sequence"])
-    expected, _ = loss_and_gradients(fresh, batch_of(RAGGED).inputs)
+    expected, _ = loss_and_gradients(fresh, tiny.batch_of(RAGGED).inputs)
     assert loss == expected
     assert any(gradient.any() for gradient in gradients.values())
 
@@ -183,17 +183,17 @@ def test_the_models_own_checkpointing_is_refused():
     model = tiny.coconut("llama").train()
     model.base_causallm.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="drops the KV cache"):
-        model(**batch_of(RAGGED).inputs)
+        model(**tiny.batch_of(RAGGED).inputs)
 
 
 def test_offload_says_that_it_does_nothing_on_a_cpu(caplog, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = tiny.coconut("gpt2", CONTEXTS["sequence"])
-    loss, _ = loss_and_gradients(model, batch_of(RAGGED).inputs)
+    loss, _ = loss_and_gradients(model, tiny.batch_of(RAGGED).inputs)
     with caplog.at_level(logging.WARNING):
         model.enable_activation_checkpointing(offload=True)
     assert "offload does nothing on a CPU" in caplog.text
-    assert loss_and_gradients(model, batch_of(RAGGED).inputs)[0] == loss
+    assert loss_and_gradients(model, tiny.batch_of(RAGGED).inputs)[0] == loss
 
 
 def test_only_the_layer_input_goes_to_the_host():
@@ -222,7 +222,7 @@ def test_a_layer_that_writes_for_another_is_refused():
     model.enable_activation_checkpointing()
     model.base_causallm.transformer.h[1].attn.layer_idx = 0
     with pytest.raises(RuntimeError, match="decoder layer 1 wrote keys and values of another layer"):
-        model(**batch_of(RAGGED).inputs)
+        model(**tiny.batch_of(RAGGED).inputs)
 
 
 def test_a_cache_of_another_kind_runs_without_recomputing():

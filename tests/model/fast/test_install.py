@@ -7,7 +7,7 @@ import json
 import pytest
 import tiny
 import torch
-from test_coconut import CONTEXTS, RAGGED, batch_of
+from test_coconut import CONTEXTS, RAGGED
 from transformers import AutoModelForCausalLM
 
 from coconut_ds import Coconut
@@ -41,7 +41,7 @@ def test_wrapping_a_model_leaves_it_as_it_was(family):
     model.base_causallm.base_model.register_forward_hook(lambda *_: during.append(parts(base)))
     during: list[dict] = []
     before = parts(base)
-    model(**batch_of(RAGGED).inputs).loss.backward()
+    model(**tiny.batch_of(RAGGED).inputs).loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     model.generate(torch.tensor([[5, 6, tiny.LATENT, tiny.END]]), max_new_tokens=2)
     assert during
@@ -53,16 +53,16 @@ def test_wrapping_a_model_leaves_it_as_it_was(family):
 def test_uninstall_leaves_nothing(family, checkpointed):
     model = tiny.coconut(family, CONTEXTS["sequence"], plain=True)
     before = parts(model.base_causallm)
-    expected = model(**batch_of(RAGGED).inputs).loss
+    expected = model(**tiny.batch_of(RAGGED).inputs).loss
     fast.install(model)
     if checkpointed:
         model.enable_activation_checkpointing()
     assert parts(model.base_causallm) != before
-    torch.testing.assert_close(model(**batch_of(RAGGED).inputs).loss, expected)
+    torch.testing.assert_close(model(**tiny.batch_of(RAGGED).inputs).loss, expected)
     fast.uninstall(model)
     assert parts(model.base_causallm) == before
     assert model.speed_layer is None
-    assert torch.equal(model(**batch_of(RAGGED).inputs).loss, expected)
+    assert torch.equal(model(**tiny.batch_of(RAGGED).inputs).loss, expected)
     fast.uninstall(model)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from test_coconut import CONTEXTS, RAGGED, batch_of
+from test_coconut import CONTEXTS, RAGGED
 from transformers import DynamicCache
 
 from coconut_ds.memory.meter import LiveTensorMeter
@@ -41,7 +41,7 @@ def test_a_second_backward_gives_the_same_gradients(checkpointed):
     model = tiny.coconut("llama", CONTEXTS["sequence"], dropout=0.3)
     if checkpointed:
         model.enable_activation_checkpointing()
-    loss = model(**batch_of(RAGGED).inputs).loss
+    loss = model(**tiny.batch_of(RAGGED).inputs).loss
     weights = list(model.parameters())
     first = torch.autograd.grad(loss, weights, retain_graph=True)
     for again, gradient in zip(torch.autograd.grad(loss, weights), first):

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import tiny
 import torch
-from test_coconut import CONTEXTS, RAGGED, batch_of
+from test_coconut import CONTEXTS, RAGGED
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -84,16 +84,16 @@ def test_a_tail_whose_rows_would_take_more_than_their_product_is_left_to_torch(a
 def test_padding_that_sees_nothing_makes_no_nan(family):
     """One row still thinks when the other is padded further than a sliding window reaches."""
     model = tiny.coconut(family, CONTEXTS["sequence"])
-    model(**batch_of([(9, 2, 40), (4, 0, 1)]).inputs).loss.backward()
+    model(**tiny.batch_of([(9, 2, 40), (4, 0, 1)]).inputs).loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_half_precision_is_left_to_torch(asked):
     model = tiny.coconut("gpt2", CONTEXTS["sequence"])
     asked.clear()  # what the self-check had asked for
-    model(**batch_of(RAGGED).inputs)
+    model(**tiny.batch_of(RAGGED).inputs)
     assert 1 not in asked
-    model.bfloat16()(**batch_of(RAGGED).inputs)
+    model.bfloat16()(**tiny.batch_of(RAGGED).inputs)
     assert 1 in asked
 
 
@@ -124,9 +124,9 @@ def test_a_model_with_another_attention_keeps_it():
     backbone.set_attn_implementation("eager")
     torch.manual_seed(0)
     model = tiny.coconut("llama", CONTEXTS["sequence"])
-    expected = model(**batch_of(RAGGED).inputs).loss
+    expected = model(**tiny.batch_of(RAGGED).inputs).loss
     backbone.load_state_dict(model.base_causallm.state_dict())
     model.base_causallm = backbone
     low_rank_attention.install(backbone)
     assert backbone.config._attn_implementation == "eager"
-    torch.testing.assert_close(model(**batch_of(RAGGED).inputs).loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(model(**tiny.batch_of(RAGGED).inputs).loss, expected, rtol=1e-6, atol=0)

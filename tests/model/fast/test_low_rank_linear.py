@@ -7,7 +7,7 @@ import gc
 import pytest
 import tiny
 import torch
-from test_coconut import ALIGNED, CONTEXTS, RAGGED, batch_of
+from test_coconut import ALIGNED, CONTEXTS, RAGGED
 
 from coconut_ds.memory.meter import LiveTensorMeter
 from coconut_ds.model.fast import low_rank_linear
@@ -26,7 +26,7 @@ def gradients(model, inputs) -> dict[str, torch.Tensor]:
 def test_gathered_equals_summed(monkeypatch, family, checkpointed, shapes, short):
     monkeypatch.setattr(low_rank_linear, "SHORT", short)
     model = tiny.coconut(family, CONTEXTS["sequence"])
-    inputs = batch_of(shapes).inputs
+    inputs = tiny.batch_of(shapes).inputs
     if checkpointed:
         model.enable_activation_checkpointing()
     left: list[int] = []
@@ -51,8 +51,8 @@ def test_gathered_equals_summed(monkeypatch, family, checkpointed, shapes, short
 def test_frozen_weights_are_left_alone():
     model = tiny.coconut("gpt2", CONTEXTS["sequence"])
     model.base_causallm.transformer.h[0].requires_grad_(False)
-    expected = gradients(tiny.coconut("gpt2", CONTEXTS["sequence"]), batch_of(RAGGED).inputs)
-    for name, gradient in gradients(model, batch_of(RAGGED).inputs).items():
+    expected = gradients(tiny.coconut("gpt2", CONTEXTS["sequence"]), tiny.batch_of(RAGGED).inputs)
+    for name, gradient in gradients(model, tiny.batch_of(RAGGED).inputs).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
 
 
@@ -86,13 +86,13 @@ def test_a_model_frozen_in_part_trains_the_rest_twice_and_leaves_nothing_behind(
     leave_all_to_torch(plain)
     for each in (model, plain):
         freeze(each)
-    expected = gradients(plain, batch_of(shapes).inputs)
+    expected = gradients(plain, tiny.batch_of(shapes).inputs)
     if checkpointed:
         model.enable_activation_checkpointing()
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with LiveTensorMeter() as meter:
         for _ in range(2):
-            loss = model(**batch_of(shapes).inputs).loss
+            loss = model(**tiny.batch_of(shapes).inputs).loss
             for retain in (True, False):
                 found = torch.autograd.grad(loss, list(weights.values()), retain_graph=retain)
                 for name, gradient in zip(weights, found):
@@ -107,7 +107,7 @@ def test_a_model_frozen_in_part_trains_the_rest_twice_and_leaves_nothing_behind(
 
 def test_a_backward_through_a_part_of_the_graph_leaves_nothing_for_the_next():
     model = tiny.coconut("llama", CONTEXTS["sequence"])
-    inputs = batch_of(RAGGED).inputs
+    inputs = tiny.batch_of(RAGGED).inputs
     expected = gradients(model, inputs)
     spans = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids", "thought_span")}
     encoded = model.encode(**spans)
@@ -124,7 +124,7 @@ def test_a_backward_through_a_part_of_the_graph_leaves_nothing_for_the_next():
 
 def test_under_autocast_the_gradients_are_near_those_in_fp32():
     model = tiny.coconut("gpt2", CONTEXTS["sequence"])
-    inputs = batch_of(RAGGED).inputs
+    inputs = tiny.batch_of(RAGGED).inputs
     expected = gradients(model, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(model, inputs)
@@ -143,14 +143,14 @@ def test_a_layer_that_only_thoughts_run_is_trained():
         return output + extra(output) if output.shape[1] == 1 else output
 
     model.base_causallm.model.layers[0].register_forward_hook(add)
-    model(**batch_of(RAGGED).inputs).loss.backward()
+    model(**tiny.batch_of(RAGGED).inputs).loss.backward()
     assert extra.weight.grad.any()
     assert extra.bias.grad.any()
 
 
 def test_a_second_forward_before_the_backward_keeps_its_own():
     model = tiny.coconut("gpt2", CONTEXTS["sequence"])
-    first, second = batch_of(RAGGED).inputs, batch_of(ALIGNED).inputs
+    first, second = tiny.batch_of(RAGGED).inputs, tiny.batch_of(ALIGNED).inputs
     apart = [gradients(model, inputs) for inputs in (first, second)]
     model.zero_grad()
     (model(**first).loss + model(**second).loss).backward()
@@ -165,7 +165,7 @@ def test_short_passes_leave_no_gradients_of_the_weights_alive(tail):
     weights = sum(p.nbytes for name, p in model.named_parameters() if ".mlp." in name or ".attn." in name)
     alive = []
     with LiveTensorMeter() as meter:
-        ids = batch_of([(6, 3, 4)]).inputs["input_ids"]
+        ids = tiny.batch_of([(6, 3, 4)]).inputs["input_ids"]
         last = int((ids[0] == tiny.LATENT).nonzero()[-1])
         fed = model.encode(ids[:, : last + tail]).fed
         # The first thought's input: its gradient is there when every pass but the prefix is done.
