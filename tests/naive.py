@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from coconut_ds import Coconut
+from coconut_ds.data.teacher import Taught
 
 
 def row_states(model: Coconut, ids: list[int], n_prompt: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,6 +102,41 @@ def step_loss(model: Coconut, rows: list[tuple[list[int], list[list[int]]]]) -> 
                 logits = decoder.get_output_embeddings()(hidden[-1])
                 total = total + F.cross_entropy(logits, torch.tensor(token))
     return total
+
+
+def teacher_losses(model: Coconut, rows: list[tuple[list[int], Taught]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of the teacher's cross entropies and of the states' distances from the teacher's, row by row (CODI).
+
+    A row is an unpadded sequence with thoughts, and what its teacher reads.
+    """
+    base, settings = model.base_causallm, model.distillation
+    written, distances, pairs = torch.zeros(()), [], []
+    for ids, (teacher_ids, first_target, n_answer) in rows:
+        _, fed = row_states(model, ids)
+        of_student = _layers(base, fed)
+        of_teacher = _layers(base, base.get_input_embeddings()(torch.tensor(teacher_ids)))
+        logits = model.lm_head(of_teacher[-1][first_target - 1 : -1])
+        written = written + F.cross_entropy(logits, torch.tensor(teacher_ids[first_target:]), reduction="sum")
+        chosen = range(len(of_student)) if settings.layers is None else settings.layers
+        pairs.append([(of_student[each][-1 - n_answer], of_teacher[each][-1 - n_answer].detach()) for each in chosen])
+    for layer in range(len(pairs[0])):
+        everything = torch.cat([row[layer][1] for row in pairs])
+        for row in pairs:
+            student, teacher = row[layer]
+            scale = teacher.std() if settings.deviation == "example" else everything.std()
+            difference = (student - teacher).abs()
+            smooth = torch.where(difference < 1, difference.square() / 2, difference - 0.5)
+            distances.append(smooth.mean() / scale / len(pairs[0]))
+    return written, torch.stack(distances).sum()
+
+
+def _layers(base, embeds: torch.Tensor) -> list[torch.Tensor]:
+    """The embeddings with their positions, and the states after each layer, (T, D) each; the last after the norm."""
+    positions = torch.arange(len(embeds))[None]
+    read = base.base_model(
+        inputs_embeds=embeds[None], position_ids=positions, use_cache=False, output_hidden_states=True
+    )
+    return [each[0] for each in read.hidden_states]
 
 
 def greedy(model: Coconut, prompt: list[int], n_tokens: int) -> list[int]:

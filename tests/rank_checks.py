@@ -46,7 +46,7 @@ from coconut_ds.model.jacobi import Jacobi
 from coconut_ds.model.scratch import word_tokenizer
 from coconut_ds.model.step_decoder import copy_of
 from coconut_ds.runtime import distributed
-from coconut_ds.training.step import NonFiniteLossError, optimizer_step
+from coconut_ds.training.step import LOSSES, NonFiniteLossError, Weights, optimizer_step
 
 # DeepSpeed's CPU Adam asks for the processor's name each time it is made, which takes a second.
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
@@ -80,7 +80,8 @@ def undivided(rows: Dataset, epoch: int, tokens: Tokens = TOKENS) -> Batch:
         training_sequence(row, plan.training_layout(len(row["steps_ids"]), epoch, index), tokens)
         for index, row in enumerate(rows)
     ]
-    return collate_training(sequences, list(range(len(rows))), tiny.PAD, tokens.step_end is not None)
+    writes_steps, has_teacher = tokens.step_end is not None, tokens.answer_lead is not None
+    return collate_training(sequences, list(range(len(rows))), tiny.PAD, writes_steps, has_teacher)
 
 
 def windows_of(name: str, rows: Dataset, sizes: BatchSizes, epoch: int, tokens: Tokens = TOKENS) -> TrainingSteps:
@@ -90,22 +91,30 @@ def windows_of(name: str, rows: Dataset, sizes: BatchSizes, epoch: int, tokens: 
 
 
 def gradient_errors(
-    names: list[str], splits: list[list[int]], speed: str, step_weight: float = 0.0, everything: bool = False
+    names: list[str],
+    splits: list[list[int]],
+    speed: str,
+    weights: Weights = (1.0, 0.0, 0.0, 0.0),
+    everything: bool = False,
 ) -> dict[str, float]:
     """Largest difference between a gradient through the engine and that of one undivided batch of 8 in plain torch.
 
-    `speed` of the engine's model: plain passes, fast ones, or fast with activations recomputed; `step_weight` of steps
-    written from thoughts; `everything`: by a decoder of its own, and thoughts in Jacobi iterations. One step of SGD
+    `speed` of the engine's model: plain passes, fast ones, or fast with activations recomputed; `weights` of the
+    losses; `everything`: steps written by a decoder of its own, and thoughts in Jacobi iterations. One step of SGD
     with learning rate 1 turns the gradient into a difference of weights.
     """
     start_process_group()
-    tokens = replace(TOKENS, step_end=tiny.EOS) if step_weight else TOKENS
+    tokens = replace(TOKENS, step_end=tiny.EOS) if weights[1] else TOKENS
+    tokens = replace(tokens, answer_lead=()) if weights[3] else tokens
     rows = examples(8)
     reference = _model("plain", everything)
     whole = undivided(rows, 2, tokens)
     output = reference(**whole.inputs)
-    steps = output.step_loss_sum / whole.n_step_targets if step_weight else output.loss * 0
-    (output.loss + step_weight * steps).backward()
+    losses = [
+        each / count if each is not None else torch.zeros(())
+        for each, count in zip(output.sums_of_losses, whole.counts_of_losses)
+    ]
+    sum(weight * loss for weight, loss in zip(weights, losses)).backward()
     expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
     world = distributed.world_size()
     errors = {}
@@ -120,13 +129,13 @@ def gradient_errors(
             )
             # Accumulation is long enough for all eight, so the epoch is one window.
             window = windows_of(name, rows, sizes, 2, tokens)[0]
-            step = optimizer_step(engine, window, "token", step_weight)
+            step = optimizer_step(engine, window, "token", weights)
             assert step.n_targets == whole.n_targets
-            assert abs(step.loss - output.loss.item()) < 1e-5
-            assert abs((step.step_loss or 0.0) - steps.item()) < 1e-5
-            weights = {key: safe_get_full_fp32_param(value) for key, value in model.named_parameters()}
-            weights = {key: value if value is not None else model.get_parameter(key) for key, value in weights.items()}
-            worst = max((before[key] - weights[key] - expected[key]).abs().max().item() for key in before)
+            for loss_name, loss in zip(LOSSES, losses):
+                assert abs((getattr(step, loss_name) or 0.0) - loss.item()) < 1e-5
+            after = {key: safe_get_full_fp32_param(value) for key, value in model.named_parameters()}
+            after = {key: value if value is not None else model.get_parameter(key) for key, value in after.items()}
+            worst = max((before[key] - after[key] - expected[key]).abs().max().item() for key in before)
             errors[f"{name} {micro}x{accumulation}"] = worst
     return errors
 

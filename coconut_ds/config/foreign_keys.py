@@ -25,9 +25,16 @@ for _text, _keys in {
         num_train_samples max_train_samples max_eval_samples max_val_samples max_samples max_examples subset_size
         n_train n_val num_samples val_set_size test_split_size data_fraction""",
     "steps are replaced from the first on; there is no reversed curriculum": "reversed reverse reverse_curriculum",
-    "steps that are written from thoughts have supervision.steps.weight; no other loss can be added": """alpha beta
-        gamma multi_mode multimode mode_weights loss_weights aux_loss_weight explain_loss_factor distill_loss_factor
-        ce_loss_factor distill_loss_div_std kl_coef kl_coeff distillation""",
+    "steps that are written from thoughts have supervision.steps.weight": "explain_loss_factor aux_loss_weight",
+    _here("supervision.distill", ", with alpha, beta and gamma"): "alpha beta gamma distillation distill",
+    _here("supervision.distill.gamma", " (with method: codi or supervision.distill)"): """distill_loss_factor
+        distill_loss_weight kd_weight""",
+    _here("supervision.distill.alpha", " (with method: codi or supervision.distill)"): """ref_loss_factor
+        teacher_loss_weight""",
+    "the distance of states is always divided by a standard deviation, see supervision.distill.deviation": """
+        distill_loss_div_std""",
+    "the weights of losses are supervision.steps.weight, and alpha, beta, gamma of supervision.distill": """
+        multi_mode multimode mode_weights loss_weights ce_loss_factor kl_coef kl_coeff""",
     "the loss of the tokens has nothing to set but loss_normalization; remove the key": """label_smoothing
         label_smoothing_factor neftune_noise_alpha""",
     "what a thought is made of is set by latent_context and latent_norm": """replacement_method feedback thought_source

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["coconut", "cot", "no_cot", "no_thoughts", "pause", "pause_as_thought", "icot", "no_curriculum"]
+Method = Literal[
+    "coconut", "cot", "no_cot", "no_thoughts", "pause", "pause_as_thought", "icot", "no_curriculum", "codi"
+]
 
 
 @dataclass(frozen=True)
@@ -28,4 +30,6 @@ METHODS: dict[Method, Traits] = {
     "pause_as_thought": Traits("pause", True, "replaced by stage"),
     "icot": Traits("none", False, "dropped by token"),
     "no_curriculum": Traits("continuous", True, "dropped"),
+    # With a fixed number of thoughts and supervision.distill, which RunConfig sees to.
+    "codi": Traits("continuous", True, "dropped"),
 }

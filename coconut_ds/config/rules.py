@@ -60,7 +60,15 @@ def _method_rules(config: RunConfig) -> _Found:
             yield ("solver", method), f"solver: {without}; set solver to null"
         if config.step_weight:
             yield ("supervision", method), f"supervision.steps: {without} to write steps from; leave it out"
-    if config.uniform_prob and method in ("pause", "no_curriculum", "icot"):
+        if config.distillation:
+            what = "to teach what all steps in sight say; leave it out"
+            yield ("supervision", method), f"supervision.distill: {without} {what}"
+    if method == "codi" and not config.distillation:
+        yield ("method", "supervision"), "supervision.distill: off with codi, which then is method: no_curriculum"
+    if method == "codi" and not config.pad_latent_to_max:
+        rule = "the number of thoughts, c_thought * max_latent_stage, is fixed; leave it out"
+        yield ("method", "pad_latent_to_max"), f"pad_latent_to_max: false with codi: {rule}"
+    if config.uniform_prob and method in ("pause", "no_curriculum", "icot", "codi"):
         rule = f"draws stages, and {method} does not replace steps by stage; set 0"
         yield ("uniform_prob", method), f"uniform_prob: {config.uniform_prob} {rule}"
     if config.icot is not None and method != "icot":

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, Valida
 from coconut_ds.config.methods import METHODS, Method, Traits
 from coconut_ds.config.sections import (
     ActivationCheckpointingConfig,
+    DistillationConfig,
     IcotConfig,
     LatentContextConfig,
     ScratchModelConfig,
@@ -197,6 +198,15 @@ class RunConfig(Section):
         chosen = [name for name in PUBLISHED_SWITCHES if _switch(values.get(name)) is True]
         return values | {"method": chosen[0]} if chosen else values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_codi_stands_for(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("method") != "codi":
+            return values
+        given = values.get("supervision") or {}
+        supervision = {"distill": True} | given if isinstance(given, dict) else given
+        return {"pad_latent_to_max": True} | values | {"supervision": supervision}
+
     @property
     def traits(self) -> Traits:
         return METHODS[self.method]
@@ -209,6 +219,19 @@ class RunConfig(Section):
     def step_weight(self) -> float:
         """Of the loss of steps written from their thoughts; 0 without step supervision."""
         return self.supervision.steps.weight if self.supervision and self.supervision.steps else 0.0
+
+    @property
+    def distillation(self) -> DistillationConfig | None:
+        """The section `supervision.distill` if it is there and on."""
+        distill = self.supervision.distill if self.supervision else None
+        return distill if distill is not None and distill.is_on else None
+
+    @property
+    def loss_weights(self) -> tuple[float, float, float, float]:
+        """Of the sequence, of written steps, of the teacher, of its distance; the order of `training.step.LOSSES`."""
+        distill = self.distillation
+        alpha, beta, gamma = (distill.alpha, distill.beta, distill.gamma) if distill else (0.0, 1.0, 0.0)
+        return beta, self.step_weight, alpha, gamma
 
     @property
     def has_copied_decoder(self) -> bool:

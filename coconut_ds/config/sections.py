@@ -93,6 +93,30 @@ class StepSupervisionConfig(Section):
     export and inference."""
 
 
+class DistillationConfig(Section):
+    """The state before the answer learns from the model's own with all steps visible (CODI, arXiv 2502.21074).
+
+    The weights are named as in the paper: alpha of the teacher's cross entropy, beta of that with thoughts, gamma of
+    the distance between the states.
+    """
+
+    alpha: float = Field(1.0, ge=0)
+    beta: float = Field(1.0, ge=0)
+    gamma: float = Field(1.0, ge=0)
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Whose states are compared: 0 are the embeddings, l is layer l; null is all of them."""
+    deviation: Literal["example", "micro_batch"] = "example"
+    """A layer's distance is divided by the standard deviation of the teacher's states: of the example, which no split
+    of the batch changes, or of the micro-batch, as in the published code."""
+    omit_last_step: bool = False
+    """The teacher reads all steps but the last, so that it cannot copy the answer from it; the published choice."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the teacher has anything to do."""
+        return self.alpha > 0 or self.gamma > 0
+
+
 def _on_or_off(value: Any) -> Any:
     """A switch for a section of defaults."""
     return {} if value is True else None if value is False else value
@@ -102,6 +126,7 @@ class SupervisionConfig(Section):
     """What thoughts learn from besides the tokens after them."""
 
     steps: Annotated[StepSupervisionConfig | None, BeforeValidator(_on_or_off)] = None
+    distill: Annotated[DistillationConfig | None, BeforeValidator(_on_or_off)] = None
 
 
 class SolverConfig(Section):

@@ -14,6 +14,7 @@ from coconut_ds.config.methods import METHODS, Method
 from coconut_ds.data.markers import END_LATENT, LATENT, START_LATENT, marker_ids
 from coconut_ds.data.stages import Layout
 from coconut_ds.data.step_targets import IGNORED, StepTargets, collate_step_targets, moved, texts_of_groups
+from coconut_ds.data.teacher import Taught, Teacher, collate_teacher, grown_teacher, taught
 from coconut_ds.runtime import distributed
 
 
@@ -34,15 +35,13 @@ class Tokens:
     """Precedes a question under some tokenizers."""
     step_end: int | None = None
     """Ends a step that is written from its thoughts; None without step supervision."""
+    answer_lead: tuple[int, ...] | None = None
+    """The text before an answer, which a teacher ends a sequence with as thoughts do; None without distillation."""
+    omits_last_step: bool = False
+    """Whether a teacher reads all steps but the last."""
 
     @classmethod
-    def of(
-        cls,
-        method: Method,
-        tokenizer: PreTrainedTokenizerBase,
-        fact_end: int | None = None,
-        writes_steps: bool = False,
-    ) -> Tokens:
+    def of(cls, method: Method, tokenizer: PreTrainedTokenizerBase) -> Tokens:
         """Those of `method`; raises ModelError if it needs markers that the tokenizer does not have."""
         traits = METHODS[method]
         ids = {} if traits.thoughts == "none" else marker_ids(tokenizer)
@@ -52,9 +51,7 @@ class Tokens:
             end_latent=ids[END_LATENT] if traits.has_markers else None,
             latent=ids.get(LATENT),
             is_pause=traits.thoughts == "pause",
-            fact_end=fact_end,
             bos=tokenizer.bos_token_id,
-            step_end=tokenizer.eos_token_id if writes_steps else None,
         )
 
     @property
@@ -73,6 +70,8 @@ class TokenSequence:
     first_target: int
     written: tuple[tuple[int, ...], ...] = ()
     """What a decoder learns to write from each group of thoughts; empty without step supervision."""
+    taught: Taught | None = None
+    """What the teacher reads of the same example; None without distillation."""
 
 
 class Batch(NamedTuple):
@@ -80,7 +79,7 @@ class Batch(NamedTuple):
 
     inputs: dict[str, Any]
     """Of `Coconut.forward`: input_ids, attention_mask, labels, position_ids, each (B, T), thought_span as ints,
-    supervised (N,), and with step supervision `steps`."""
+    supervised (N,), with step supervision `steps` and with distillation `teacher`."""
     n_targets: int
     """Supervised tokens, counted after the causal shift."""
     n_tokens: int
@@ -89,6 +88,15 @@ class Batch(NamedTuple):
     """Position of each row's example in its data file; empty for a filler."""
     n_step_targets: int = 0
     """Tokens that are written from thoughts, with step supervision."""
+    n_teacher_targets: int = 0
+    """Tokens that the teacher of distillation writes."""
+    n_distilled: int = 0
+    """Examples whose states are compared with the teacher's."""
+
+    @property
+    def counts_of_losses(self) -> tuple[int, int, int, int]:
+        """What each loss is a sum over, in the order of `training.step.LOSSES`."""
+        return self.n_targets, self.n_step_targets, self.n_teacher_targets, self.n_distilled
 
 
 @dataclass(frozen=True)
@@ -98,11 +106,13 @@ class Size:
     n_thoughts: int = 0
     n_targets: int = 0
     n_step_targets: int = 0
+    n_teacher_targets: int = 0
 
     @classmethod
     def of(cls, batch: Batch) -> Size:
         span = batch.inputs["thought_span"]
-        return cls(span[1] - span[0] if span else 0, batch.n_targets, batch.n_step_targets)
+        n_thoughts = span[1] - span[0] if span else 0
+        return cls(n_thoughts, batch.n_targets, batch.n_step_targets, batch.n_teacher_targets)
 
     def __or__(self, other: Size) -> Size:
         """The larger of both, in each respect."""
@@ -129,6 +139,8 @@ def grown(batch: Batch, size: Size, pad: int) -> Batch:
     inputs["supervised"] = torch.cat([inputs["supervised"] + rows * missing, added])
     if "steps" in inputs:
         inputs["steps"] = moved(inputs["steps"], columns, columns + missing, size.n_step_targets)
+    if "teacher" in inputs:
+        inputs["teacher"] = grown_teacher(inputs["teacher"], columns, columns + missing, size.n_teacher_targets)
     return batch._replace(inputs=inputs)
 
 
@@ -137,7 +149,10 @@ def training_sequence(row: dict[str, Any], layout: Layout, tokens: Tokens) -> To
     opening = prompt_sequence(row, layout.n_thoughts, tokens)
     steps = [token for step in row["steps_ids"][layout.n_skip :] for token in step]
     written = () if tokens.step_end is None else texts_of_groups(row, layout, tokens.step_end)
-    return replace(opening, ids=opening.ids + steps[layout.n_drop :] + row["answer_ids"], written=written)
+    lead = tokens.answer_lead
+    teaching = None if lead is None else taught(row, lead, tokens.omits_last_step)
+    ids = opening.ids + steps[layout.n_drop :] + row["answer_ids"]
+    return replace(opening, ids=ids, written=written, taught=teaching)
 
 
 def prompt_sequence(row: dict[str, Any], n_thoughts: int, tokens: Tokens) -> TokenSequence:
@@ -160,20 +175,39 @@ def shuffle_facts(ids: list[int], tokens: Tokens, draw: random.Random) -> list[i
 
 
 def collate_training(
-    sequences: Sequence[TokenSequence], indices: list[int], pad: int, writes_steps: bool = False
+    sequences: Sequence[TokenSequence],
+    indices: list[int],
+    pad: int,
+    writes_steps: bool = False,
+    has_teacher: bool = False,
 ) -> Batch:
     """Left-pad until all first thoughts stand in one column, right-pad the rest.
 
     Rows without thoughts get no left padding. Without any row the result is a filler, one unsupervised token, so that
-    every rank runs the same number of micro-batches. `writes_steps` adds the targets of step supervision.
+    every rank runs the same number of micro-batches. `writes_steps` adds the targets of step supervision, `has_teacher`
+    the batch of the teacher.
     """
-    if not sequences:
-        filler = _collate([TokenSequence([pad], 0, 0, 1)], [0], indices, pad, writes_steps)
-        return filler._replace(n_tokens=0)
+    is_filler = not sequences
+    sequences = sequences or [TokenSequence([pad], 0, 0, 1)]
     with_thoughts = [each for each in sequences if each.n_thoughts]
     column = max((each.first_thought for each in with_thoughts), default=0)
     offsets = [column - each.first_thought if each.n_thoughts else 0 for each in sequences]
-    return _collate(sequences, offsets, indices, pad, writes_steps)
+    batch = _collate(sequences, offsets, indices, pad)
+    n_columns = batch.inputs["input_ids"].shape[1]
+    if writes_steps:
+        firsts = [offset + each.first_thought for each, offset in zip(sequences, offsets)]
+        counts = [each.n_thoughts for each in sequences]
+        steps = collate_step_targets([each.written for each in sequences], firsts, counts, n_columns)
+        batch = batch._replace(inputs=batch.inputs | {"steps": steps}, n_step_targets=len(steps.supervised))
+    if has_teacher:
+        ends = [offset + len(each.ids) for each, offset in zip(sequences, offsets)]
+        teacher = collate_teacher([each.taught for each in sequences if each.taught], ends, n_columns, pad)
+        batch = batch._replace(
+            inputs=batch.inputs | {"teacher": teacher},
+            n_teacher_targets=len(teacher.targets),
+            n_distilled=len(teacher.student),
+        )
+    return batch._replace(n_tokens=0) if is_filler else batch
 
 
 def collate_prompts(sequences: Sequence[TokenSequence], indices: list[int], pad: int) -> Batch:
@@ -182,9 +216,7 @@ def collate_prompts(sequences: Sequence[TokenSequence], indices: list[int], pad:
     return _collate(sequences, [width - len(each.ids) for each in sequences], indices, pad)
 
 
-def _collate(
-    sequences: Sequence[TokenSequence], offsets: list[int], indices: list[int], pad: int, writes_steps: bool = False
-) -> Batch:
+def _collate(sequences: Sequence[TokenSequence], offsets: list[int], indices: list[int], pad: int) -> Batch:
     shape = (len(sequences), max(offset + len(each.ids) for each, offset in zip(sequences, offsets)))
     input_ids, labels = torch.full(shape, pad), torch.full(shape, IGNORED)
     attention_mask, position_ids = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
@@ -207,13 +239,7 @@ def _collate(
         "thought_span": (min(first for first, _ in spans), max(end for _, end in spans)) if spans else (),
         "supervised": supervised,
     }
-    batch = Batch(inputs, len(supervised), sum(len(each.ids) for each in sequences), indices)
-    if not writes_steps:
-        return batch
-    firsts = [offset + each.first_thought for each, offset in zip(sequences, offsets)]
-    counts = [each.n_thoughts for each in sequences]
-    steps = collate_step_targets([each.written for each in sequences], firsts, counts, shape[1])
-    return batch._replace(inputs={**inputs, "steps": steps}, n_step_targets=len(steps.supervised))
+    return Batch(inputs, len(supervised), sum(len(each.ids) for each in sequences), indices)
 
 
 def supervised_entries(labels: torch.Tensor) -> torch.Tensor:
@@ -228,8 +254,8 @@ def to_device(inputs: dict[str, Any], device: torch.device | None = None) -> dic
     device = device or distributed.device()
 
     def moved_there(value: Any) -> Any:
-        if isinstance(value, StepTargets):
-            return StepTargets(*map(moved_there, value))
+        if isinstance(value, StepTargets | Teacher):
+            return type(value)(*map(moved_there, value))
         return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
     return {key: moved_there(value) for key, value in inputs.items()}

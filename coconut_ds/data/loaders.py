@@ -107,7 +107,10 @@ class TrainingSteps(torch.utils.data.Dataset):
                 draw = random.Random(f"{self._curriculum.seed}/{self._epoch}/{index}/facts")
                 row["question_ids"] = shuffle_facts(row["question_ids"], self._tokens, draw)
             sequences.append(training_sequence(row, layout, self._tokens))
-        return collate_training(sequences, indices, self._tokens.pad, writes_steps=self._tokens.step_end is not None)
+        tokens = self._tokens
+        return collate_training(
+            sequences, indices, tokens.pad, tokens.step_end is not None, tokens.answer_lead is not None
+        )
 
 
 def _grouped(order: torch.Tensor, lengths: torch.Tensor, total: int, generator: torch.Generator) -> torch.Tensor:

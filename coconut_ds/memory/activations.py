@@ -28,6 +28,7 @@ from torch import nn
 from coconut_ds.data.batches import Batch, Tokens, TokenSequence, collate_training, to_device, training_sequence
 from coconut_ds.data.loaders import ID_COLUMNS
 from coconut_ds.data.stages import Curriculum
+from coconut_ds.data.teacher import Taught
 from coconut_ds.engine.internals import FakeTensorMode, tree_map_only
 from coconut_ds.memory.meter import LiveTensorMeter
 from coconut_ds.model.coconut import Coconut, CoconutOutput
@@ -67,7 +68,8 @@ def measure(
     batches = [batch_of(sequence, rows) for rows in (2, 3)]
     batches += [_filling_chunks(batch) for batch in batches]
     two, three, full_two, full_three = map(torch.tensor, _predicted(model, batches, dtype, for_card))
-    targets = max(len(sequence.ids) - sequence.first_target, sum(map(len, sequence.written)))
+    taught = 0 if sequence.taught is None else len(sequence.taught.ids) - sequence.taught.first_target
+    targets = max(len(sequence.ids) - sequence.first_target, sum(map(len, sequence.written)), taught)
     return ActivationCost(
         two, three, ActivationCost(full_two, full_three), chunked_from=max(1, CHUNK // max(1, targets))
     )
@@ -86,7 +88,8 @@ def measured_peak(model: Coconut, batch: Batch) -> int:
 
 def batch_of(sequence: TokenSequence, rows: int) -> Batch:
     """A micro-batch with `sequence` in each of its `rows`."""
-    return collate_training([sequence] * rows, list(range(rows)), pad=0, writes_steps=bool(sequence.written))
+    has_teacher = sequence.taught is not None
+    return collate_training([sequence] * rows, list(range(rows)), 0, bool(sequence.written), has_teacher)
 
 
 def _filling_chunks(batch: Batch) -> Batch:
@@ -98,6 +101,9 @@ def _filling_chunks(batch: Batch) -> Batch:
     inputs = batch.inputs | {"supervised": filled(batch.inputs["supervised"])}
     if "steps" in inputs:
         inputs["steps"] = inputs["steps"]._replace(supervised=filled(inputs["steps"].supervised))
+    if "teacher" in inputs:
+        teacher = inputs["teacher"]
+        inputs["teacher"] = teacher._replace(supervised=filled(teacher.supervised), targets=filled(teacher.targets))
     return batch._replace(inputs=inputs)
 
 
@@ -114,7 +120,7 @@ def widest_sequence(examples: Dataset, curriculum: Curriculum, stage: int, token
     targets = max(len(each.ids) - each.first_target for each in sequences)
     latent = [] if tokens.latent is None else [tokens.latent] * thoughts
     ids = [0] * prefix + latent + [0] * (middle + targets)
-    return TokenSequence(ids, prefix, thoughts, len(ids) - targets, _widest_texts(sequences))
+    return TokenSequence(ids, prefix, thoughts, len(ids) - targets, _widest_texts(sequences), _widest_taught(sequences))
 
 
 def _widest_texts(sequences: Sequence[TokenSequence]) -> tuple[tuple[int, ...], ...]:
@@ -122,6 +128,15 @@ def _widest_texts(sequences: Sequence[TokenSequence]) -> tuple[tuple[int, ...], 
     texts = [text for each in sequences for text in each.written]
     longest = max(map(len, texts), default=0)
     return ((0,) * longest,) * max(len(each.written) for each in sequences)
+
+
+def _widest_taught(sequences: Sequence[TokenSequence]) -> Taught | None:
+    """As long as the longest, with as many targets as any; None without a teacher."""
+    examples = [each.taught for each in sequences if each.taught is not None]
+    if not examples:
+        return None
+    length = max(len(each.ids) for each in examples)
+    return Taught([0] * length, length - max(len(each.ids) - each.first_target for each in examples), 1)
 
 
 def _predicted(model: Coconut, batches: Sequence[Batch], dtype: torch.dtype | None, for_card: bool) -> list[list[int]]:
@@ -169,7 +184,7 @@ def _live_bytes(model: Coconut, inputs: dict[str, Any]) -> list[int]:
 def total_loss(output: CoconutOutput) -> torch.Tensor:
     """All losses of a forward, for a trial of its backward; 0-d."""
     assert output.loss_sum is not None, "the batch has labels"
-    return output.loss_sum if output.step_loss_sum is None else output.loss_sum + output.step_loss_sum
+    return torch.stack([each for each in output.sums_of_losses if each is not None]).sum()
 
 
 @contextmanager

@@ -16,9 +16,11 @@ from transformers.utils import ModelOutput
 
 from coconut_ds.data.batches import Tokens, supervised_entries
 from coconut_ds.data.step_targets import StepTargets
+from coconut_ds.data.teacher import Teacher
 from coconut_ds.errors import InputError
 from coconut_ds.model import folder as pretrained
 from coconut_ds.model.decoding import decode
+from coconut_ds.model.distillation import Distillation, StatesAt, teacher_losses
 from coconut_ds.model.loading import load_model, load_tokenizer
 from coconut_ds.model.loss import summed_cross_entropy
 from coconut_ds.model.passes import TOKEN_IDS, LatentPasses
@@ -30,7 +32,8 @@ from coconut_ds.model.step_decoder import written_steps_loss
 class CoconutOutput(ModelOutput):
     """`loss` is the mean over supervised tokens, `loss_sum` their sum and `n_targets` their number (0-d tensors).
 
-    `logits` (B, T, V) is filled only when no labels were given, `step_loss_sum` (0-d) only with `steps`.
+    `logits` (B, T, V) is filled only when no labels were given, `step_loss_sum` (0-d) only with `steps`, the last two
+    (0-d) only with a `teacher`.
     """
 
     loss: torch.Tensor | None = None
@@ -38,6 +41,13 @@ class CoconutOutput(ModelOutput):
     n_targets: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     step_loss_sum: torch.Tensor | None = None
+    teacher_loss_sum: torch.Tensor | None = None
+    distance_sum: torch.Tensor | None = None
+
+    @property
+    def sums_of_losses(self) -> tuple[torch.Tensor | None, ...]:
+        """One of each loss, in the order of `training.step.LOSSES`."""
+        return self.loss_sum, self.step_loss_sum, self.teacher_loss_sum, self.distance_sum
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> dict[str, int | None]:
@@ -52,6 +62,9 @@ class Coconut(LatentPasses):
 
     Raises ModelError for a `base_causallm` that the passes, or decoding, do not fit (model/self_check.py).
     """
+
+    distillation = Distillation()
+    """How states are compared with those of a teacher, where a batch has one."""
 
     def _demand_fit(self) -> None:
         demand_fit(self)
@@ -133,18 +146,20 @@ class Coconut(LatentPasses):
         thought_span: Sequence[int] | None = None,
         supervised: torch.Tensor | None = None,
         steps: StepTargets | None = None,
+        teacher: Teacher | None = None,
     ) -> CoconutOutput:
         """All tensors (B, T). Labels are -100 for ignored columns; a label is predicted from the column before it.
 
         `thought_span` is (first thought column of the batch, one past the last), or () for a batch without thoughts.
         `supervised` (N,) holds row * T + column of every label that counts. The collator provides both; by default they
         are read from the tensors, which synchronises with a GPU. `steps` says what to write from thoughts
-        (model/step_decoder.py).
+        (model/step_decoder.py), `teacher` what the model reads without them (model/distillation.py).
 
         Raises ValueError for a thought in column 0, or if HF's own checkpointing, which drops the cache, is on in
         training.
         """
-        encoded = self.encode(input_ids, attention_mask, position_ids, thought_span)
+        reader = None if teacher is None else StatesAt(self.distillation, teacher.student, input_ids.shape[1])
+        encoded = self.encode(input_ids, attention_mask, position_ids, thought_span, reader=reader)
         if labels is None:
             return CoconutOutput(logits=self.lm_head(encoded.hidden))
         if supervised is None:
@@ -154,7 +169,11 @@ class Coconut(LatentPasses):
         loss_sum = summed_cross_entropy(self.lm_head, states, labels.flatten().index_select(0, supervised))
         n_targets = len(supervised)
         written = None if steps is None else written_steps_loss(self, encoded.inputs_embeds, steps)
-        return CoconutOutput(loss_sum / max(n_targets, 1), loss_sum, torch.tensor(n_targets), step_loss_sum=written)
+        output = CoconutOutput(loss_sum / max(n_targets, 1), loss_sum, torch.tensor(n_targets), step_loss_sum=written)
+        if teacher is not None and reader is not None:
+            losses = teacher_losses(self, self.distillation, teacher, reader.found)
+            output.teacher_loss_sum, output.distance_sum = losses
+        return output
 
     def generate(
         self,

@@ -63,6 +63,13 @@ class SpeedLayer(Protocol):
     def restore_layers(self) -> None: ...
 
 
+class StateReader(Protocol):
+    """Wants to see the states of all layers."""
+
+    def read(self, start: int, hidden_states: Sequence[torch.Tensor]) -> None:
+        """After each pass: its first column, and (B, columns, D) of the embeddings and of each layer."""
+
+
 class LatentPasses(nn.Module):
     """A causal language model whose `<|latent|>` positions are fed earlier hidden states instead of embeddings.
 
@@ -117,10 +124,12 @@ class LatentPasses(nn.Module):
         thought_span: Sequence[int] | None = None,
         cache: Cache | None = None,
         intervene: Intervention | None = None,
+        reader: StateReader | None = None,
     ) -> Encoded:
         """Run all passes over (B, T) inputs. A given `cache` must be empty, and holds every column afterwards.
 
-        `intervene` is called with every thought before it is fed and returns the embedding to feed instead.
+        `intervene` is called with every thought before it is fed and returns the embedding to feed instead; `reader`
+        gets the states of all layers after every pass.
         """
         if self.training and self.base_causallm.is_activation_checkpointing:
             raise ValueError(
@@ -145,13 +154,17 @@ class LatentPasses(nn.Module):
             room = keys if cache is given else 0
             seen = mask_of_iteration(mask, start, end, unseen) if unseen else columns_of(mask, start, end, room)
             with around(start == 0):
-                return self.base_causallm.base_model(
+                output = self.base_causallm.base_model(
                     inputs_embeds=embeds,
                     attention_mask=seen,
                     position_ids=position_ids[:, start:end],
                     past_key_values=cache,
                     use_cache=cache is not None,
-                ).last_hidden_state
+                    **({} if reader is None else {"output_hidden_states": True}),
+                )
+            if reader is not None:
+                reader.read(start, output.hidden_states)
+            return output.last_hidden_state
 
         if not span:
             _, hidden = self.latent_window(run(embeds, 0, cache))

@@ -43,6 +43,8 @@ class TrainStep(_Record):
     peak_reserved_gib: float | None = None
     """What torch's allocator held at most; None on a CPU."""
     step_loss: Number | None = None
+    teacher_loss: Number | None = None
+    distance: Number | None = None
     """Of steps written from their thoughts, without its weight; None without step supervision or thoughts."""
     n_tokens: int | None = None
     padding_share: float | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from datasets import Dataset
 from coconut_ds.checkpoints.weights import latent_context, load_initial, solver
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.sections import ActivationCheckpointingConfig, ScratchModelConfig
+from coconut_ds.data.answers import answer_line
 from coconut_ds.data.batches import Tokens
 from coconut_ds.data.doubts import doubts, shared_questions
 from coconut_ds.data.plain_text import demand_plain_text
@@ -22,6 +23,7 @@ from coconut_ds.errors import InputError
 from coconut_ds.model import fast
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.distillation import Distillation
 from coconut_ds.model.folder import load_window
 from coconut_ds.model.scratch import scratch_backbone, word_tokenizer
 from coconut_ds.model.step_decoder import copy_of, load_decoder
@@ -75,6 +77,8 @@ def load_setup(
     _demand_facts(config, tokens, train_set)
     if tokens.step_end is not None:
         check_written_lengths(train_path, train_set, curriculum, tokens.step_end, backbone.n_positions)
+    if tokens.answer_lead is not None:
+        check_lengths(train_path, train_set, replace(curriculum, method="cot"), backbone.n_positions, new_tokens=0)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     found = []
     if distributed.is_main():
@@ -143,6 +147,9 @@ def build_coconut(
         model.step_decoder = copy_of(backbone.model)
         if weights is not None and weights != config.load_model_path:  # a checkpoint of this run
             load_decoder(model.step_decoder, Path(weights))
+    if is_trained and config.distillation:
+        model.distillation = Distillation(config.distillation.layers, config.distillation.deviation)
+        model.distillation.check(backbone.model.config.get_text_config(decoder=True).num_hidden_layers)
     if config.fast == "auto":
         fast.install(model)
     if weights is not None:
@@ -156,16 +163,21 @@ def build_coconut(
 
 
 def _tokens(config: RunConfig, backbone: Backbone) -> Tokens:
-    writes_steps = config.step_weight > 0
+    tokens = Tokens.of(config.method, backbone.tokenizer)
+    if config.step_weight:
+        tokens = replace(tokens, step_end=backbone.tokenizer.eos_token_id)
+    if config.distillation:
+        lead = tuple(backbone.tokenizer(answer_line(""), add_special_tokens=False)["input_ids"])
+        tokens = replace(tokens, answer_lead=lead, omits_last_step=config.distillation.omit_last_step)
     if config.shuffle_facts is None:
-        return Tokens.of(config.method, backbone.tokenizer, None, writes_steps)
+        return tokens
     ids = backbone.tokenizer(config.shuffle_facts, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise InputError(
             f"shuffle_facts: {config.shuffle_facts!r} is {len(ids)} tokens; name the one token that ends every fact, "
             "such as '|' in symbolic ProsQA"
         )
-    return Tokens.of(config.method, backbone.tokenizer, int(ids[0]), writes_steps)
+    return replace(tokens, fact_end=int(ids[0]))
 
 
 def _demand_facts(config: RunConfig, tokens: Tokens, train_set: Dataset) -> None:

@@ -30,14 +30,20 @@ class LossScaleError(InputError):
     """fp16 training whose loss scale cannot be lowered any further."""
 
 
+LOSSES = ("loss", "step_loss", "teacher_loss", "distance")
+"""Of the sequences; of steps written from thoughts; of the teacher, and the distance of states from the teacher's."""
+Weights = tuple[float, float, float, float]
+"""Of each loss in the gradient."""
+
+
 @dataclass(frozen=True)
 class Pending:
     """The metrics of a step while they are still on the device; `fetch` brings them to the host."""
 
     losses: torch.Tensor
-    """This rank's part of the step's losses, (2,): of the sequences, and of the steps written from thoughts."""
+    """This rank's part of each loss of the step, (4,)."""
     totals: torch.Tensor
-    """Over all ranks, int64 (6,): supervised tokens, micro-batches with any, the same two of written steps, tokens,
+    """Over all ranks, int64 (10,): for each loss what it is a mean over and the micro-batches with any, then tokens,
     cells."""
     indices: list[int]
     """The training examples this rank had."""
@@ -47,7 +53,7 @@ class Pending:
 class StepMetrics:
     """One step over all ranks. `n_tokens` cells are tokens; `padding_share` is the padded fraction.
 
-    `step_loss` is that of the steps written from thoughts, without its weight; None if none is written.
+    Losses have no weights; those that a step has not are None.
     """
 
     loss: float
@@ -55,6 +61,8 @@ class StepMetrics:
     n_tokens: int
     padding_share: float
     step_loss: float | None = None
+    teacher_loss: float | None = None
+    distance: float | None = None
 
     def as_dict(self) -> dict[str, float]:
         return {key: value for key, value in asdict(self).items() if value is not None}
@@ -64,7 +72,10 @@ Normalization = Literal["token", "micro_batch"]
 
 
 def accumulate_gradients(
-    engine: deepspeed.DeepSpeedEngine, batches: list[Batch], normalization: Normalization, step_weight: float = 0.0
+    engine: deepspeed.DeepSpeedEngine,
+    batches: list[Batch],
+    normalization: Normalization,
+    weights: Weights = (1.0, 0.0, 0.0, 0.0),
 ) -> Pending:
     """Forward and backward over `batches`, without synchronising with the device.
 
@@ -72,30 +83,28 @@ def accumulate_gradients(
 
     `token`: the mean over all supervised tokens of the batches on all ranks, so the gradient does not depend on how
     the examples are split. `micro_batch`: the mean of the micro-batches' means, as published; fillers do not count.
-    Steps written from thoughts are a loss of their own, normalised in the same way by their own tokens and added with
-    `step_weight`.
+    Each loss is normalised in this way by its own tokens, the distance of states by its examples; `weights` are those
+    of their sum.
     """
     device, world = distributed.device(), distributed.world_size()
     totals = distributed.sum_over_ranks(_to_device_async(_counts(batches), device))
-    counted = totals[:4].view(2, 2)[:, 0 if normalization == "token" else 1]
-    shares = 1 / counted.clamp_min(1).float()  # (2,)
-    losses = torch.zeros(2, device=device)
+    counted = totals[:-2].view(len(LOSSES), 2)[:, 0 if normalization == "token" else 1]
+    shares = 1 / counted.clamp_min(1).float()  # (4,)
+    losses = torch.zeros(len(LOSSES), device=device)
     for number, batch in enumerate(batches, start=1):
         # Accumulation ends with the epoch, not with DeepSpeed's count. Told before the last backward, an offloaded
         # optimizer gets its gradients from that backward; otherwise `step` would fetch each one back from the host.
         engine.set_gradient_accumulation_boundary(number == len(batches))
         output = engine(**to_device(batch.inputs))
-        share, step_share = shares
-        if normalization == "micro_batch":
-            share, step_share = share / max(batch.n_targets, 1), step_share / max(batch.n_step_targets, 1)
-        part = output.loss_sum * share
-        losses[0] += part.detach()
-        if output.step_loss_sum is not None:
-            of_steps = output.step_loss_sum * step_share
-            losses[1] += of_steps.detach()
-            part = part + step_weight * of_steps
+        parts = []
+        for place, (loss_sum, count) in enumerate(zip(output.sums_of_losses, batch.counts_of_losses, strict=True)):
+            if loss_sum is not None:
+                share = shares[place] if normalization == "token" else shares[place] / max(count, 1)
+                part = loss_sum * share
+                losses[place] += part.detach()
+                parts.append(weights[place] * part)
         # DeepSpeed averages gradients over ranks, the shares are meant to be summed.
-        engine.backward(part * world, scale_wrt_gas=False)
+        engine.backward(torch.stack(parts).sum() * world, scale_wrt_gas=False)
     return Pending(losses, totals, [index for batch in batches for index in batch.indices])
 
 
@@ -107,23 +116,26 @@ def fetch(step: Pending, number: int) -> StepMetrics:
     losses = distributed.sum_over_ranks(step.losses.clone())
     # float64 holds both exactly: losses in fp32, and counts up to 2**53.
     figures = torch.cat([losses.double(), step.totals.double()]).tolist()
-    loss, step_loss, n_targets, _, n_step_targets, _, n_tokens, cells = figures
-    if not math.isfinite(loss + step_loss):
+    values, counts, (n_tokens, cells) = figures[: len(LOSSES)], figures[len(LOSSES) : -2 : 2], figures[-2:]
+    if not math.isfinite(sum(values)):
         shares = distributed.from_main(distributed.gather_to_main(step.indices))
         examples = [f"rank {rank} had training examples {indices}" for rank, indices in enumerate(shares)]
         raise NonFiniteLossError(
-            f"loss {loss + step_loss} at optimizer step {number}, nothing was updated; {'; '.join(examples)}; "
+            f"loss {sum(values)} at optimizer step {number}, nothing was updated; {'; '.join(examples)}; "
             "lower lr, set max_grad_norm, or use bf16 or fp32 instead of fp16"
         )
-    padding = 1 - n_tokens / cells
-    return StepMetrics(loss, int(n_targets), int(n_tokens), padding, step_loss if n_step_targets else None)
+    others = {name: value for name, value, count in list(zip(LOSSES, values, counts))[1:] if count}
+    return StepMetrics(values[0], int(counts[0]), int(n_tokens), 1 - n_tokens / cells, **others)
 
 
 def optimizer_step(
-    engine: deepspeed.DeepSpeedEngine, batches: list[Batch], normalization: Normalization, step_weight: float = 0.0
+    engine: deepspeed.DeepSpeedEngine,
+    batches: list[Batch],
+    normalization: Normalization,
+    weights: Weights = (1.0, 0.0, 0.0, 0.0),
 ) -> StepMetrics:
     """Gradients of `batches`, their check and the update. Raises NonFiniteLossError before anything is updated."""
-    pending = accumulate_gradients(engine, batches, normalization, step_weight)
+    pending = accumulate_gradients(engine, batches, normalization, weights)
     # Before the update: a loss that is not finite must not reach the weights.
     metrics = fetch(pending, engine.global_steps + 1)
     update(engine)
@@ -147,7 +159,7 @@ def _counts(batches: list[Batch]) -> torch.Tensor:
     rows = []
     for batch in batches:
         cells = batch.inputs["input_ids"].numel() * (batch.n_tokens > 0)
-        targets = (batch.n_targets, batch.n_targets > 0, batch.n_step_targets, batch.n_step_targets > 0)
+        targets = [value for count in batch.counts_of_losses for value in (count, count > 0)]
         rows.append((*targets, batch.n_tokens, cells))
     return torch.tensor(rows).sum(dim=0)
 

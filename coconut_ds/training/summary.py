@@ -58,10 +58,15 @@ def _memory_text(planned: tuple[int, int] | None) -> str:
 
 
 def _supervision_text(config: RunConfig) -> str:
-    if not config.step_weight:
-        return ""
-    writer = "a copy of the model" if config.has_copied_decoder else "the model"
-    return f", steps written from thoughts by {writer} (weight {config.step_weight:g})"
+    texts = []
+    if config.step_weight:
+        writer = "a copy of the model" if config.has_copied_decoder else "the model"
+        texts.append(f", steps written from thoughts by {writer} (weight {config.step_weight:g})")
+    if distill := config.distillation:
+        texts.append(
+            f", taught by itself with steps (alpha {distill.alpha:g}, beta {distill.beta:g}, gamma {distill.gamma:g})"
+        )
+    return "".join(texts)
 
 
 def _window_text(config: RunConfig) -> str:

@@ -175,7 +175,7 @@ class Trainer:
         started = time.monotonic()
         learning_rate = self.schedule.get_last_lr()[0]
         number = self.progress.step + 1
-        metrics = optimizer_step(self.engine, batches, self.config.loss_normalization, self.config.step_weight)
+        metrics = optimizer_step(self.engine, batches, self.config.loss_normalization, self.config.loss_weights)
         skipped = not self.engine.was_step_applied()
         if not skipped:
             self.schedule.step()

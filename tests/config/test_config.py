@@ -206,6 +206,16 @@ def test_windows(tmp_path, override, weights):
             "coconut=false method=icot uniform_prob=0.1",
             "uniform_prob: 0.1 draws stages, and icot does not",
         ),
+        (
+            "coconut=false method=pause supervision.distill=true",
+            "supervision.distill: pause has no continuous thoughts",
+        ),
+        (
+            "supervision.distill.layers=[-1]",
+            "supervision.distill.layers.0: -1: input should be greater than or equal to 0",
+        ),
+        ("coconut=false method=codi supervision.distill=false", "off with codi, which then is method: no_curriculum"),
+        ("coconut=false method=codi pad_latent_to_max=false", "c_thought * max_latent_stage, is fixed; leave it out"),
         ("icot.smoothing=1", "icot: a section for method: icot, but method is coconut"),
         ("coconut=false method=icot icot.smoothing=0", "icot.smoothing: 0: input should be greater than 0"),
         ("coconut=false method=icot icot.tokens=3", "icot.tokens: unknown key"),
@@ -213,6 +223,15 @@ def test_windows(tmp_path, override, weights):
 )
 def test_windows_and_methods_that_cannot_be(tmp_path, override, message):
     assert any(message in found for found in problems(tmp_path, GOOD, *override.split()))
+
+
+def test_codi_has_its_teacher_and_a_fixed_number_of_thoughts(tmp_path):
+    config = load(tmp_path, GOOD, "coconut=false", "method=codi", "supervision.steps=true", "max_latent_stage=1")
+    assert config.pad_latent_to_max
+    assert config.loss_weights == (1.0, 1.0, 1.0, 1.0)
+    off = load(tmp_path, GOOD, "supervision.distill={alpha: 0, gamma: 0, beta: 0.5}")
+    assert off.distillation is None
+    assert off.loss_weights == (1.0, 0.0, 0.0, 0.0)
 
 
 def test_the_published_switches_are_synonyms(tmp_path):
@@ -278,9 +297,10 @@ def test_a_misspelt_key_gets_the_key_it_is(section, key):
         ("max_size", "there is no setting for a part of a set"),
         ("debug_val_size", "there is no setting for a part of a set"),
         ("num_eval_samples", "there is no setting for a part of a set"),
-        ("alpha", "supervision.steps.weight"),
-        ("beta", "supervision.steps.weight"),
-        ("gamma", "supervision.steps.weight"),
+        ("alpha", "here it is supervision.distill, with alpha, beta and gamma"),
+        ("gamma", "here it is supervision.distill, with alpha, beta and gamma"),
+        ("ref_loss_factor", "here it is supervision.distill.alpha"),
+        ("multi_mode", "supervision.steps.weight, and alpha, beta, gamma of supervision.distill"),
         ("distributed_training", "deepspeed --num_gpus N, or RANKS=N ./launch.sh"),
         ("max_length", "an example longer than the model's positions is named"),
         ("max_seq_length", "an example longer than the model's positions is named"),
@@ -319,9 +339,8 @@ def test_what_a_key_of_another_trainer_is_sent_to_is_there(tmp_path):
     assert not set(map(plain_spelling, ours)) & set(_TEXTS)
     for text in _TEXTS.values():
         if named := re.match(r"here it is ([\w.]+)", text):
-            key, _, inner = named[1].partition(".")
-            assert key in RunConfig.model_fields
-            assert not inner or inner in _SECTIONS[key].model_fields
+            section, _, key = named[1].rpartition(".")
+            assert key in _SECTIONS.get(section, RunConfig).model_fields
 
 
 @pytest.mark.parametrize("key", "base_path min_new_tokens max_seq_tokens loss bf32 beam_size train_bits x".split())

@@ -34,6 +34,7 @@ from coconut_ds.data.stages import Curriculum, Layout
 from coconut_ds.model.backbone import add_markers
 from coconut_ds.model.scratch import scratch_backbone, word_tokenizer
 from coconut_ds.training.setup import _tokens
+from coconut_ds.training.step import LOSSES
 
 EXAMPLE = {"question": "a b | b c | c d | ? a d e", "steps": ["a b", "b c", "c d"], "answer": "d"}
 LINE = re.compile(r"\| `(\w+)` \| (\d) \| `(.+)` \|")
@@ -75,7 +76,11 @@ def test_the_documented_sequences_are_what_the_code_makes(backbone, method, stag
     row = tokenize([EXAMPLE], backbone.tokenizer)[0]
     layout = curriculum.layout(stage, 3)
     sequence = training_sequence(row, layout, tokens)
-    assert written(backbone, config, row, sequence.ids, sequence.first_target) == text
+    ours = written(backbone, config, row, sequence.ids, sequence.first_target)
+    if sequence.taught is not None:
+        teacher = written(backbone, config, row, sequence.taught.ids, sequence.taught.first_target)
+        ours = f"{ours}`, its teacher `{teacher}"
+    assert ours == text
     # An epoch has the layout of its stage when it begins.
     epoch = next(epoch for epoch in range(4) if curriculum.stage(epoch) == stage)
     assert training_sequence(row, curriculum.training_layout(3, epoch, index=0), tokens) == sequence
@@ -111,7 +116,7 @@ def test_pauses_are_ordinary_tokens(backbone):
 
 
 def test_a_stage_of_a_method_without_curriculum_never_changes(curriculum):
-    for method in ("pause", "no_curriculum"):
+    for method in ("pause", "no_curriculum", "codi"):
         plan = curriculum(method=method, max_latent_stage=6)
         assert {plan.stage(epoch) for epoch in range(100)} == {7}
         assert plan.layout(7, 4) == Layout(4, 6)
@@ -239,12 +244,12 @@ def trained(runs: list[dict], folder: Path) -> None:
     launching.on_ranks(2, code + "result = None", files=files)
 
 
-TRAINED: tuple[Method, ...] = ("pause", "pause_as_thought", "icot", "no_curriculum")
+TRAINED: tuple[Method, ...] = ("pause", "pause_as_thought", "icot", "no_curriculum", "codi")
 
 
 @pytest.fixture(scope="module")
 def runs_folder(tmp_path_factory) -> Path:
-    """Run folders of four methods, each trained for four epochs and then evaluated."""
+    """Run folders of methods, each trained for four epochs and then evaluated."""
     folder = tmp_path_factory.mktemp("methods")
     runs = []
     for method in TRAINED:
@@ -266,7 +271,7 @@ def test_each_method_trains_saves_and_is_evaluated(method, runs_folder):
     assert launching.events(folder, "end") == [{"event": "end", "epochs": 4, "step": 4}]
     again = (folder / "predictions" / "eval_prosqa_valid.jsonl").read_text()
     assert again == (folder / "predictions" / "epoch_0004.jsonl").read_text()
-    n_thoughts = {"no_curriculum": '"n_thoughts": 2'}.get(method, '"n_thoughts": 0')
+    n_thoughts = '"n_thoughts": 2' if method in ("no_curriculum", "codi") else '"n_thoughts": 0'
     assert again.count(n_thoughts) == 4
 
 
@@ -274,7 +279,8 @@ def test_each_method_trains_saves_and_is_evaluated(method, runs_folder):
 def test_a_learned_window_is_saved_restored_and_evaluated(tmp_path):
     run = run_of("coconut", tmp_path) | {"lr": 0.05, "latent_norm": "embedding", "name": "whole"}
     run["latent_context"] = {"weights": "exponential", "window": 3, "learned": True}
-    run |= {"supervision": {"steps": {"weight": 0.5, "decoder": "copy"}}, "solver": {"iterations": 2}}
+    supervision = {"steps": {"weight": 0.5, "decoder": "copy"}, "distill": {"gamma": 2.0, "layers": [1]}}
+    run |= {"supervision": supervision, "solver": {"iterations": 2}}
     folder = tmp_path / "runs" / "whole"
     checkpoint = folder / "checkpoints" / "epoch_0004"
     # The second run stops after two epochs and goes on: its window goes on from where it was.
@@ -287,11 +293,12 @@ def test_a_learned_window_is_saved_restored_and_evaluated(tmp_path):
     assert sum(learned[-1]) == pytest.approx(1)
     assert learned == [event["latent_weights"] for event in launching.events(tmp_path / "runs" / "parts", "eval")]
     losses = [
-        [(event["loss"], event.get("step_loss")) for event in launching.events(tmp_path / "runs" / name, "train_step")]
+        [[event.get(loss) for loss in LOSSES] for event in launching.events(tmp_path / "runs" / name, "train_step")]
         for name in ("whole", "parts")
     ]
     assert losses[0] == losses[1]
-    assert [step_loss is None for _, step_loss in losses[0]] == [True, False, False, False]
+    assert [of_steps is None for _, of_steps, _, _ in losses[0]] == [True, False, False, False]
+    assert all(None not in others for _, _, *others in losses[0])
     assert (checkpoint / "step_decoder.safetensors").is_file()
     assert not list((checkpoint / "model").glob("step_decoder*"))
     predictions = folder / "predictions"

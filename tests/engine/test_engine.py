@@ -33,9 +33,10 @@ def test_gradients_do_not_depend_on_the_split(ranks, splits, speed):
         (2, [[1, 4], [3, 2]], "recomputed", True),
     ],
 )
-def test_gradients_of_written_steps_do_not_depend_on_the_split(ranks, splits, speed, everything):
-    """Micro-batches with and without steps to write, fillers, and ranks with different numbers of them."""
-    code = "import rank_checks\nresult = rank_checks.gradient_errors(names, splits, speed, 0.7, everything)"
+def test_gradients_of_all_losses_do_not_depend_on_the_split(ranks, splits, speed, everything):
+    """Micro-batches with and without steps to write, fillers, ranks with different numbers of them; and a teacher."""
+    weights = "(0.5, 0.7, 0.6, 2.0)"
+    code = f"import rank_checks\nresult = rank_checks.gradient_errors(names, splits, speed, {weights}, everything)"
     for errors in launching.on_ranks(ranks, code, names=CONFIGS, splits=splits, speed=speed, everything=everything):
         assert len(errors) == len(CONFIGS) * len(splits)
         assert max(errors.values()) < 1e-6, errors

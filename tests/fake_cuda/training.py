@@ -14,6 +14,7 @@ from training.test_step import PlainEngine
 
 from coconut_ds import Coconut, LatentContext
 from coconut_ds.data.batches import Batch, TokenSequence, collate_training, to_device
+from coconut_ds.data.teacher import Taught
 from coconut_ds.model.fast.low_rank import Factors
 from coconut_ds.model.jacobi import Jacobi
 from coconut_ds.runtime import distributed
@@ -60,11 +61,11 @@ def optimizer_step(family: str, normalization: str, micro_batches: int, iteratio
     """What the host waits for in the step's two halves, before DeepSpeed's update; `iterations` of Jacobi, or none."""
     model: Any = _model(family, "three", recomputed=True)
     model.solver = Jacobi(iterations) if iterations else None
-    batches = [_batch(thoughts, writes_steps=True) for thoughts in range(micro_batches)]
+    batches = [_batch(thoughts, is_supervised=True) for thoughts in range(micro_batches)]
     with FakeCuda() as cuda, mock.patch.object(distributed, "device", return_value=CUDA):
         engine: Any = PlainEngine(_placed(model, "float16", "cuda"))
         cuda.waits.clear()
-        pending = accumulate_gradients(engine, batches, normalization, 1.0)
+        pending = accumulate_gradients(engine, batches, normalization, (1.0, 1.0, 1.0, 1.0))
         accumulating = dict(cuda.waits)
         cuda.waits.clear()
         metrics = fetch(pending, 1)
@@ -94,12 +95,14 @@ def _made(family: str, window: str) -> Coconut:
     return tiny.coconut(family, WINDOWS[window], dropout=0.1).train()
 
 
-def _batch(thoughts: int, writes_steps: bool = False) -> Batch:
+def _batch(thoughts: int, is_supervised: bool = False) -> Batch:
     def sequence(n_thoughts: int, prefix: int) -> TokenSequence:
         ids = [5] * prefix + [tiny.LATENT] * n_thoughts + [tiny.END, 6, 7, tiny.EOS]
-        return TokenSequence(ids, prefix, n_thoughts, prefix + n_thoughts + 1, ((6, tiny.EOS),) * n_thoughts)
+        texts, taught = ((6, tiny.EOS),) * n_thoughts, Taught([5] * prefix + [8, 6, 7, tiny.EOS], prefix, 2)
+        return TokenSequence(ids, prefix, n_thoughts, prefix + n_thoughts + 1, texts, taught)
 
-    return collate_training([sequence(thoughts, 9), sequence(max(0, thoughts - 1), 7)], [0, 1], tiny.PAD, writes_steps)
+    sequences = [sequence(thoughts, 9), sequence(max(0, thoughts - 1), 7)]
+    return collate_training(sequences, [0, 1], tiny.PAD, writes_steps=is_supervised, has_teacher=is_supervised)
 
 
 def check(what: str, **case: Any) -> dict[str, Any]:

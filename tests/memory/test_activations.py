@@ -15,6 +15,7 @@ from coconut_ds.config.deepspeed_config import Device
 from coconut_ds.config.resolved_run import resolve
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.batches import Tokens, TokenSequence
+from coconut_ds.data.teacher import Taught
 from coconut_ds.memory import batch_size
 from coconut_ds.memory.activations import (
     ActivationCost,
@@ -54,10 +55,11 @@ def gpt2_small() -> Coconut:
 
 @pytest.mark.parametrize(("checkpointed", "written"), [(True, 0), (False, 0), (True, 8)])
 def test_the_peak_of_gpt2_small_is_predicted_within_a_tenth(gpt2_small, checkpointed, written):
-    # 64 columns, so that it takes seconds; benchmarks/memory.py does the same at the columns of ProsQA. With step
-    # supervision each thought writes eight tokens, and thoughts are computed in two iterations.
+    # 64 columns, so that it takes seconds; benchmarks/memory.py does the same at the columns of ProsQA. With
+    # supervision each thought writes eight tokens, a teacher reads 40 of steps, and there are two iterations.
     texts = ((5,) * written,) * 4 if written else ()
-    sequence = TokenSequence([5] * 50 + [50259] * 4 + [5] * 10, 50, 4, 55, texts)
+    teaching = Taught([5] * 98, 49, 5) if written else None
+    sequence = TokenSequence([5] * 50 + [50259] * 4 + [5] * 10, 50, 4, 55, texts, teaching)
     gpt2_small.solver = Jacobi(2) if written else None
     gpt2_small.disable_activation_checkpointing()
     if checkpointed:
@@ -129,6 +131,14 @@ def test_the_widest_sequence_writes_as_many_steps_as_any_and_each_as_long_as_the
     stages = curriculum(max_latent_stage=2, pad_latent_to_max=True)
     assert [len(each) for each in widest_sequence(rows, stages, 2, tokens).written] == [8, 8]
     assert widest_sequence(rows, stages, 2, TOKENS).written == ()
+
+
+def test_the_widest_teacher_is_as_long_as_any_and_writes_as_much(curriculum):
+    rows = Dataset.from_list([tiny.row(9, [3, 2], 2, 0), tiny.row(4, [7, 1], 2, 1)])
+    tokens = replace(TOKENS, answer_lead=())
+    ids, first_target, _ = widest_sequence(rows, curriculum(max_latent_stage=2), 2, tokens).taught
+    assert (len(ids), len(ids) - first_target) == (17, 11)
+    assert widest_sequence(rows, curriculum(max_latent_stage=2), 2, TOKENS).taught is None
 
 
 def test_the_widest_sequence_covers_every_example(curriculum):

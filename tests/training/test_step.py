@@ -26,13 +26,14 @@ TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
 
 
 def step(loss: float, step_loss: float = 0.0, n_step_targets: int = 0) -> Pending:
-    totals = torch.tensor([7, 1, n_step_targets, int(n_step_targets > 0), 30, 40])
-    return Pending(torch.tensor([loss, step_loss]), totals, [10, 12])
+    totals = torch.tensor([7, 1, n_step_targets, int(n_step_targets > 0), 0, 0, 2, 1, 30, 40])
+    return Pending(torch.tensor([loss, step_loss, 0.0, 0.5]), totals, [10, 12])
 
 
 def test_metrics():
     metrics = fetch(step(2.5), 8)
-    assert metrics.as_dict() == {"loss": 2.5, "n_targets": 7, "n_tokens": 30, "padding_share": 0.25}
+    without = {"loss": 2.5, "n_targets": 7, "n_tokens": 30, "padding_share": 0.25}
+    assert metrics.as_dict() == without | {"distance": 0.5}
     assert fetch(step(2.5, 1.5, 3), 8).as_dict() == metrics.as_dict() | {"step_loss": 1.5}
 
 
