@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 
@@ -13,7 +14,7 @@ from coconut_ds.config.deepspeed_file import MEMORY_KEYS, OWNED_KEYS
 from coconut_ds.config.foreign_keys import _TEXTS
 from coconut_ds.config.rules import ConfigError
 from coconut_ds.config.run_config import RunConfig
-from coconut_ds.config.run_file import _SECTIONS, _describe, load_run_config
+from coconut_ds.config.run_file import _SECTIONS, _describe, _sections_of, load_run_config
 from coconut_ds.errors import InputError, plain_spelling
 
 # Keys and spellings of the published `args/*.yaml`: numbers tagged as floats, null written None.
@@ -339,8 +340,9 @@ def test_what_a_key_of_another_trainer_is_sent_to_is_there(tmp_path):
     assert not set(map(plain_spelling, ours)) & set(_TEXTS)
     for text in _TEXTS.values():
         if named := re.match(r"here it is ([\w.]+)", text):
-            section, _, key = named[1].rpartition(".")
-            assert key in _SECTIONS.get(section, RunConfig).model_fields
+            *sections, key = named[1].split(".")
+            fields = functools.reduce(lambda section, name: _sections_of(section)[name], sections, RunConfig)
+            assert key in fields.model_fields
 
 
 @pytest.mark.parametrize("key", "base_path min_new_tokens max_seq_tokens loss bf32 beam_size train_bits x".split())
