@@ -158,6 +158,19 @@ def test_values_of_steps(name, value, runs):
     assert axes.get_ylim()[1] > value
 
 
+def test_each_loss_of_supervision_that_is_recorded_has_a_plot(tmp_path, runs):
+    assert not {"step_loss", "teacher_loss", "distance"} & {each.name for each in pictures(runs)}
+    folder = recorded.write_run(tmp_path, "taught", epochs=0)
+    recorded.write_events(folder, [recorded.train_step(1, 1, teacher_loss=0.5, distance=0.25)])
+    both = runs | {"taught": read_run(folder)}
+    assert not any(each.name == "step_loss" for each in pictures(both))
+    for name, value in (("teacher_loss", 0.5), ("distance", 0.25)):
+        axes = axes_of(name, both)
+        drawn = [line for line in axes.lines if list(line.get_ydata()) == [value]]
+        assert [line.get_color() for line in drawn] == [LIGHT.series[len(runs)]]
+        assert "Not in the records of a" in picture(name, both).caption
+
+
 def test_a_slow_step_counts_in_the_tokens_per_second_for_as_long_as_it_took(tmp_path):
     folder = recorded.write_run(tmp_path, epochs=0)
     steps = [recorded.train_step(1, step, step_time_s=0.5 if step % 2 else 4.5) for step in range(1, 241)]

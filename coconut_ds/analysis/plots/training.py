@@ -47,6 +47,7 @@ def pictures(runs: Runs) -> list[Picture]:
     """All plots of a report of at least one run, including those without data."""
     return [
         _loss(runs),
+        *_losses_of_supervision(runs),
         _accuracy(runs),
         _accuracy_by_steps(runs),
         _step_value(runs, "throughput", "Tokens per second", _SPEED, "tokens per second", _ABOUT_TOKENS),
@@ -85,6 +86,16 @@ def _scale_loss(axes: Axes, runs: Runs) -> None:
         axes.tick_params(which="minor", axis="y", length=0, labelleft=False)
     else:
         axes.set_ylim(bottom=0)
+
+
+def _losses_of_supervision(runs: Runs) -> list[Picture]:
+    """A plot for each loss beside that of the sequence that any run has."""
+    recorded = [step for run in runs.values() for step in run.metrics.steps]
+    return [
+        _step_value(runs, name, title, quantity, name.replace("_", " "), about)
+        for name, (title, quantity, about) in _SUPERVISION.items()
+        if any(quantity.of_step(step) is not None for step in recorded)
+    ]
 
 
 def _accuracy(runs: Runs) -> Picture:
@@ -175,6 +186,23 @@ def _padding_percent(step: TrainStep) -> float | None:
 
 
 _LOSS = Quantity(lambda step: step.loss)
+_SUPERVISION = {
+    "step_loss": (
+        "Steps written from thoughts",
+        Quantity(lambda step: step.step_loss),
+        "Cross entropy per token of the steps that a decoder writes from their thoughts, without its weight",
+    ),
+    "teacher_loss": (
+        "Teacher",
+        Quantity(lambda step: step.teacher_loss),
+        "Cross entropy per token of the model with its steps in sight, without its weight",
+    ),
+    "distance": (
+        "Distance from the teacher",
+        Quantity(lambda step: step.distance),
+        "Distance of the states before the answer from those of the teacher, without its weight",
+    ),
+}
 _MEMORY = Quantity(lambda step: step.peak_memory_gib)
 _PADDING = Quantity(_padding_percent)
 # Weighted by time, so that a block is all its tokens over all its seconds.
