@@ -34,7 +34,8 @@ def row_states(model: Coconut, ids: list[int], n_prompt: int | None = None) -> t
             reach = column - previous_thought
         weights = window[: min(len(window), reach)]
         weighted = [weight * hidden[column - 1 - back] for back, weight in enumerate(weights)]
-        embeds[column] = _with_norm(sum(weighted) / sum(weights), context.norm, embeds[: ids.index(token)])
+        thought = _projected(model, sum(weighted) / sum(weights))
+        embeds[column] = _with_norm(thought, context.norm, embeds[: ids.index(token)])
         previous_thought = column
     stacked = torch.stack(embeds)
     return _run(base, stacked, positions), stacked
@@ -55,9 +56,19 @@ def jacobi_states(model: Coconut, ids: list[int]) -> tuple[torch.Tensor, torch.T
             is_alone = context.scope == "last_pass" and column - 1 in thoughts
             weights = window[: min(len(window), 1 if is_alone else column)]
             weighted = [weight * hidden[column - 1 - back] for back, weight in enumerate(weights)]
-            embeds[column] = _with_norm(sum(weighted) / sum(weights), context.norm, embeds[: thoughts[0]])
+            thought = _projected(model, sum(weighted) / sum(weights))
+            embeds[column] = _with_norm(thought, context.norm, embeds[: thoughts[0]])
     stacked = torch.stack(embeds)
     return _run(base, stacked, positions), stacked
+
+
+def _projected(model: Coconut, thought: torch.Tensor) -> torch.Tensor:
+    if model.latent_context.projection is None:
+        return thought
+    into, _, out, norm = model.latent_window.projection
+    back = out.weight @ F.gelu(into.weight @ thought + into.bias) + out.bias
+    centred = back - back.mean()
+    return centred / (centred.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
 
 
 def _with_norm(thought: torch.Tensor, norm: str, before_thoughts: list[torch.Tensor]) -> torch.Tensor:

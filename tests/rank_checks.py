@@ -56,7 +56,7 @@ hardware.settle()
 
 TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
 # With everything in it that ZeRO could get wrong: a parameter outside the backbone, used by some micro-batches only.
-CONTEXT = LatentContext((0.6, 0.3, 0.1), learned=True, norm="embedding")
+CONTEXT = LatentContext((0.6, 0.3, 0.1), learned=True, norm="embedding", projection=8)
 
 
 def ds_config(name: str, config: RunConfig, sizes: BatchSizes) -> dict[str, Any]:
@@ -390,7 +390,7 @@ def _four_a_step(name: str, precision: str, weights: Path | None = None, done: i
     model = tiny.coconut(context=CONTEXT)
     if weights is not None:
         model.base_causallm.load_state_dict(load_file(weights / "model" / "model.safetensors"), strict=False)
-        load_window(model.latent_window.logits, str(weights))
+        load_window(model.latent_window, str(weights))
     backbone = Backbone(model.base_causallm, word_tokenizer(["a b"], 96))
     engine = build_engine(model, config, ds_config(name, config, sizes))
     schedule = new_schedule(engine, config, 10, done)

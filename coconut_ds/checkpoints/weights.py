@@ -25,7 +25,8 @@ from coconut_ds.runs import atomic_folder
 
 def latent_settings(config: RunConfig) -> dict[str, Any]:
     """How a run makes thoughts, for `model/coconut.json`."""
-    values = config.model_dump(mode="json", include={"pad_latent_to_max", "max_latent_stage", "latent_norm"})
+    names = {"pad_latent_to_max", "max_latent_stage", "latent_norm", "latent_projection"}
+    values = config.model_dump(mode="json", include=names)
     context = {"latent_context": context_settings(latent_context(config)), "solver": solver_settings(solver(config))}
     return {"method": config.method, "c_thought": config.thoughts_per_step, **context, **values}
 
@@ -37,10 +38,10 @@ def solver(config: RunConfig) -> Jacobi | None:
 
 def latent_context(config: RunConfig) -> LatentContext:
     """The latent window and norm of a run, as arguments of the model."""
-    window = config.latent_context
+    window, norm, projection = config.latent_context, config.latent_norm, config.latent_projection
     if window is None:
-        return LatentContext(norm=config.latent_norm)
-    return LatentContext(window.newest_first, window.scope, window.learned, config.latent_norm)
+        return LatentContext(norm=norm, projection=projection)
+    return LatentContext(window.newest_first, window.scope, window.learned, norm, projection)
 
 
 def origin(config: RunConfig) -> dict[str, Any]:

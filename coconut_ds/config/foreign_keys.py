@@ -50,6 +50,8 @@ for _text, _keys in {
     _here("c_thought"): """num_thoughts n_latent num_latent num_latents n_latent_tokens num_latent_tokens latent_length
         thoughts_per_step""",
     _here("solver.iterations"): "num_iterations n_iterations jacobi_iterations num_jacobi_iterations",
+    _here("latent_projection", ", the inner size; null is off"): "use_prj prj_dim projection use_projection prj_size",
+    "the projection of thoughts has a layer norm and no dropout; remove the key": "prj_no_ln prj_dropout",
     _here("max_latent_stage"): "max_stage max_stages num_stages n_stages scheduled_to",
     _here("load_model_path"): """checkpoint_path load_path pretrained_path ckpt_path ckpt init_from checkpoint
         load_checkpoint lora_model_dir adapter_name_or_path""",

@@ -56,6 +56,8 @@ def _method_rules(config: RunConfig) -> _Found:
             yield ("latent_context", method), f"latent_context: {without}; set latent_context to null"
         if config.latent_norm != "none":
             yield ("latent_norm", method), f"latent_norm: {without}; set latent_norm to none"
+        if config.latent_projection:
+            yield ("latent_projection", method), f"latent_projection: {without}; set latent_projection to null"
         if config.solver:
             yield ("solver", method), f"solver: {without}; set solver to null"
         if config.step_weight:

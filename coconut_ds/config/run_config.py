@@ -107,6 +107,8 @@ class RunConfig(Section):
     """Null is plain Coconut."""
     latent_norm: Annotated[Literal["none", "rms", "embedding"], _OffIsNone] = "none"
     """Every thought is scaled to a root mean square of 1, or to the mean norm of its question's token embeddings."""
+    latent_projection: Annotated[Annotated[int, Field(ge=1)] | None, _OrOff] = None
+    """Inner size of a trained MLP that every thought goes through (CODI: 768 for GPT-2); null is none."""
     solver: Annotated[SolverConfig | None, _OrOff] = None
     """Null computes one thought after another, as published."""
     supervision: Annotated[SupervisionConfig | None, _OrOff] = None

@@ -18,6 +18,7 @@ _TITLES = {
     "pad_latent_to_max": "as many thoughts for every question",
     "epochs": "epochs trained",
     "latent_norm": "norm of a thought",
+    "latent_projection": "inner size of the projection of a thought",
 }
 
 

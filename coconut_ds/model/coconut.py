@@ -85,7 +85,7 @@ class Coconut(LatentPasses):
             raise InputError(f"{name}: token_ids of coconut.json has {', '.join(ids)}; save the model again")
         context, solver = pretrained.latent_context(settings), pretrained.solver_of(settings)
         model = cls(load_model(folder), **ids, latent_context=context, solver=solver)
-        pretrained.load_window(model.latent_window.logits, name)
+        pretrained.load_window(model.latent_window, name)
         model.training_settings = settings
         return model.eval()
 
@@ -109,6 +109,7 @@ class Coconut(LatentPasses):
             **{key: value for key, value in self.training_settings.items() if key != "results"},
             "latent_context": pretrained.context_settings(self.latent_context),
             "latent_norm": self.latent_context.norm,
+            "latent_projection": self.latent_context.projection,
             "solver": pretrained.solver_settings(self.solver),
             "token_ids": {name: getattr(self, name) for name in TOKEN_IDS},
         }

@@ -2,7 +2,7 @@
 
 config.json, model.safetensors, tokenizer files    of the backbone
 coconut.json                                       latent settings; of a run also method, stage, data and results
-latent_window.safetensors                          if the window is learned
+latent_window.safetensors                          if the window is learned, or thoughts are projected
 README.md                                          the model card
 """
 
@@ -25,13 +25,13 @@ from coconut_ds.config.methods import METHODS
 from coconut_ds.errors import InputError, in_one_line
 from coconut_ds.model.card import model_card
 from coconut_ds.model.jacobi import Jacobi
-from coconut_ds.model.latents import LatentContext
+from coconut_ds.model.latents import LatentContext, LatentWindow
 from coconut_ds.model.state_dicts import demand_finite
 from coconut_ds.runs.paths import RunFolder
 
 MODEL_FOLDER, WEIGHTS_FILE, WINDOW_FILE = "model", "model.safetensors", "latent_window.safetensors"
 _SETTINGS_FILE, _CARD_FILE = "coconut.json", "README.md"
-_WINDOW_NAME = "latent_window.logits"
+_WINDOW_PREFIX = "latent_window."
 _ONE_FILE = "1TB"
 _HUB_WAIT_S = 10
 
@@ -91,9 +91,11 @@ def stored_settings(name: str) -> dict[str, Any] | None:
         return None
     try:
         # Early checkpoints lack settings that did not exist yet.
-        settings = {"latent_norm": "none", "solver": None, **json.loads(file.read_text(encoding="utf-8"))}
+        settings: dict[str, Any] = {"latent_norm": "none", "latent_projection": None, "solver": None}
+        settings |= json.loads(file.read_text(encoding="utf-8"))
+        context = latent_context(settings)
         if settings.get("latent_context"):
-            settings["latent_context"] = context_settings(LatentContext(**settings["latent_context"]))
+            settings["latent_context"] = context_settings(context)
         if settings.get("method") not in (None, *METHODS):
             raise ValueError(f"method {settings['method']!r} is not one of {', '.join(METHODS)}")
         solver_of(settings)
@@ -103,39 +105,45 @@ def stored_settings(name: str) -> dict[str, Any] | None:
 
 
 def stored_window(name: str) -> dict[str, torch.Tensor]:
-    """The learned parameters of the latent window, by name; empty for other weights.
+    """The trained parameters of the latent window, by name; empty for other weights.
 
-    Raises InputError if the settings say that it was learned and the file is missing.
+    Raises InputError if the file is missing or has other parameters than the settings say.
     """
+    wanted = _names_in_window(stored_settings(name) or {})
     file = _stored_file(name, WINDOW_FILE)
     if file is not None:
         try:
             window = load_file(file)
         except SafetensorError as error:
             raise InputError(f"{file} cannot be read: {in_one_line(error)}; copy the folder again") from None
-        if set(window) != {_WINDOW_NAME}:
-            raise InputError(f"{file} must hold {_WINDOW_NAME} alone, found {sorted(window)}; copy the folder again")
+        if set(window) != wanted:
+            raise InputError(f"{file} must hold {sorted(wanted)}, found {sorted(window)}; copy the folder again")
         demand_finite(str(file), window)
         return window
-    if ((stored_settings(name) or {}).get("latent_context") or {}).get("learned"):
+    if wanted:
         raise InputError(f"{name} learned its latent window, and {WINDOW_FILE} is missing; copy the folder again")
     return {}
 
 
-def load_window(logits: torch.Tensor | None, name: str) -> None:
-    """Fill `logits` (m,) with the window stored with `name`, if both are learned.
+def _names_in_window(settings: Mapping[str, Any]) -> set[str]:
+    return {f"{_WINDOW_PREFIX}{key}" for key in LatentWindow(latent_context(settings), size=1).state_dict()}
 
-    Raises InputError for a window of another size.
+
+def load_window(window: LatentWindow, name: str) -> None:
+    """Fill what `window` trains with what is stored with `name`, as far as that was trained, too.
+
+    Raises InputError for a window or projection of another size.
     """
-    if logits is None or not (window := stored_window(name)):
-        return
-    stored = window[_WINDOW_NAME]
-    if stored.shape != logits.shape:
-        raise InputError(
-            f"load_model_path: {name} learned a window of {len(stored)} states, the run's has {len(logits)}; give "
-            "latent_context the same number of weights"
-        )
-    logits.data.copy_(stored)
+    stored = stored_window(name)
+    for key, parameter in window.named_parameters():
+        value = stored.get(f"{_WINDOW_PREFIX}{key}", parameter.data)
+        if value.shape != parameter.shape:
+            raise InputError(
+                f"load_model_path: {name} learned {key} of shape {tuple(value.shape)}, the run's has "
+                f"{tuple(parameter.shape)}; give latent_context the same number of weights and latent_projection the "
+                "same size"
+            )
+        parameter.data.copy_(value)
 
 
 def _stored_file(name: str, file: str) -> Path | None:
@@ -181,7 +189,8 @@ def solver_of(settings: Mapping[str, Any]) -> Jacobi | None:
 def latent_context(settings: Mapping[str, Any]) -> LatentContext:
     """The window that `coconut.json` describes."""
     window = settings.get("latent_context") or {}
-    return LatentContext(**window, norm=settings.get("latent_norm", "none"))
+    norm, projection = settings.get("latent_norm", "none"), settings.get("latent_projection")
+    return LatentContext(**window, norm=norm, projection=projection)
 
 
 def push(folder: Path, repo_id: str, private: bool | None = None) -> str:

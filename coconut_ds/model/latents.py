@@ -27,16 +27,21 @@ class LatentContext:
 
     `learned`: the w_j are a softmax of m trained logits, initialised from `weights`.
 
-    `norm` scales every thought: `rms` to a root mean square of 1, `embedding` to the mean L2 norm of the token
+    `projection`: the average then goes through a trained linear(D, projection), GELU, linear(projection, D), layer norm
+    (CODI, arXiv 2502.21074, section 3).
+
+    `norm` scales every thought last: `rms` to a root mean square of 1, `embedding` to the mean L2 norm of the token
     embeddings that precede the first thought of its row; `none` leaves it, as published.
 
-    Raises ValueError for an empty window, a negative weight, a newest weight of 0, and any weight of 0 to learn from.
+    Raises ValueError for an empty window, a negative weight, a newest weight of 0, any weight of 0 to learn from, and a
+    projection to less than 1.
     """
 
     weights: tuple[float, ...] = (1.0,)
     scope: Literal["sequence", "last_pass"] = "sequence"
     learned: bool = False
     norm: Literal["none", "rms", "embedding"] = "none"
+    projection: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
@@ -52,6 +57,8 @@ class LatentContext:
             raise ValueError(f"latent norm {self.norm!r}: must be 'none', 'rms' or 'embedding'")
         if self.learned and min(self.weights) == 0:
             raise ValueError(f"latent weights {self.weights}: learning starts from weights above 0")
+        if self.projection is not None and self.projection < 1:
+            raise ValueError(f"latent projection {self.projection}: must be at least 1, its inner size")
 
     @property
     def reach(self) -> int:
@@ -94,23 +101,36 @@ def next_thought(states: torch.Tensor, available: torch.Tensor, weights: torch.T
 
 
 class LatentWindow(nn.Module):
-    """The weights of the window: constants, or a softmax of trained `logits` (m,)."""
+    """What is trained of the window: `logits` (m,), whose softmax are its weights, and the `projection`."""
 
-    def __init__(self, context: LatentContext):
+    def __init__(self, context: LatentContext, size: int):
+        """`size` is D."""
         super().__init__()
-        self._weights = context.weights
+        self._weights, inner = context.weights, context.projection
         self.logits = nn.Parameter(torch.tensor([*map(math.log, context.weights)])) if context.learned else None
+        self.projection: nn.Module | None = None
+        if inner is not None:
+            self.projection = nn.Sequential(
+                nn.Linear(size, inner), nn.GELU(), nn.Linear(inner, size), nn.LayerNorm(size)
+            )
 
     def forward(self, prefix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights (m,), newest first, and the hidden states of the prefix (B, T, D), unchanged.
 
-        The passes use the returned states. Through them the logits get a gradient in every backward, zeros without a
-        thought, and always at the same place in the order of gradients (`fast/__init__.py` says why).
+        The passes use the returned states. Through them logits and projection get a gradient in every backward, zeros
+        without a thought, and always at the same place in the order of gradients (`fast/__init__.py` says why).
         """
-        if self.logits is None:
-            return _constant(self._weights, prefix.device), prefix
-        logits, prefix = _Joined.apply(self.logits, prefix)
-        return logits.float().softmax(dim=0), prefix
+        weights = _constant(self._weights, prefix.device)
+        if self.logits is not None:
+            logits, prefix = _Joined.apply(self.logits, prefix)
+            weights = logits.float().softmax(dim=0)
+        if self.projection is not None:
+            _, prefix = _Joined.apply(self.projection(prefix[:, :1]), prefix)
+        return weights, prefix
+
+    def projected(self, thought: torch.Tensor) -> torch.Tensor:
+        """`thought` (B, D), or its projection (B, D) if there is one."""
+        return thought if self.projection is None else self.projection(thought)
 
     @torch.no_grad()
     def current(self) -> list[float]:

@@ -96,7 +96,8 @@ class LatentPasses(nn.Module):
         self.end_latent_id = end_latent_id
         self.eos_token_id = eos_token_id
         self.latent_context = latent_context or LatentContext()
-        self.latent_window = LatentWindow(self.latent_context)
+        size = base_causallm.config.get_text_config(decoder=True).hidden_size
+        self.latent_window = LatentWindow(self.latent_context, size)
         self.solver = solver
         """None computes one thought after another."""
         self.training_settings: dict[str, Any] = {}
@@ -262,7 +263,8 @@ class _Thoughts:
         """What is fed at `column` (B, D), from `recent` states (B, J, D), newest first."""
         is_thought = self._is_thought
         available = states_in_reach(self._context.scope, column, self._first_real, is_thought[:, column - 1])
-        thought = scaled(next_thought(recent, available, weights), self._norm)  # (B, D)
+        thought = self._window.projected(next_thought(recent, available, weights))
+        thought = scaled(thought, self._norm)  # (B, D)
         if self._intervene is not None:
             number = torch.where(is_thought[:, column], is_thought[:, :column].sum(dim=1), -1)
             thought = self._intervene(number, thought)

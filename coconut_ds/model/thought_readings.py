@@ -23,7 +23,7 @@ class Thoughts:
     fed: torch.Tensor
     """(B, K, D) the embeddings fed at the thought columns."""
     averages: torch.Tensor
-    """(B, K, D) the windows' averages, before `latent_norm` and interventions; without these, equal to `fed`."""
+    """(B, K, D) the windows' averages, before projection, norm and interventions; without these, equal to `fed`."""
     shares: torch.Tensor
     """(B, K, J) the weight of each state of the window, newest first; zeros if a row has fewer states."""
 

@@ -153,7 +153,7 @@ def build_coconut(
     if config.fast == "auto":
         fast.install(model)
     if weights is not None:
-        load_window(model.latent_window.logits, weights)
+        load_window(model.latent_window, weights)
     if checkpointing is not None and checkpointing.enabled:
         try:
             model.enable_activation_checkpointing(checkpointing.every_n_layers, checkpointing.offload)

@@ -19,6 +19,7 @@ CONTEXTS = {
     "wide": LatentContext((0.3, 0.2, 0.0, 0.1, 0.1, 0.1, 0.1, 0.1)),
     "last_pass": LatentContext((0.1, 0.3, 0.6), "last_pass"),
     "learned": LatentContext((0.5, 0.3, 0.2), learned=True),
+    "projected": LatentContext((0.6, 0.3, 0.1), learned=True, projection=12),
     "rms": LatentContext((0.6, 0.3, 0.1), norm="rms"),
     "embedding": LatentContext((0.6, 0.3, 0.1), "last_pass", learned=True, norm="embedding"),
 }
@@ -75,16 +76,25 @@ def test_weights_are_numbers(weight):
 
 @pytest.mark.parametrize("shapes", [[(5, 0, 0), (3, 0, 0)], []], ids=["stage 0", "filler"])
 def test_a_learned_window_has_a_gradient_without_thoughts(shapes):
-    model = tiny.coconut(context=CONTEXTS["learned"])
+    model = tiny.coconut(context=CONTEXTS["projected"])
     model(**tiny.batch_of(shapes).inputs).loss_sum.backward()
     assert model.latent_window.logits.grad.tolist() == [0, 0, 0]
+    gradients = [parameter.grad for parameter in model.latent_window.projection.parameters()]
+    assert len(gradients) == 6
+    assert not any(each.any() for each in gradients)
 
 
-def test_the_windows_gradient_is_ready_before_the_prefix_and_after_the_thoughts():
+def test_a_projection_has_an_inner_size():
+    with pytest.raises(ValueError, match="latent projection 0: must be at least 1, its inner size"):
+        LatentContext(projection=0)
+
+
+@pytest.mark.parametrize("context", ["learned", "projected"])
+def test_the_windows_gradient_is_ready_before_the_prefix_and_after_the_thoughts(context):
     """ZeRO fills its buckets in this order, which must be the same on every rank."""
     orders = []
     for shapes in (RAGGED, [(5, 0, 0)], [(9, 2, 1)], []):
-        model, order = tiny.coconut("llama", CONTEXTS["learned"]), []
+        model, order = tiny.coconut("llama", CONTEXTS[context]), []
         for name, parameter in model.named_parameters():
             parameter.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
         model(**tiny.batch_of(shapes).inputs).loss_sum.backward()

@@ -27,6 +27,7 @@ WINDOWS = {
     "window of three": LatentContext((0.6, 0.3, 0.1)),
     "last pass, scaled": LatentContext((0.1, 0.3, 0.6), scope="last_pass", norm="rms"),
     "learned": LatentContext((0.5, 0.3, 0.2), learned=True, norm="embedding"),
+    "projected": LatentContext(projection=8),
 }
 SETTINGS = {
     "name": "small",
