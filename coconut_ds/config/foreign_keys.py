@@ -24,7 +24,7 @@ for _text, _keys in {
         max_size train_size val_size valid_size test_size eval_size debug_val_size debug_train_size num_eval_samples
         num_train_samples max_train_samples max_eval_samples max_val_samples max_samples max_examples subset_size
         n_train n_val num_samples val_set_size test_split_size data_fraction""",
-    "steps are replaced from the first on; there is no reversed curriculum": "reversed reverse reverse_curriculum",
+    _here("curriculum", ": reversed"): "reversed reverse reverse_curriculum",
     "steps that are written from thoughts have supervision.steps.weight": "explain_loss_factor aux_loss_weight",
     _here("supervision.distill", ", with alpha, beta and gamma"): "alpha beta gamma distillation distill",
     _here("supervision.distill.gamma", " (with method: codi or supervision.distill)"): """distill_loss_factor

@@ -73,6 +73,9 @@ def _method_rules(config: RunConfig) -> _Found:
     if config.uniform_prob and method in ("pause", "no_curriculum", "icot", "codi"):
         rule = f"draws stages, and {method} does not replace steps by stage; set 0"
         yield ("uniform_prob", method), f"uniform_prob: {config.uniform_prob} {rule}"
+    if config.curriculum == "reversed" and steps != "replaced by stage":
+        rule = f"says in which order steps are replaced, and {method} does not replace them by stage; leave it out"
+        yield ("curriculum", method), f"curriculum: reversed {rule}"
     if config.icot is not None and method != "icot":
         yield ("icot", "method"), f"icot: a section for method: icot, but method is {method}; drop one of them"
 

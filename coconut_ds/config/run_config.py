@@ -97,6 +97,8 @@ class RunConfig(Section):
     """Thoughts per replaced step."""
     epochs_per_stage: Annotated[int | tuple[int, ...], BeforeValidator(_one_or_several)] = 1
     """Of a list the first number is that of stage 0, and the last holds for all stages from there on: `[6, 3]`."""
+    curriculum: Literal["forward", "reversed"] = "forward"
+    """Steps are replaced from the first on, as published, or from the last on."""
     max_latent_stage: int = Field(0, ge=0)
     """Steps replaced at most; in the stage after it all remaining steps are dropped."""
     pad_latent_to_max: bool = False

@@ -72,6 +72,8 @@ class TokenSequence:
     """What a decoder learns to write from each group of thoughts; empty without step supervision."""
     taught: Taught | None = None
     """What the teacher reads of the same example; None without distillation."""
+    early: tuple[int, int] = (0, 0)
+    """The place of supervised tokens before the thoughts, of steps that stand there, and one past it."""
 
 
 class Batch(NamedTuple):
@@ -145,9 +147,12 @@ def grown(batch: Batch, size: Size, pad: int) -> Batch:
 
 
 def training_sequence(row: dict[str, Any], layout: Layout, tokens: Tokens) -> TokenSequence:
-    """question [start] thoughts [end] remaining steps, answer; everything before the steps is unsupervised."""
-    opening = prompt_sequence(row, layout.n_thoughts, tokens)
-    steps = [token for step in row["steps_ids"][layout.n_skip :] for token in step]
+    """question [start] thoughts [end] remaining steps, answer; steps and answer are supervised.
+
+    Under a reversed curriculum the remaining steps stand before the thoughts.
+    """
+    opening = prompt_sequence(row, layout, tokens)
+    steps = [token for step in layout.after(row["steps_ids"]) for token in step]
     written = () if tokens.step_end is None else texts_of_groups(row, layout, tokens.step_end)
     lead = tokens.answer_lead
     teaching = None if lead is None else taught(row, lead, tokens.omits_last_step)
@@ -155,14 +160,17 @@ def training_sequence(row: dict[str, Any], layout: Layout, tokens: Tokens) -> To
     return replace(opening, ids=ids, written=written, taught=teaching)
 
 
-def prompt_sequence(row: dict[str, Any], n_thoughts: int, tokens: Tokens) -> TokenSequence:
-    """question [start] thoughts [end]; pauses stand like thoughts and count as ordinary tokens."""
+def prompt_sequence(row: dict[str, Any], layout: Layout, tokens: Tokens) -> TokenSequence:
+    """question, steps before the thoughts, [start] thoughts [end]; pauses count as ordinary tokens."""
     start = [] if tokens.start_latent is None else [tokens.start_latent]
     end = [] if tokens.end_latent is None else [tokens.end_latent]
-    middle = [] if tokens.latent is None else [tokens.latent] * n_thoughts
-    question = row["question_ids"] + start
-    ids = question + middle + end
-    return TokenSequence(ids, len(question), 0 if tokens.is_pause else len(middle), len(ids))
+    middle = [] if tokens.latent is None else [tokens.latent] * layout.n_thoughts
+    steps = [token for step in layout.before(row.get("steps_ids", ())) for token in step]
+    n_question = len(row["question_ids"])
+    prefix = row["question_ids"] + steps + start
+    ids = prefix + middle + end
+    n_thoughts = 0 if tokens.is_pause else len(middle)
+    return TokenSequence(ids, len(prefix), n_thoughts, len(ids), early=(n_question, n_question + len(steps)))
 
 
 def shuffle_facts(ids: list[int], tokens: Tokens, draw: random.Random) -> list[int]:
@@ -226,7 +234,8 @@ def _collate(sequences: Sequence[TokenSequence], offsets: list[int], indices: li
         input_ids[row, offset:end] = torch.tensor(each.ids)
         attention_mask[row, offset:end] = 1
         position_ids[row, offset:end] = torch.arange(len(each.ids))
-        labels[row, offset + each.first_target : end] = input_ids[row, offset + each.first_target : end]
+        for first, last in (each.early, (each.first_target, len(each.ids))):
+            labels[row, offset + first : offset + last] = input_ids[row, offset + first : offset + last]
         if each.n_thoughts:
             first = offset + each.first_thought
             spans.append((first, first + each.n_thoughts))

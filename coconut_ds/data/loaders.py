@@ -173,7 +173,7 @@ def prompt_loader(
     """This rank's share of a set as prompts of `stage`, every example once over all ranks."""
 
     def sequence(row: dict[str, Any]) -> TokenSequence:
-        return prompt_sequence(row, curriculum.prompt_thoughts(stage, len(row["steps_ids"])), tokens)
+        return prompt_sequence(row, curriculum.prompt_layout(stage, len(row["steps_ids"])), tokens)
 
     share = _share(examples, batch_size, rank, world)
     return _evaluation_loader(examples, share, sequence, collate_prompts, tokens.pad, num_workers)

@@ -133,10 +133,13 @@ def target_ids(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> li
 
 def longest_prompt(examples: Dataset, curriculum: Curriculum) -> int:
     """Columns of the longest evaluation prompt of any stage."""
-    last = curriculum.max_latent_stage + 1
-    rows = examples.select_columns(["question_ids", "steps_ids"])
-    prompts = (len(row["question_ids"]) + curriculum.prompt_thoughts(last, len(row["steps_ids"])) for row in rows)
-    return curriculum.n_markers + max(prompts)
+    stages = range(curriculum.max_latent_stage + 2)
+    lengths = []
+    for row in examples.select_columns(["question_ids", "steps_ids"]):
+        steps = [len(step) for step in row["steps_ids"]]
+        layouts = {curriculum.prompt_layout(stage, len(steps)) for stage in stages}
+        lengths.append(len(row["question_ids"]) + max(each.n_thoughts + sum(each.before(steps)) for each in layouts))
+    return curriculum.n_markers + max(lengths)
 
 
 def check_lengths(
@@ -157,14 +160,14 @@ def check_lengths(
         steps = [len(step) for step in row["steps_ids"]]
         prompt = len(row["question_ids"]) + curriculum.n_markers
         layouts = curriculum.layouts(len(steps)) if stage is None else {curriculum.layout(stage, len(steps))}
-        middle = max(each.n_thoughts + sum(steps[each.n_skip :]) for each in layouts)
+        middle = max(each.n_thoughts + sum(steps) - sum(each.replaced(steps)) for each in layouts)
         training = prompt + middle + len(row["answer_ids"])
         if training > n_positions:
             raise DataError(
                 f"{path}: record {index}: key 'question' and 'steps': {training} tokens with thoughts and answer, "
                 f"the model has {n_positions} positions; leave the record out or use a model with more"
             )
-        decoding = prompt + max(each.n_thoughts for each in layouts) + new_tokens
+        decoding = prompt + max(each.n_thoughts + sum(each.before(steps)) for each in layouts) + new_tokens
         if decoding > n_positions:
             raise DataError(
                 f"{path}: record {index}: key 'question': a prompt of {decoding - new_tokens} tokens and "

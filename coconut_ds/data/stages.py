@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Literal, TypeVar
 
 from coconut_ds.config.methods import METHODS, Method, Traits
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.sections import IcotConfig
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Layout:
-    """`n_thoughts` thoughts (or pauses) replace the first `n_skip` steps of an example.
+    """`n_thoughts` thoughts (or pauses) replace `n_skip` steps of an example, from step `first` on.
 
-    Of the tokens of the remaining steps, the first `n_drop` are removed.
+    Of the tokens of the steps that remain after them, the first `n_drop` are removed.
     """
 
     n_skip: int
@@ -23,6 +27,21 @@ class Layout:
     n_drop: int = 0
     per_step: int = field(default=1, compare=False)
     """Thoughts that stand for one step."""
+    first: int = 0
+    """Steps that stand before the thoughts; without thoughts they stand with the others."""
+
+    def replaced(self, steps: Sequence[T]) -> Sequence[T]:
+        """Those of an example's steps that are replaced."""
+        return steps[self.first : self.first + self.n_skip]
+
+    def before(self, steps: Sequence[T]) -> Sequence[T]:
+        """Those that stand before the thoughts."""
+        return steps[: self.first] if self.n_thoughts else steps[:0]
+
+    def after(self, steps: Sequence[T]) -> Sequence[T]:
+        """Those that stand after them."""
+        rest = steps[self.first + self.n_skip :]
+        return rest if self.n_thoughts else [*steps[: self.first], *rest]
 
 
 _EVERYTHING = 2**31
@@ -44,6 +63,8 @@ class Curriculum:
     seed: int
     icot: IcotConfig = field(default_factory=IcotConfig)
     eval_thoughts: int | None = None
+    curriculum: Literal["forward", "reversed"] = "forward"
+    """Which steps are replaced first: those after the question, or those before the answer."""
 
     @classmethod
     def of(cls, config: RunConfig) -> Curriculum:
@@ -79,7 +100,8 @@ class Curriculum:
             n_skip, n_groups = min(stage, n_steps), stage
         else:
             n_skip, n_groups = n_steps, self._most_stages(n_steps)
-        return Layout(n_skip, n_groups * self.thoughts_per_step, per_step=self.thoughts_per_step)
+        first = n_steps - n_skip if self.curriculum == "reversed" else 0
+        return Layout(n_skip, n_groups * self.thoughts_per_step, per_step=self.thoughts_per_step, first=first)
 
     def training_layout(self, n_steps: int, epoch: int, index: int, progress: float = 0.0) -> Layout:
         """Layout of training example `index` in `epoch`, of which the share `progress` (below 1) is done.
@@ -109,6 +131,10 @@ class Curriculum:
         if self.eval_thoughts is not None:
             return self.eval_thoughts
         return min(stage, self._most_stages(n_steps)) * self.thoughts_per_step
+
+    def prompt_layout(self, stage: int, n_steps: int) -> Layout:
+        """The layout of that prompt; under a reversed curriculum it has the steps before the thoughts from the data."""
+        return replace(self.layout(stage, n_steps), n_thoughts=self.prompt_thoughts(stage, n_steps))
 
     def _stages_after(self, epochs: float) -> float:
         """Stages that are over after `epochs`, counted from 0, the one under way in part."""

@@ -36,7 +36,7 @@ def texts_of_groups(row: dict[str, Any], layout: Layout, end: int) -> tuple[tupl
     has the answer, as in the code of SIM-CoT.
     """
     n_groups = layout.n_thoughts // layout.per_step
-    steps = row["steps_ids"][: layout.n_skip]
+    steps = layout.replaced(row["steps_ids"])
     texts = []
     for group in range(n_groups):
         own = steps[group:] if group == n_groups - 1 else steps[group : group + 1]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from coconut_ds.checkpoints.weights import check_intact
 from coconut_ds.data.batches import Batch, Tokens, collate_prompts, prompt_sequence, to_device
 from coconut_ds.data.plain_text import reserved_in
-from coconut_ds.data.stages import Curriculum
+from coconut_ds.data.stages import Curriculum, Layout
 from coconut_ds.errors import InputError
 from coconut_ds.inference.replies import Answered, Question, ask, quoted
 from coconut_ds.model import fast
@@ -115,7 +115,7 @@ class TrainedModel:
                     f"question {quoted(question)} holds {name!r}, a token that sequences are built with; write it "
                     "otherwise"
                 )
-        sequences = [prompt_sequence(row, count, self.tokens) for row, count in zip(rows, n_thoughts)]
+        sequences = [prompt_sequence(row, Layout(0, count), self.tokens) for row, count in zip(rows, n_thoughts)]
         batch = collate_prompts(sequences, list(range(len(rows))), self.tokens.pad)
         return batch._replace(inputs=to_device(batch.inputs))
 

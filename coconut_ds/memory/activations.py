@@ -69,7 +69,9 @@ def measure(
     batches += [_filling_chunks(batch) for batch in batches]
     two, three, full_two, full_three = map(torch.tensor, _predicted(model, batches, dtype, for_card))
     taught = 0 if sequence.taught is None else len(sequence.taught.ids) - sequence.taught.first_target
-    targets = max(len(sequence.ids) - sequence.first_target, sum(map(len, sequence.written)), taught)
+    first, last = sequence.early
+    supervised = last - first + len(sequence.ids) - sequence.first_target
+    targets = max(supervised, sum(map(len, sequence.written)), taught)
     return ActivationCost(
         two, three, ActivationCost(full_two, full_three), chunked_from=max(1, CHUNK // max(1, targets))
     )
@@ -120,7 +122,10 @@ def widest_sequence(examples: Dataset, curriculum: Curriculum, stage: int, token
     targets = max(len(each.ids) - each.first_target for each in sequences)
     latent = [] if tokens.latent is None else [tokens.latent] * thoughts
     ids = [0] * prefix + latent + [0] * (middle + targets)
-    return TokenSequence(ids, prefix, thoughts, len(ids) - targets, _widest_texts(sequences), _widest_taught(sequences))
+    # Not from the first token on, which nothing predicts.
+    early = (1, 1 + max(last - first for first, last in (each.early for each in sequences)))
+    texts, teacher = _widest_texts(sequences), _widest_taught(sequences)
+    return TokenSequence(ids, prefix, thoughts, len(ids) - targets, texts, teacher, early)
 
 
 def _widest_texts(sequences: Sequence[TokenSequence]) -> tuple[tuple[int, ...], ...]:

@@ -40,6 +40,8 @@ EXAMPLE = {"question": "a b | b c | c d | ? a d e", "steps": ["a b", "b c", "c d
 LINE = re.compile(r"\| `(\w+)` \| (\d) \| `(.+)` \|")
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "METHODS.md").read_text(encoding="utf-8")
 DOCUMENTED = [(method, int(stage), text) for method, stage, text in LINE.findall(DOCUMENT)]
+OF_REVERSED = re.compile(r"\| `(\w+)`, reversed \| (\d) \| `(.+)` \|")
+REVERSED = [(method, int(stage), text) for method, stage, text in OF_REVERSED.findall(DOCUMENT)]
 
 
 def config_of(method: Method) -> RunConfig:
@@ -64,6 +66,7 @@ def backbone():
 
 def test_every_method_is_documented():
     assert {method for method, _, _ in DOCUMENTED} == set(METHODS) == set(get_args(Method))
+    assert len(REVERSED) == 5
     for method in METHODS:
         assert f"| `{method}` | `Q" in DOCUMENT, "in the table of formulas"
 
@@ -85,10 +88,27 @@ def test_the_documented_sequences_are_what_the_code_makes(backbone, method, stag
     epoch = next(epoch for epoch in range(4) if curriculum.stage(epoch) == stage)
     assert training_sequence(row, curriculum.training_layout(3, epoch, index=0), tokens) == sequence
     assert layout in curriculum.layouts(3) or method == "icot"
-    prompt = prompt_sequence(row, curriculum.prompt_thoughts(stage, 3), tokens)
+    prompt = prompt_sequence(row, curriculum.prompt_layout(stage, 3), tokens)
     assert prompt.ids == sequence.ids[: sequence.first_target]
     labels = collate_training([sequence], [0], tokens.pad).inputs["labels"][0]
     assert labels.tolist() == [-100] * sequence.first_target + sequence.ids[sequence.first_target :]
+
+
+@pytest.mark.parametrize(("method", "stage", "text"), REVERSED)
+def test_the_documented_sequences_of_a_reversed_curriculum(backbone, method, stage, text):
+    """Steps that stand before the thoughts are supervised, too; `->` stands before all that is after the thoughts."""
+    config = config_of(method).model_copy(update={"curriculum": "reversed"})
+    curriculum, tokens = Curriculum.of(config), _tokens(config, backbone)
+    row = tokenize([EXAMPLE], backbone.tokenizer)[0]
+    sequence = training_sequence(row, curriculum.layout(stage, 3), tokens)
+    assert written(backbone, config, row, sequence.ids, sequence.first_target) == text
+    prompt = prompt_sequence(row, curriculum.prompt_layout(stage, 3), tokens)
+    assert prompt.ids == sequence.ids[: sequence.first_target]
+    batch = collate_training([sequence], [0], tokens.pad)
+    supervised = [sequence.ids[column] for column, label in enumerate(batch.inputs["labels"][0]) if label != -100]
+    markers = {tokens.latent, tokens.start_latent, tokens.end_latent}
+    assert supervised == [token for token in sequence.ids[len(row["question_ids"]) :] if token not in markers]
+    assert batch.n_targets == len(supervised)
 
 
 def written(backbone, config, row, ids: list[int], first_target: int) -> str:
@@ -112,7 +132,7 @@ def test_pauses_are_ordinary_tokens(backbone):
     batch = collate_training(rows, [0, 1], tokens.pad)
     assert batch.inputs["thought_span"] == (), "one pass"
     assert batch.inputs["attention_mask"][:, 0].tolist() == [1, 1], "nothing to align"
-    assert collate_prompts([prompt_sequence(row, 2, tokens)], [0], tokens.pad).inputs["thought_span"] == ()
+    assert collate_prompts([prompt_sequence(row, Layout(0, 2), tokens)], [0], tokens.pad).inputs["thought_span"] == ()
 
 
 def test_a_stage_of_a_method_without_curriculum_never_changes(curriculum):
@@ -174,9 +194,12 @@ def _rows(batch):
     return batch.inputs["input_ids"], batch.inputs["attention_mask"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_lengths_are_those_of_the_method(backbone, method):
-    config = config_of(method)
+@pytest.mark.parametrize(
+    ("method", "order"),
+    [*((method, "forward") for method in METHODS), ("coconut", "reversed"), ("no_thoughts", "reversed")],
+)
+def test_lengths_are_those_of_the_method(backbone, method, order):
+    config = config_of(method).model_copy(update={"curriculum": order})
     curriculum = Curriculum.of(config)
     examples = tokenize([EXAMPLE], backbone.tokenizer)
     tokens, row = _tokens(config, backbone), examples[0]
@@ -185,8 +208,8 @@ def test_lengths_are_those_of_the_method(backbone, method):
     check_lengths("some.json", examples, curriculum, longest, 1)
     with pytest.raises(ValueError, match=f"{longest} tokens with thoughts and answer"):
         check_lengths("some.json", examples, curriculum, longest - 1, 1)
-    prompts = [curriculum.prompt_thoughts(curriculum.stage(epoch), 3) for epoch in range(5)]
-    assert longest_prompt(examples, curriculum) == max(len(prompt_sequence(row, n, tokens).ids) for n in prompts)
+    prompts = [curriculum.prompt_layout(curriculum.stage(epoch), 3) for epoch in range(5)]
+    assert longest_prompt(examples, curriculum) == max(len(prompt_sequence(row, each, tokens).ids) for each in prompts)
 
 
 def test_facts_are_shuffled_and_nothing_else(backbone):

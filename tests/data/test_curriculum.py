@@ -16,6 +16,7 @@ from coconut_ds.data.batches import Size, Tokens, collate_prompts, collate_train
 from coconut_ds.data.loaders import TrainingSteps, loss_loader, prompt_loader, training_loader
 from coconut_ds.data.records import read_records, tokenize
 from coconut_ds.data.stages import Layout
+from coconut_ds.data.step_targets import texts_of_groups
 
 TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
 PLAIN = Tokens(tiny.PAD)
@@ -89,8 +90,26 @@ def test_training_sequence_is_supervised_after_the_markers():
     assert batch.n_targets == 4
     plain = training_sequence(row, Layout(1, 0), PLAIN)
     assert plain.ids == [10, 11, 14, 15, 16, tiny.EOS]
-    assert prompt_sequence(row, 2, TOKENS).ids == [10, 11, tiny.START, tiny.LATENT, tiny.LATENT, tiny.END]
-    assert prompt_sequence(row, 0, PLAIN).ids == [10, 11]
+    assert prompt_sequence(row, Layout(0, 2), TOKENS).ids == [10, 11, tiny.START, tiny.LATENT, tiny.LATENT, tiny.END]
+    assert prompt_sequence(row, Layout(0, 0), PLAIN).ids == [10, 11]
+
+
+def test_a_reversed_curriculum_replaces_the_last_steps_first(curriculum):
+    plan = curriculum(max_latent_stage=2, thoughts_per_step=2, curriculum="reversed")
+    layouts = [plan.layout(stage, 3) for stage in range(4)]
+    steps = ["a", "b", "c"]
+    found = [tuple(map("".join, (each.before(steps), each.replaced(steps), each.after(steps)))) for each in layouts]
+    assert found == [("", "", "abc"), ("ab", "c", ""), ("a", "bc", ""), ("", "abc", "")]
+    assert [each.n_thoughts for each in layouts] == [0, 2, 4, 4]
+    assert plan.layout(2, 1) == Layout(1, 4)
+    without = curriculum(method="no_thoughts", thoughts_per_step=0, curriculum="reversed")
+    assert without.layout(1, 3).after(steps) == ["a", "b"]
+
+
+def test_thoughts_of_a_reversed_curriculum_write_the_steps_they_stand_for(curriculum):
+    row = {"question_ids": [5], "steps_ids": [[10], [11], [12]], "answer_ids": [14, tiny.EOS]}
+    layout = curriculum(max_latent_stage=3, curriculum="reversed").layout(2, 3)
+    assert texts_of_groups(row, layout, tiny.EOS) == ((11, tiny.EOS), (12, tiny.EOS))
 
 
 def test_first_thoughts_stand_in_one_column_and_rows_without_any_are_not_moved():
@@ -115,7 +134,7 @@ _TENSORS = ("input_ids", "attention_mask", "position_ids")
 
 def test_prompts_end_in_the_same_column():
     rows = [tiny.row(count, [3], 2, seed) for seed, count in enumerate((4, 9))]
-    sequences = [prompt_sequence(row, count, TOKENS) for row, count in zip(rows, (3, 1))]
+    sequences = [prompt_sequence(row, Layout(0, count), TOKENS) for row, count in zip(rows, (3, 1))]
     inputs = collate_prompts(sequences, [0, 1], tiny.PAD).inputs
     assert inputs["input_ids"][:, -1].tolist() == [tiny.END, tiny.END]
     assert inputs["thought_span"] == (8, 11)

@@ -151,6 +151,14 @@ def test_the_widest_sequence_covers_every_example(curriculum):
     assert (sequence.first_thought, sequence.n_thoughts, len(sequence.ids)) == (10, 3, 10 + 3 + 1 + 7)
 
 
+def test_the_widest_sequence_counts_what_is_supervised_before_the_thoughts(curriculum):
+    rows = Dataset.from_list([tiny.row(9, [2, 2], 3, 0), tiny.row(4, [3, 3, 8], 2, 1)])
+    sequence = widest_sequence(rows, curriculum(max_latent_stage=3, curriculum="reversed"), 1, TOKENS)
+    # 9 + 2 and 4 + 6 before the start marker; 4 of the longer answer.
+    assert (sequence.first_thought, sequence.n_thoughts, sequence.early) == (12, 1, (1, 7))
+    assert batch_of(sequence, 2).n_targets == 2 * (6 + 4)
+
+
 def test_stages_that_differ(curriculum):
     run = RunConfig(num_epochs=9, epochs_per_stage=1, max_latent_stage=2)
     assert distinct_stages(run, curriculum(epochs_per_stage=1, max_latent_stage=2)) == [0, 1, 2, 3]

@@ -49,6 +49,19 @@ def test_loss_and_gradients_equal_the_naive_twin(family, context, shapes, plain)
         assert error < 1e-4, f"{name}: relative error {error:.2e}"
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
+def test_steps_before_the_thoughts_are_learned_like_those_after_them(plain):
+    rows = [tiny.row(question, [3, 4, 5], 4, seed) for seed, question in enumerate((9, 2, 7))]
+    layouts = [Layout(1, 2, first=2), Layout(2, 3, first=1), Layout(3, 4)]
+    sequences = [training_sequence(row, layout, TOKENS) for row, layout in zip(rows, layouts)]
+    batch = collate_training(sequences, [0, 1, 2], tiny.PAD)
+    assert batch.n_targets == sum(5 + length for length in (7, 3, 0))
+    model = tiny.coconut("llama", CONTEXTS["sequence"], plain=plain)
+    inputs = batch.inputs
+    total = naive.batch_loss(model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+    assert model(**inputs).loss_sum.item() == pytest.approx(total.item(), rel=1e-6)
+
+
 def test_a_learned_window_starts_from_its_weights_and_moves():
     model = tiny.coconut(context=LatentContext((2.0, 1.0, 1.0), learned=True))
     assert model.latent_window.current() == pytest.approx([0.5, 0.25, 0.25])
@@ -218,7 +231,7 @@ def test_a_thought_without_a_token_before_it_is_refused():
 
 def prompts(thoughts: list[int]):
     rows = [tiny.row(question, [3, 3], 2, seed) for seed, question in enumerate((6, 13, 2, 9))]
-    sequences = [prompt_sequence(row, count, TOKENS) for row, count in zip(rows, thoughts)]
+    sequences = [prompt_sequence(row, Layout(0, count), TOKENS) for row, count in zip(rows, thoughts)]
     return sequences, collate_prompts(sequences, list(range(4)), tiny.PAD).inputs
 
 

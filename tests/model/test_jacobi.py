@@ -11,6 +11,7 @@ import torch
 
 from coconut_ds import LatentContext
 from coconut_ds.data.batches import Tokens, collate_prompts, prompt_sequence
+from coconut_ds.data.stages import Layout
 from coconut_ds.errors import InputError, ModelError
 from coconut_ds.model import fast
 from coconut_ds.model.jacobi import Jacobi
@@ -88,7 +89,7 @@ def test_as_many_iterations_as_thoughts_are_the_sequential_method(family, window
 def test_answers_continue_from_the_thoughts_of_the_last_iteration(family, static):
     model = tiny.coconut(family, WINDOWS["sequence"]).eval()
     model.decodes_on_static_cache = static
-    prompts = [prompt_sequence(tiny.row(question, [3], 4, question), 3, TOKENS) for question in (5, 9)]
+    prompts = [prompt_sequence(tiny.row(question, [3], 4, question), Layout(0, 3), TOKENS) for question in (5, 9)]
     inputs = collate_prompts(prompts, [0, 1], tiny.PAD).inputs
     given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     model.solver = Jacobi(2)
