@@ -110,13 +110,15 @@ def _window(run: RunRecords) -> str:
     if config.traits.thoughts != "continuous":
         return "no continuous thoughts"
     context = config.latent_context
+    then = [f"projected through {config.latent_projection}"] if config.latent_projection else []
+    then += [f"scaled to the norm {config.latent_norm}"] if config.latent_norm != "none" else []
     if context is None:
-        return "none, the last state alone"
+        return "; ".join(["none, the last state alone", *then])
     weights = context.newest_first
     learned = run.last.latent_weights if run.last else ()
     kind = f"learned, from {_shares(weights)}" if context.learned else _shares(weights)
     now = f", now {_shares(learned)}" if learned else ""
-    return f"{kind}{now}; {context.scope}"
+    return "; ".join([f"{kind}{now}; {context.scope}", *then])
 
 
 def _shares(weights: Sequence[float]) -> str:

@@ -3,7 +3,7 @@
     checkpoints/epoch_0003/                     at the end of an epoch
     checkpoints/epoch_0003_step_00000420/       within the fourth epoch, after optimizer step 420
         model/                     fp32 weights, config, tokenizer, coconut.json: plain transformers loads it;
-                                   latent_window.safetensors where the window is learned
+                                   latent_window.safetensors where the window is learned or projects
         step_decoder.safetensors   where steps are written by a decoder with weights of its own
         exp_avg.safetensors        Adam's moments by parameter name, fp32
         exp_avg_sq.safetensors

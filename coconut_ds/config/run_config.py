@@ -207,7 +207,8 @@ class RunConfig(Section):
     def _what_codi_stands_for(cls, values: Any) -> Any:
         if not isinstance(values, dict) or values.get("method") != "codi":
             return values
-        given = values.get("supervision") or {}
+        given = values.get("supervision")
+        given = {} if given in (None, "None") else given
         supervision = {"distill": True} | given if isinstance(given, dict) else given
         return {"pad_latent_to_max": True} | values | {"supervision": supervision}
 

@@ -103,13 +103,20 @@ class DistillationConfig(Section):
     alpha: float = Field(1.0, ge=0)
     beta: float = Field(1.0, ge=0)
     gamma: float = Field(1.0, ge=0)
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     """Whose states are compared: 0 are the embeddings, l is layer l; null is all of them."""
     deviation: Literal["example", "micro_batch"] = "example"
     """A layer's distance is divided by the standard deviation of the teacher's states: of the example, which no split
     of the batch changes, or of the micro-batch, as in the published code."""
     omit_last_step: bool = False
     """The teacher reads all steps but the last, so that it cannot copy the answer from it; the published choice."""
+
+    @field_validator("layers")
+    @classmethod
+    def _once_each(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers is not None and len(set(layers)) < len(layers):
+            raise ValueError("names a layer twice")
+        return layers
 
     @property
     def is_on(self) -> bool:

@@ -6,9 +6,13 @@ Shapes: B rows, U columns of the teacher's batch, T of the batch with thoughts, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
+
+from coconut_ds.errors import InputError
 
 IGNORED = -100
 
@@ -52,6 +56,19 @@ def taught(row: dict[str, Any], answer_lead: Sequence[int], omits_last_step: boo
     while shared < min(len(answer_lead), len(answer) - 1) and answer[shared] == answer_lead[shared]:
         shared += 1
     return Taught([*row["question_ids"], *chain, *answer], len(row["question_ids"]), len(answer) - shared)
+
+
+def check_taught_lengths(
+    path: str | Path, examples: Dataset, answer_lead: Sequence[int], omits_last_step: bool, n_positions: int
+) -> None:
+    """Raise InputError for the first example whose teacher's sequence does not fit the model's positions."""
+    for index, row in enumerate(examples.select_columns(["question_ids", "steps_ids", "answer_ids"])):
+        length = len(taught(row, answer_lead, omits_last_step).ids)
+        if length > n_positions:
+            raise InputError(
+                f"{path}: record {index}: key 'question' and 'steps': the teacher of supervision.distill reads "
+                f"{length} tokens, the model has {n_positions} positions; leave the record out or use a model with more"
+            )
 
 
 def collate_teacher(examples: Sequence[Taught], ends: Sequence[int], n_columns: int, pad: int) -> Teacher:

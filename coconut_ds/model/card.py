@@ -79,6 +79,11 @@ def _window_text(settings: Mapping[str, Any]) -> str:
 
 
 def _states_text(settings: Mapping[str, Any]) -> str:
+    projection = ", through a trained projection" if settings.get("latent_projection") else ""
+    return f"{_average_text(settings)}{projection}"
+
+
+def _average_text(settings: Mapping[str, Any]) -> str:
     window = settings.get("latent_context")
     if not window:
         return "the hidden state before them"

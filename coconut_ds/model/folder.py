@@ -109,7 +109,9 @@ def stored_window(name: str) -> dict[str, torch.Tensor]:
 
     Raises InputError if the file is missing or has other parameters than the settings say.
     """
-    wanted = _names_in_window(stored_settings(name) or {})
+    settings = stored_settings(name)
+    # A window without settings can only be learned weights.
+    wanted = _names_in_window({"latent_context": {"learned": True}} if settings is None else settings)
     file = _stored_file(name, WINDOW_FILE)
     if file is not None:
         try:
@@ -120,7 +122,7 @@ def stored_window(name: str) -> dict[str, torch.Tensor]:
             raise InputError(f"{file} must hold {sorted(wanted)}, found {sorted(window)}; copy the folder again")
         demand_finite(str(file), window)
         return window
-    if wanted:
+    if settings is not None and wanted:
         raise InputError(f"{name} learned its latent window, and {WINDOW_FILE} is missing; copy the folder again")
     return {}
 
@@ -134,12 +136,14 @@ def load_window(window: LatentWindow, name: str) -> None:
 
     Raises InputError for a window or projection of another size.
     """
+    if not window.state_dict():
+        return
     stored = stored_window(name)
     for key, parameter in window.named_parameters():
         value = stored.get(f"{_WINDOW_PREFIX}{key}", parameter.data)
         if value.shape != parameter.shape:
             raise InputError(
-                f"load_model_path: {name} learned {key} of shape {tuple(value.shape)}, the run's has "
+                f"{name} learned {key} of shape {tuple(value.shape)}, the run's has "
                 f"{tuple(parameter.shape)}; give latent_context the same number of weights and latent_projection the "
                 "same size"
             )

@@ -96,8 +96,8 @@ class LatentPasses(nn.Module):
         self.end_latent_id = end_latent_id
         self.eos_token_id = eos_token_id
         self.latent_context = latent_context or LatentContext()
-        size = base_causallm.config.get_text_config(decoder=True).hidden_size
-        self.latent_window = LatentWindow(self.latent_context, size)
+        table: Any = base_causallm.get_input_embeddings()
+        self.latent_window = LatentWindow(self.latent_context, table.embedding_dim)
         self.solver = solver
         """None computes one thought after another."""
         self.training_settings: dict[str, Any] = {}

@@ -43,9 +43,10 @@ class TrainStep(_Record):
     peak_reserved_gib: float | None = None
     """What torch's allocator held at most; None on a CPU."""
     step_loss: Number | None = None
+    """Of steps written from their thoughts, without its weight; None without step supervision or thoughts."""
     teacher_loss: Number | None = None
     distance: Number | None = None
-    """Of steps written from their thoughts, without its weight; None without step supervision or thoughts."""
+    """Of distillation, without their weights; None without it."""
     n_tokens: int | None = None
     padding_share: float | None = None
     n_skipped_in_run: int | None = None

@@ -213,6 +213,11 @@ def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:
     """
     stored = stored_settings(str(config.load_model_path))
     if stored is None:
+        if config.latent_projection:
+            raise InputError(
+                f"latent_projection: {config.latent_projection}, but {config.load_model_path} has no projection of "
+                "thoughts to evaluate; set latent_projection to null"
+            )
         return curriculum.stage(config.resume)
     # A folder that was not written by a run knows less.
     differing = [

@@ -19,12 +19,13 @@ from coconut_ds.data.plain_text import demand_plain_text
 from coconut_ds.data.records import DataError, check_lengths, read_records, tokenize
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.data.step_targets import check_written_lengths
+from coconut_ds.data.teacher import check_taught_lengths
 from coconut_ds.errors import InputError
 from coconut_ds.model import fast
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.distillation import Distillation
-from coconut_ds.model.folder import load_window
+from coconut_ds.model.folder import load_window, stored_settings
 from coconut_ds.model.scratch import scratch_backbone, word_tokenizer
 from coconut_ds.model.step_decoder import copy_of, load_decoder
 from coconut_ds.runtime import distributed
@@ -78,10 +79,12 @@ def load_setup(
     if tokens.step_end is not None:
         check_written_lengths(train_path, train_set, curriculum, tokens.step_end, backbone.n_positions)
     if tokens.answer_lead is not None:
-        check_lengths(train_path, train_set, replace(curriculum, method="cot"), backbone.n_positions, new_tokens=0)
+        lead, omits = tokens.answer_lead, tokens.omits_last_step
+        check_taught_lengths(train_path, train_set, lead, omits, backbone.n_positions)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     found = []
     if distributed.is_main():
+        found += _left_out(config, weights)
         tokenizer = backbone.tokenizer
         found += doubts(train_path, train_records, train_set, tokenizer, is_evaluated=False)
         found += doubts(val_path, valid_records, valid_set, tokenizer, is_evaluated=True)
@@ -90,6 +93,17 @@ def load_setup(
             test_path = str(config.test_path)
             found += shared_questions(test_path, records_if_any(test_path), train_path, train_records)
     return Setup(curriculum, backbone, model, tokens, train_set, valid_set, n_parameters, tuple(found))
+
+
+def _left_out(config: RunConfig, weights: str | None) -> list[str]:
+    """What is trained beside the backbone in `weights` and has no place in this run."""
+    if weights is None or config.latent_projection or config.traits.thoughts != "continuous":
+        return []
+    if not (stored_settings(weights) or {}).get("latent_projection"):
+        return []
+    return [
+        f"{weights} was trained with a projection of thoughts, which this run leaves out: latent_projection is null"
+    ]
 
 
 def records_if_any(path: str) -> list[dict[str, Any]]:

@@ -71,11 +71,12 @@ def _supervision_text(config: RunConfig) -> str:
 
 def _window_text(config: RunConfig) -> str:
     context, solver = config.latent_context, config.solver
-    iterations = f", {solver.iterations} Jacobi iteration{'s' * (solver.iterations > 1)}" if solver else ""
+    then = f", thoughts projected through {config.latent_projection}" if config.latent_projection else ""
+    then += f", {solver.iterations} Jacobi iteration{'s' * (solver.iterations > 1)}" if solver else ""
     if context is None:
-        return iterations
+        return then
     weights = [round(weight, 4) for weight in context.newest_first]
-    return f", {'learned ' * context.learned}window {weights} ({context.scope}){iterations}"
+    return f", {'learned ' * context.learned}window {weights} ({context.scope}){then}"
 
 
 def _stages_text(config: RunConfig, curriculum: Curriculum, steps_per_epoch: int) -> str:

@@ -146,6 +146,11 @@ def test_a_window_in_words(context, learned, text, tmp_path):
     assert head_of(folder).window == text
 
 
+def test_what_else_is_done_with_a_thought(tmp_path):
+    folder = recorded.write_run(tmp_path, epochs=1, latent_projection=8, latent_norm="rms")
+    assert head_of(folder).window == "none, the last state alone; projected through 8; scaled to the norm rms"
+
+
 @pytest.mark.parametrize(
     ("shares", "finished", "sentence"),
     [

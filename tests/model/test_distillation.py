@@ -8,11 +8,12 @@ import naive
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from test_step_decoder import WINDOWS
 
 from coconut_ds.data.batches import Size, Tokens, collate_training, grown, training_sequence
 from coconut_ds.data.stages import Layout
-from coconut_ds.data.teacher import taught
+from coconut_ds.data.teacher import check_taught_lengths, taught
 from coconut_ds.errors import InputError
 from coconut_ds.model import fast
 from coconut_ds.model.distillation import Distillation
@@ -101,9 +102,12 @@ def test_losses_and_gradients_equal_the_naive_twin(family, window, speed, settin
 def test_thoughts_of_enough_iterations_have_the_same_losses():
     """The last states of a column are read, not those of an earlier iteration."""
     model = tiny.coconut("llama", WINDOWS["sequence"])
-    batch = batch_of([(9, Layout(3, 3)), (7, Layout(3, 3))])
+    batch = batch_of(RAGGED)
+    first, end = batch.inputs["thought_span"]
+    columns = batch.inputs["teacher"].student % batch.inputs["input_ids"].shape[1]
+    assert any(first <= column < end for column in columns), "some answers begin where others still think"
     in_turn = model(**batch.inputs)
-    model.solver = Jacobi(3)
+    model.solver = Jacobi(end - first)
     at_once = model(**batch.inputs)
     assert at_once.distance_sum.item() == pytest.approx(in_turn.distance_sum.item(), rel=1e-6)
 
@@ -151,6 +155,16 @@ def test_a_batch_grown_to_that_of_another_rank_has_the_same_losses(deviation):
         assert ours is None or ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     empty = model(**grown(batch_of([]), size, tiny.PAD).inputs)
     assert (empty.teacher_loss_sum.item(), empty.distance_sum.item()) == (0, 0)
+
+
+def test_sequences_of_the_teacher_that_do_not_fit_are_refused():
+    rows = Dataset.from_list([tiny.row(4, [3, 2], 2, 0), tiny.row(4, [3, 20], 2, 1)])
+    check_taught_lengths("f.json", rows, (), False, 30)
+    check_taught_lengths("f.json", rows, (), True, 12)
+    with pytest.raises(
+        InputError, match=r"record 1: .* the teacher of supervision.distill reads 30 tokens, the model has"
+    ):
+        check_taught_lengths("f.json", rows, (), False, 29)
 
 
 def test_layers_that_the_model_does_not_have_are_refused():

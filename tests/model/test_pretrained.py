@@ -214,6 +214,13 @@ def test_the_card_says_what_kind_of_model_it_is(tmp_path, method, about):
     assert ("latent stages" in card.content) is (not about.startswith("trained without"))
 
 
+def test_the_card_says_how_a_thought_is_made(tmp_path):
+    settings = {"latent_context": None, "latent_projection": 8, "solver": {"kind": "jacobi", "iterations": 2}}
+    pretrained.write_folder(tmp_path, words().model, None, SETTINGS | settings)
+    said = "are fed the hidden state before them, through a trained projection, in 2 Jacobi iterations over all of them"
+    assert said in " ".join((tmp_path / "README.md").read_text().split())
+
+
 def test_the_card_counts_the_weights_that_are_written(tmp_path):
     backbone = words(n_embd=256)
     weights = {name: value.clone() for name, value in backbone.model.named_parameters()}

@@ -36,7 +36,7 @@ def test_rotary_embeddings_keep_their_precision(dtype):
     assert errors[0] < 0.7 * errors[1]
 
 
-def test_an_evaluation_casts_a_model_as_a_run_does(tmp_path, monkeypatch):
+def test_an_evaluation_casts_a_model_as_a_run_does(tmp_path, monkeypatch, capsys):
     run = tiny.run(tmp_path)
     records = json.loads((tmp_path / "prosqa_train.json").read_text())
     tokenizer = word_tokenizer([text for each in records for text in (each["question"], each["answer"])], 64)
@@ -56,3 +56,5 @@ def test_an_evaluation_casts_a_model_as_a_run_does(tmp_path, monkeypatch):
     run |= {"deepspeed": str(launching.ROOT / "ds_configs" / "zero2.json"), "precision": "bf16", "eval_batch_size": 2}
     assert train.main(["--run", str(launching.write_run(run, tmp_path))]) == 0
     assert seen == {"parameters": {torch.bfloat16}, "buffers": {torch.float32}}
+    assert train.main(["--run", str(launching.write_run(run | {"latent_projection": 8}, tmp_path))]) == 2
+    assert "trained has no projection of thoughts to evaluate; set latent_projection to null" in capsys.readouterr().err
