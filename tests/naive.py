@@ -126,8 +126,7 @@ def teacher_losses(model: Coconut, rows: list[tuple[list[int], Taught]]) -> tupl
         _, fed = row_states(model, ids)
         of_student = _layers(base, fed)
         of_teacher = _layers(base, base.get_input_embeddings()(torch.tensor(teacher_ids)))
-        logits = model.lm_head(of_teacher[-1][first_target - 1 : -1])
-        written = written + F.cross_entropy(logits, torch.tensor(teacher_ids[first_target:]), reduction="sum")
+        written = written + plain_loss(model, teacher_ids, first_target)
         chosen = range(len(of_student)) if settings.layers is None else settings.layers
         pairs.append([(of_student[each][-1 - n_answer], of_teacher[each][-1 - n_answer].detach()) for each in chosen])
     for layer in range(len(pairs[0])):
@@ -139,6 +138,14 @@ def teacher_losses(model: Coconut, rows: list[tuple[list[int], Taught]]) -> tupl
             smooth = torch.where(difference < 1, difference.square() / 2, difference - 0.5)
             distances.append(smooth.mean() / scale / len(pairs[0]))
     return written, torch.stack(distances).sum()
+
+
+def plain_loss(model: Coconut, ids: list[int], first_target: int) -> torch.Tensor:
+    """Sum of the cross entropies of the tokens from `first_target` on, of a sequence without thoughts."""
+    base = model.base_causallm
+    hidden = _run(base, base.get_input_embeddings()(torch.tensor(ids)), torch.arange(len(ids))[None])
+    logits = model.lm_head(hidden[first_target - 1 : -1])
+    return F.cross_entropy(logits, torch.tensor(ids[first_target:]), reduction="sum")
 
 
 def _layers(base, embeds: torch.Tensor) -> list[torch.Tensor]:

@@ -41,12 +41,13 @@ from coconut_ds.engine.states import restore as restore_states
 from coconut_ds.memory.model_states import model_states
 from coconut_ds.model import fast
 from coconut_ds.model.backbone import Backbone
+from coconut_ds.model.distillation import Distillation
 from coconut_ds.model.folder import load_window
 from coconut_ds.model.jacobi import Jacobi
 from coconut_ds.model.scratch import word_tokenizer
 from coconut_ds.model.step_decoder import copy_of
 from coconut_ds.runtime import distributed
-from coconut_ds.training.step import LOSSES, NonFiniteLossError, Weights, optimizer_step
+from coconut_ds.training.step import LOSSES, SEQUENCES_ALONE, NonFiniteLossError, Weights, optimizer_step
 
 # DeepSpeed's CPU Adam asks for the processor's name each time it is made, which takes a second.
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
@@ -80,8 +81,8 @@ def undivided(rows: Dataset, epoch: int, tokens: Tokens = TOKENS) -> Batch:
         training_sequence(row, plan.training_layout(len(row["steps_ids"]), epoch, index), tokens)
         for index, row in enumerate(rows)
     ]
-    writes_steps, has_teacher = tokens.step_end is not None, tokens.answer_lead is not None
-    return collate_training(sequences, list(range(len(rows))), tiny.PAD, writes_steps, has_teacher)
+    has = (tokens.step_end is not None, tokens.reads_steps, tokens.answers_alone)
+    return collate_training(sequences, list(range(len(rows))), tiny.PAD, *has)
 
 
 def windows_of(name: str, rows: Dataset, sizes: BatchSizes, epoch: int, tokens: Tokens = TOKENS) -> TrainingSteps:
@@ -94,7 +95,7 @@ def gradient_errors(
     names: list[str],
     splits: list[list[int]],
     speed: str,
-    weights: Weights = (1.0, 0.0, 0.0, 0.0),
+    weights: Weights = SEQUENCES_ALONE,
     everything: bool = False,
 ) -> dict[str, float]:
     """Largest difference between a gradient through the engine and that of one undivided batch of 8 in plain torch.
@@ -105,7 +106,8 @@ def gradient_errors(
     """
     start_process_group()
     tokens = replace(TOKENS, step_end=tiny.EOS) if weights[1] else TOKENS
-    tokens = replace(tokens, answer_lead=()) if weights[3] else tokens
+    if weights[3]:
+        tokens = replace(tokens, answer_lead=(), reads_steps=True, answers_alone=True)
     rows = examples(8)
     reference = _model("plain", everything)
     whole = undivided(rows, 2, tokens)
@@ -163,6 +165,7 @@ def bf16_error(name: str, accumulation: int) -> float:
 
 def _model(speed: str, everything: bool = False) -> Coconut:
     model = tiny.coconut(context=CONTEXT, plain=True)
+    model.distillation = Distillation()
     if everything:
         model.step_decoder, model.solver = copy_of(model.base_causallm), Jacobi(2)
     if speed != "plain":

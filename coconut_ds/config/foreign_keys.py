@@ -33,8 +33,9 @@ for _text, _keys in {
         teacher_loss_weight""",
     "the distance of states is always divided by a standard deviation, see supervision.distill.deviation": """
         distill_loss_div_std""",
-    "the weights of losses are supervision.steps.weight, and alpha, beta, gamma of supervision.distill": """
-        multi_mode multimode mode_weights loss_weights ce_loss_factor kl_coef kl_coeff""",
+    _here("supervision.mixture", ", with weights latent, verbal and direct"): "multi_mode multimode mode_weights",
+    "weights of losses are supervision.steps.weight, those of supervision.distill and those of supervision.mixture": """
+        loss_weights ce_loss_factor kl_coef kl_coeff""",
     "the loss of the tokens has nothing to set but loss_normalization; remove the key": """label_smoothing
         label_smoothing_factor neftune_noise_alpha""",
     "what a thought is made of is set by latent_context and latent_norm": """replacement_method feedback thought_source

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from coconut_ds.config.run_config import PUBLISHED_SWITCHES, RunConfig
+from coconut_ds.config.sections import MixtureConfig
 from coconut_ds.errors import InputError, problem_list
 
 
@@ -65,6 +66,15 @@ def _method_rules(config: RunConfig) -> _Found:
         if config.distillation:
             what = "to teach what all steps in sight say; leave it out"
             yield ("supervision", method), f"supervision.distill: {without} {what}"
+    if config.mixture != MixtureConfig():
+        if config.traits.thoughts == "none":
+            what = "to mix other layouts with; leave it out"
+            yield ("supervision", method), f"supervision.mixture: {method} has no thoughts or pauses {what}"
+        if config.distillation:
+            rule = "whose teacher is the verbal layout; set its alpha and beta instead"
+            yield ("supervision",), f"supervision.mixture: together with supervision.distill, {rule}"
+        if not any(config.loss_weights):
+            yield ("supervision",), "supervision.mixture: all weights are 0; leave one above it"
     if method == "codi" and not config.distillation:
         yield ("method", "supervision"), "supervision.distill: off with codi, which then is method: no_curriculum"
     if method == "codi" and not config.pad_latent_to_max:

@@ -17,6 +17,7 @@ from coconut_ds.config.sections import (
     DistillationConfig,
     IcotConfig,
     LatentContextConfig,
+    MixtureConfig,
     ScratchModelConfig,
     Section,
     SolverConfig,
@@ -232,11 +233,18 @@ class RunConfig(Section):
         return distill if distill is not None and distill.is_on else None
 
     @property
-    def loss_weights(self) -> tuple[float, float, float, float]:
-        """Of the sequence, of written steps, of the teacher, of its distance; the order of `training.step.LOSSES`."""
-        distill = self.distillation
-        alpha, beta, gamma = (distill.alpha, distill.beta, distill.gamma) if distill else (0.0, 1.0, 0.0)
-        return beta, self.step_weight, alpha, gamma
+    def mixture(self) -> MixtureConfig:
+        """The section `supervision.mixture`, or one with thoughts alone."""
+        given = self.supervision.mixture if self.supervision else None
+        return given or MixtureConfig()
+
+    @property
+    def loss_weights(self) -> tuple[float, float, float, float, float]:
+        """The weights of `training.step.LOSSES`."""
+        latent, verbal, gamma, mixture = self.mixture.latent, self.mixture.verbal, 0.0, self.mixture
+        if distill := self.distillation:
+            latent, verbal, gamma = distill.beta, distill.alpha, distill.gamma
+        return latent, self.step_weight, verbal, gamma, mixture.direct
 
     @property
     def has_copied_decoder(self) -> bool:

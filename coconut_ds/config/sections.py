@@ -124,6 +124,14 @@ class DistillationConfig(Section):
         return self.alpha > 0 or self.gamma > 0
 
 
+class MixtureConfig(Section):
+    """Weights of the losses of every example in three layouts: with thoughts, with all steps, and the answer alone."""
+
+    latent: float = Field(1.0, ge=0)
+    verbal: float = Field(0.0, ge=0)
+    direct: float = Field(0.0, ge=0)
+
+
 def _on_or_off(value: Any) -> Any:
     """A switch for a section of defaults."""
     return {} if value is True else None if value is False else value
@@ -134,6 +142,7 @@ class SupervisionConfig(Section):
 
     steps: Annotated[StepSupervisionConfig | None, BeforeValidator(_on_or_off)] = None
     distill: Annotated[DistillationConfig | None, BeforeValidator(_on_or_off)] = None
+    mixture: Annotated[MixtureConfig | None, BeforeValidator(lambda value: None if value is False else value)] = None
 
 
 class SolverConfig(Section):

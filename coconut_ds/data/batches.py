@@ -14,7 +14,7 @@ from coconut_ds.config.methods import METHODS, Method
 from coconut_ds.data.markers import END_LATENT, LATENT, START_LATENT, marker_ids
 from coconut_ds.data.stages import Layout
 from coconut_ds.data.step_targets import IGNORED, StepTargets, collate_step_targets, moved, texts_of_groups
-from coconut_ds.data.teacher import Taught, Teacher, collate_teacher, grown_teacher, taught
+from coconut_ds.data.teacher import Taught, Teacher, answered, collate_teacher, grown_teacher, taught
 from coconut_ds.runtime import distributed
 
 
@@ -36,9 +36,13 @@ class Tokens:
     step_end: int | None = None
     """Ends a step that is written from its thoughts; None without step supervision."""
     answer_lead: tuple[int, ...] | None = None
-    """The text before an answer, which a teacher ends a sequence with as thoughts do; None without distillation."""
+    """The text before an answer, after which the states of a teacher are compared; None without distillation."""
+    reads_steps: bool = False
+    """Whether an example is also read with all its steps in sight, by a teacher or in a mixture."""
     omits_last_step: bool = False
-    """Whether a teacher reads all steps but the last."""
+    """Then without the last one."""
+    answers_alone: bool = False
+    """Whether the answer is also learned from the question alone."""
 
     @classmethod
     def of(cls, method: Method, tokenizer: PreTrainedTokenizerBase) -> Tokens:
@@ -71,7 +75,9 @@ class TokenSequence:
     written: tuple[tuple[int, ...], ...] = ()
     """What a decoder learns to write from each group of thoughts; empty without step supervision."""
     taught: Taught | None = None
-    """What the teacher reads of the same example; None without distillation."""
+    """What is read of the same example with all steps; None without distillation and mixture."""
+    direct: Taught | None = None
+    """Question and answer alone; None without a mixture."""
     early: tuple[int, int] = (0, 0)
     """The place of supervised tokens before the thoughts, of steps that stand there, and one past it."""
 
@@ -90,15 +96,18 @@ class Batch(NamedTuple):
     """Position of each row's example in its data file; empty for a filler."""
     n_step_targets: int = 0
     """Tokens that are written from thoughts, with step supervision."""
-    n_teacher_targets: int = 0
-    """Tokens that the teacher of distillation writes."""
+    n_verbal_targets: int = 0
+    """Tokens that are written with all steps in sight, by a teacher or in a mixture."""
     n_distilled: int = 0
     """Examples whose states are compared with the teacher's."""
+    n_direct_targets: int = 0
+    """Tokens that are written from the question alone, in a mixture."""
 
     @property
-    def counts_of_losses(self) -> tuple[int, int, int, int]:
+    def counts_of_losses(self) -> tuple[int, int, int, int, int]:
         """What each loss is a sum over, in the order of `training.step.LOSSES`."""
-        return self.n_targets, self.n_step_targets, self.n_teacher_targets, self.n_distilled
+        verbal, direct = self.n_verbal_targets, self.n_direct_targets
+        return self.n_targets, self.n_step_targets, verbal, self.n_distilled, direct
 
 
 @dataclass(frozen=True)
@@ -108,13 +117,15 @@ class Size:
     n_thoughts: int = 0
     n_targets: int = 0
     n_step_targets: int = 0
-    n_teacher_targets: int = 0
+    n_verbal_targets: int = 0
+    n_direct_targets: int = 0
 
     @classmethod
     def of(cls, batch: Batch) -> Size:
         span = batch.inputs["thought_span"]
         n_thoughts = span[1] - span[0] if span else 0
-        return cls(n_thoughts, batch.n_targets, batch.n_step_targets, batch.n_teacher_targets)
+        others = (batch.n_step_targets, batch.n_verbal_targets, batch.n_direct_targets)
+        return cls(n_thoughts, batch.n_targets, *others)
 
     def __or__(self, other: Size) -> Size:
         """The larger of both, in each respect."""
@@ -142,7 +153,8 @@ def grown(batch: Batch, size: Size, pad: int) -> Batch:
     if "steps" in inputs:
         inputs["steps"] = moved(inputs["steps"], columns, columns + missing, size.n_step_targets)
     if "teacher" in inputs:
-        inputs["teacher"] = grown_teacher(inputs["teacher"], columns, columns + missing, size.n_teacher_targets)
+        counts = (size.n_verbal_targets, size.n_direct_targets)
+        inputs["teacher"] = grown_teacher(inputs["teacher"], columns, columns + missing, *counts)
     return batch._replace(inputs=inputs)
 
 
@@ -154,10 +166,10 @@ def training_sequence(row: dict[str, Any], layout: Layout, tokens: Tokens) -> To
     opening = prompt_sequence(row, layout, tokens)
     steps = [token for step in layout.after(row["steps_ids"]) for token in step]
     written = () if tokens.step_end is None else texts_of_groups(row, layout, tokens.step_end)
-    lead = tokens.answer_lead
-    teaching = None if lead is None else taught(row, lead, tokens.omits_last_step)
+    teaching = taught(row, tokens.answer_lead, tokens.omits_last_step) if tokens.reads_steps else None
+    direct = answered(row) if tokens.answers_alone else None
     ids = opening.ids + steps[layout.n_drop :] + row["answer_ids"]
-    return replace(opening, ids=ids, written=written, taught=teaching)
+    return replace(opening, ids=ids, written=written, taught=teaching, direct=direct)
 
 
 def prompt_sequence(row: dict[str, Any], layout: Layout, tokens: Tokens) -> TokenSequence:
@@ -188,12 +200,13 @@ def collate_training(
     pad: int,
     writes_steps: bool = False,
     has_teacher: bool = False,
+    answers_alone: bool = False,
 ) -> Batch:
     """Left-pad until all first thoughts stand in one column, right-pad the rest.
 
     Rows without thoughts get no left padding. Without any row the result is a filler, one unsupervised token, so that
     every rank runs the same number of micro-batches. `writes_steps` adds the targets of step supervision, `has_teacher`
-    the batch of the teacher.
+    what is read with all steps, `answers_alone` what is read without any.
     """
     is_filler = not sequences
     sequences = sequences or [TokenSequence([pad], 0, 0, 1)]
@@ -207,13 +220,15 @@ def collate_training(
         counts = [each.n_thoughts for each in sequences]
         steps = collate_step_targets([each.written for each in sequences], firsts, counts, n_columns)
         batch = batch._replace(inputs=batch.inputs | {"steps": steps}, n_step_targets=len(steps.supervised))
-    if has_teacher:
+    if has_teacher or answers_alone:
         ends = [offset + len(each.ids) for each, offset in zip(sequences, offsets)]
-        teacher = collate_teacher([each.taught for each in sequences if each.taught], ends, n_columns, pad)
+        direct = [each.direct for each in sequences if each.direct] if answers_alone else None
+        teacher = collate_teacher([each.taught for each in sequences if each.taught], ends, n_columns, pad, direct)
         batch = batch._replace(
             inputs=batch.inputs | {"teacher": teacher},
-            n_teacher_targets=len(teacher.targets),
+            n_verbal_targets=len(teacher.targets),
             n_distilled=len(teacher.student),
+            n_direct_targets=0 if teacher.direct is None else len(teacher.direct),
         )
     return batch._replace(n_tokens=0) if is_filler else batch
 

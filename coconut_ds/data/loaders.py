@@ -108,9 +108,8 @@ class TrainingSteps(torch.utils.data.Dataset):
                 row["question_ids"] = shuffle_facts(row["question_ids"], self._tokens, draw)
             sequences.append(training_sequence(row, layout, self._tokens))
         tokens = self._tokens
-        return collate_training(
-            sequences, indices, tokens.pad, tokens.step_end is not None, tokens.answer_lead is not None
-        )
+        has = (tokens.step_end is not None, tokens.reads_steps, tokens.answers_alone)
+        return collate_training(sequences, indices, tokens.pad, *has)
 
 
 def _grouped(order: torch.Tensor, lengths: torch.Tensor, total: int, generator: torch.Generator) -> torch.Tensor:

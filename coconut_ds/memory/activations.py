@@ -68,7 +68,9 @@ def measure(
     batches = [batch_of(sequence, rows) for rows in (2, 3)]
     batches += [_filling_chunks(batch) for batch in batches]
     two, three, full_two, full_three = map(torch.tensor, _predicted(model, batches, dtype, for_card))
-    taught = 0 if sequence.taught is None else len(sequence.taught.ids) - sequence.taught.first_target
+    taught = max(
+        0 if each is None else len(each.ids) - each.first_target for each in (sequence.taught, sequence.direct)
+    )
     first, last = sequence.early
     supervised = last - first + len(sequence.ids) - sequence.first_target
     targets = max(supervised, sum(map(len, sequence.written)), taught)
@@ -90,8 +92,8 @@ def measured_peak(model: Coconut, batch: Batch) -> int:
 
 def batch_of(sequence: TokenSequence, rows: int) -> Batch:
     """A micro-batch with `sequence` in each of its `rows`."""
-    has_teacher = sequence.taught is not None
-    return collate_training([sequence] * rows, list(range(rows)), 0, bool(sequence.written), has_teacher)
+    has = (bool(sequence.written), sequence.taught is not None, sequence.direct is not None)
+    return collate_training([sequence] * rows, list(range(rows)), 0, *has)
 
 
 def _filling_chunks(batch: Batch) -> Batch:
@@ -105,7 +107,10 @@ def _filling_chunks(batch: Batch) -> Batch:
         inputs["steps"] = inputs["steps"]._replace(supervised=filled(inputs["steps"].supervised))
     if "teacher" in inputs:
         teacher = inputs["teacher"]
-        inputs["teacher"] = teacher._replace(supervised=filled(teacher.supervised), targets=filled(teacher.targets))
+        both = {"supervised": filled(teacher.supervised), "targets": filled(teacher.targets)}
+        if teacher.direct is not None:
+            both |= {"direct": filled(teacher.direct), "direct_targets": filled(teacher.direct_targets)}
+        inputs["teacher"] = teacher._replace(**both)
     return batch._replace(inputs=inputs)
 
 
@@ -124,8 +129,9 @@ def widest_sequence(examples: Dataset, curriculum: Curriculum, stage: int, token
     ids = [0] * prefix + latent + [0] * (middle + targets)
     # Not from the first token on, which nothing predicts.
     early = (1, 1 + max(last - first for first, last in (each.early for each in sequences)))
-    texts, teacher = _widest_texts(sequences), _widest_taught(sequences)
-    return TokenSequence(ids, prefix, thoughts, len(ids) - targets, texts, teacher, early)
+    texts = _widest_texts(sequences)
+    teacher, direct = (_widest(each) for each in zip(*((each.taught, each.direct) for each in sequences)))
+    return TokenSequence(ids, prefix, thoughts, len(ids) - targets, texts, teacher, direct, early)
 
 
 def _widest_texts(sequences: Sequence[TokenSequence]) -> tuple[tuple[int, ...], ...]:
@@ -135,9 +141,9 @@ def _widest_texts(sequences: Sequence[TokenSequence]) -> tuple[tuple[int, ...], 
     return ((0,) * longest,) * max(len(each.written) for each in sequences)
 
 
-def _widest_taught(sequences: Sequence[TokenSequence]) -> Taught | None:
-    """As long as the longest, with as many targets as any; None without a teacher."""
-    examples = [each.taught for each in sequences if each.taught is not None]
+def _widest(sequences: Sequence[Taught | None]) -> Taught | None:
+    """As long as the longest, with as many targets as any; None if there is none."""
+    examples = [each for each in sequences if each is not None]
     if not examples:
         return None
     length = max(len(each.ids) for each in examples)

@@ -32,7 +32,7 @@ from coconut_ds.model.step_decoder import written_steps_loss
 class CoconutOutput(ModelOutput):
     """`loss` is the mean over supervised tokens, `loss_sum` their sum and `n_targets` their number (0-d tensors).
 
-    `logits` (B, T, V) is filled only when no labels were given, `step_loss_sum` (0-d) only with `steps`, the last two
+    `logits` (B, T, V) is filled only when no labels were given, `step_loss_sum` (0-d) only with `steps`, the last three
     (0-d) only with a `teacher`.
     """
 
@@ -41,13 +41,15 @@ class CoconutOutput(ModelOutput):
     n_targets: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     step_loss_sum: torch.Tensor | None = None
-    teacher_loss_sum: torch.Tensor | None = None
+    verbal_loss_sum: torch.Tensor | None = None
     distance_sum: torch.Tensor | None = None
+    direct_loss_sum: torch.Tensor | None = None
 
     @property
     def sums_of_losses(self) -> tuple[torch.Tensor | None, ...]:
         """One of each loss, in the order of `training.step.LOSSES`."""
-        return self.loss_sum, self.step_loss_sum, self.teacher_loss_sum, self.distance_sum
+        of_teacher = (self.verbal_loss_sum, self.distance_sum, self.direct_loss_sum)
+        return self.loss_sum, self.step_loss_sum, *of_teacher
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> dict[str, int | None]:
@@ -63,8 +65,8 @@ class Coconut(LatentPasses):
     Raises ModelError for a `base_causallm` that the passes, or decoding, do not fit (model/self_check.py).
     """
 
-    distillation = Distillation()
-    """How states are compared with those of a teacher, where a batch has one."""
+    distillation: Distillation | None = None
+    """How states are compared with those of a teacher, where a batch has one; None compares nothing."""
 
     def _demand_fit(self) -> None:
         demand_fit(self)
@@ -159,7 +161,9 @@ class Coconut(LatentPasses):
         Raises ValueError for a thought in column 0, or if HF's own checkpointing, which drops the cache, is on in
         training.
         """
-        reader = None if teacher is None else StatesAt(self.distillation, teacher.student, input_ids.shape[1])
+        reader = None
+        if teacher is not None and self.distillation is not None:
+            reader = StatesAt(self.distillation, teacher.student, input_ids.shape[1])
         encoded = self.encode(input_ids, attention_mask, position_ids, thought_span, reader=reader)
         if labels is None:
             return CoconutOutput(logits=self.lm_head(encoded.hidden))
@@ -171,9 +175,9 @@ class Coconut(LatentPasses):
         n_targets = len(supervised)
         written = None if steps is None else written_steps_loss(self, encoded.inputs_embeds, steps)
         output = CoconutOutput(loss_sum / max(n_targets, 1), loss_sum, torch.tensor(n_targets), step_loss_sum=written)
-        if teacher is not None and reader is not None:
-            losses = teacher_losses(self, self.distillation, teacher, reader.found)
-            output.teacher_loss_sum, output.distance_sum = losses
+        if teacher is not None:
+            losses = teacher_losses(self, teacher, self.distillation, reader.found if reader else ())
+            output.verbal_loss_sum, output.distance_sum, output.direct_loss_sum = losses
         return output
 
     def generate(

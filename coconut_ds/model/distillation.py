@@ -71,11 +71,12 @@ class StatesAt:
 
 
 def teacher_losses(
-    model: LatentPasses, distillation: Distillation, teacher: Teacher, student: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of the teacher's cross entropies, and of the distances of all examples; 0-d each.
+    model: LatentPasses, teacher: Teacher, distillation: Distillation | None, student: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Sums of the cross entropies with all steps, of the distances of all examples, and with the answer alone.
 
-    `student`: the states of `teacher.student`, (R, D) of each layer.
+    0-d each; None without `distillation`, and without rows with the answer alone. `student`: the states of
+    `teacher.student`, (R, D) of each layer.
     """
     base = model.base_causallm
     embeds = base.get_input_embeddings()(teacher.input_ids)
@@ -84,15 +85,24 @@ def teacher_losses(
         attention_mask=causal_mask(teacher.attention_mask, base.config, embeds.dtype),
         position_ids=teacher.position_ids,
         use_cache=False,
-        output_hidden_states=True,
+        **({} if distillation is None else {"output_hidden_states": True}),
     )
-    states = output.last_hidden_state.flatten(0, 1).index_select(0, teacher.supervised - 1)
-    written = summed_cross_entropy(model.lm_head, states, teacher.targets)
+    states = output.last_hidden_state.flatten(0, 1)
+
+    def written(entries: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return summed_cross_entropy(model.lm_head, states.index_select(0, entries - 1), targets)
+
+    verbal = written(teacher.supervised, teacher.targets)
+    direct = None
+    if teacher.direct is not None and teacher.direct_targets is not None:
+        direct = written(teacher.direct, teacher.direct_targets)
+    if distillation is None:
+        return verbal, None, direct
     goals = [
         each.detach().flatten(0, 1).index_select(0, teacher.before_answer)
         for each in distillation.of(output.hidden_states)
     ]
-    return written, summed_distance(student, goals, distillation.deviation)
+    return verbal, summed_distance(student, goals, distillation.deviation), direct
 
 
 def summed_distance(

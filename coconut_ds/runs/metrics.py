@@ -44,9 +44,11 @@ class TrainStep(_Record):
     """What torch's allocator held at most; None on a CPU."""
     step_loss: Number | None = None
     """Of steps written from their thoughts, without its weight; None without step supervision or thoughts."""
-    teacher_loss: Number | None = None
+    verbal_loss: Number | None = None
     distance: Number | None = None
-    """Of distillation, without their weights; None without it."""
+    """Of sequences with all steps, and of states from a teacher's, without their weights; None without supervision."""
+    direct_loss: Number | None = None
+    """Of answers alone, without its weight; None without a mixture."""
     n_tokens: int | None = None
     padding_share: float | None = None
     n_skipped_in_run: int | None = None

@@ -78,9 +78,8 @@ def load_setup(
     _demand_facts(config, tokens, train_set)
     if tokens.step_end is not None:
         check_written_lengths(train_path, train_set, curriculum, tokens.step_end, backbone.n_positions)
-    if tokens.answer_lead is not None:
-        lead, omits = tokens.answer_lead, tokens.omits_last_step
-        check_taught_lengths(train_path, train_set, lead, omits, backbone.n_positions)
+    if tokens.reads_steps:
+        check_taught_lengths(train_path, train_set, tokens.omits_last_step, backbone.n_positions)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     found = []
     if distributed.is_main():
@@ -183,6 +182,8 @@ def _tokens(config: RunConfig, backbone: Backbone) -> Tokens:
     if config.distillation:
         lead = tuple(backbone.tokenizer(answer_line(""), add_special_tokens=False)["input_ids"])
         tokens = replace(tokens, answer_lead=lead, omits_last_step=config.distillation.omit_last_step)
+    reads_steps = bool(config.distillation or config.mixture.verbal)
+    tokens = replace(tokens, reads_steps=reads_steps, answers_alone=config.mixture.direct > 0)
     if config.shuffle_facts is None:
         return tokens
     ids = backbone.tokenizer(config.shuffle_facts, add_special_tokens=False)["input_ids"]

@@ -30,10 +30,12 @@ class LossScaleError(InputError):
     """fp16 training whose loss scale cannot be lowered any further."""
 
 
-LOSSES = ("loss", "step_loss", "teacher_loss", "distance")
-"""Of the sequences; of steps written from thoughts; of the teacher, and the distance of states from the teacher's."""
-Weights = tuple[float, float, float, float]
+LOSSES = ("loss", "step_loss", "verbal_loss", "distance", "direct_loss")
+"""Of the sequences; of steps written from thoughts; of the sequences with all steps, a teacher's, and the distance of
+states from the teacher's; of the answers alone."""
+Weights = tuple[float, float, float, float, float]
 """Of each loss in the gradient."""
+SEQUENCES_ALONE: Weights = (1.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class Pending:
     """The metrics of a step while they are still on the device; `fetch` brings them to the host."""
 
     losses: torch.Tensor
-    """This rank's part of each loss of the step, (4,)."""
+    """This rank's part of each loss of the step, (5,)."""
     totals: torch.Tensor
-    """Over all ranks, int64 (10,): for each loss what it is a mean over and the micro-batches with any, then tokens,
+    """Over all ranks, int64 (12,): for each loss what it is a mean over and the micro-batches with any, then tokens,
     cells."""
     indices: list[int]
     """The training examples this rank had."""
@@ -61,8 +63,9 @@ class StepMetrics:
     n_tokens: int
     padding_share: float
     step_loss: float | None = None
-    teacher_loss: float | None = None
+    verbal_loss: float | None = None
     distance: float | None = None
+    direct_loss: float | None = None
 
     def as_dict(self) -> dict[str, float]:
         return {key: value for key, value in asdict(self).items() if value is not None}
@@ -75,7 +78,7 @@ def accumulate_gradients(
     engine: deepspeed.DeepSpeedEngine,
     batches: list[Batch],
     normalization: Normalization,
-    weights: Weights = (1.0, 0.0, 0.0, 0.0),
+    weights: Weights = SEQUENCES_ALONE,
 ) -> Pending:
     """Forward and backward over `batches`, without synchronising with the device.
 
@@ -89,7 +92,7 @@ def accumulate_gradients(
     device, world = distributed.device(), distributed.world_size()
     totals = distributed.sum_over_ranks(_to_device_async(_counts(batches), device))
     counted = totals[:-2].view(len(LOSSES), 2)[:, 0 if normalization == "token" else 1]
-    shares = 1 / counted.clamp_min(1).float()  # (4,)
+    shares = 1 / counted.clamp_min(1).float()  # (5,)
     losses = torch.zeros(len(LOSSES), device=device)
     for number, batch in enumerate(batches, start=1):
         # Accumulation ends with the epoch, not with DeepSpeed's count. Told before the last backward, an offloaded
@@ -132,7 +135,7 @@ def optimizer_step(
     engine: deepspeed.DeepSpeedEngine,
     batches: list[Batch],
     normalization: Normalization,
-    weights: Weights = (1.0, 0.0, 0.0, 0.0),
+    weights: Weights = SEQUENCES_ALONE,
 ) -> StepMetrics:
     """Gradients of `batches`, their check and the update. Raises NonFiniteLossError before anything is updated."""
     pending = accumulate_gradients(engine, batches, normalization, weights)

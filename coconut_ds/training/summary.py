@@ -66,6 +66,10 @@ def _supervision_text(config: RunConfig) -> str:
         texts.append(
             f", taught by itself with steps (alpha {distill.alpha:g}, beta {distill.beta:g}, gamma {distill.gamma:g})"
         )
+    mixture = config.mixture
+    if mixture.verbal or mixture.direct:
+        weights = f"latent {mixture.latent:g}, verbal {mixture.verbal:g}, direct {mixture.direct:g}"
+        texts.append(f", mixed with other layouts ({weights})")
     return "".join(texts)
 
 

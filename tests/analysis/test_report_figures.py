@@ -159,12 +159,12 @@ def test_values_of_steps(name, value, runs):
 
 
 def test_each_loss_of_supervision_that_is_recorded_has_a_plot(tmp_path, runs):
-    assert not {"step_loss", "teacher_loss", "distance"} & {each.name for each in pictures(runs)}
+    assert not {"step_loss", "verbal_loss", "distance"} & {each.name for each in pictures(runs)}
     folder = recorded.write_run(tmp_path, "taught", epochs=0)
-    recorded.write_events(folder, [recorded.train_step(1, 1, teacher_loss=0.5, distance=0.25)])
+    recorded.write_events(folder, [recorded.train_step(1, 1, verbal_loss=0.5, distance=0.25)])
     both = runs | {"taught": read_run(folder)}
     assert not any(each.name == "step_loss" for each in pictures(both))
-    for name, value in (("teacher_loss", 0.5), ("distance", 0.25)):
+    for name, value in (("verbal_loss", 0.5), ("distance", 0.25)):
         axes = axes_of(name, both)
         drawn = [line for line in axes.lines if list(line.get_ydata()) == [value]]
         assert [line.get_color() for line in drawn] == [LIGHT.series[len(runs)]]

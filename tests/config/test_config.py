@@ -215,6 +215,12 @@ def test_windows(tmp_path, override, weights):
             "supervision.distill.layers=[-1]",
             "supervision.distill.layers.0: -1: input should be greater than or equal to 0",
         ),
+        (
+            "coconut=false method=cot supervision.mixture.direct=1",
+            "supervision.mixture: cot has no thoughts or pauses to",
+        ),
+        ("supervision.distill=true supervision.mixture.verbal=1", "set its alpha and beta instead"),
+        ("supervision.mixture.latent=0", "supervision.mixture: all weights are 0; leave one above it"),
         ("supervision.distill.layers=[]", "supervision.distill.layers: []: tuple should have at least 1 item"),
         ("supervision.distill.layers=[1,1]", "supervision.distill.layers: [1, 1]: names a layer twice"),
         ("coconut=false method=codi supervision=false", "off with codi, which then is method: no_curriculum"),
@@ -233,10 +239,12 @@ def test_windows_and_methods_that_cannot_be(tmp_path, override, message):
 def test_codi_has_its_teacher_and_a_fixed_number_of_thoughts(tmp_path):
     config = load(tmp_path, GOOD, "coconut=false", "method=codi", "supervision.steps=true", "max_latent_stage=1")
     assert config.pad_latent_to_max
-    assert config.loss_weights == (1.0, 1.0, 1.0, 1.0)
+    assert config.loss_weights == (1.0, 1.0, 1.0, 1.0, 0.0)
     off = load(tmp_path, GOOD, "supervision.distill={alpha: 0, gamma: 0, beta: 0.5}")
     assert off.distillation is None
-    assert off.loss_weights == (1.0, 0.0, 0.0, 0.0)
+    assert off.loss_weights == (1.0, 0.0, 0.0, 0.0, 0.0)
+    mixed = load(tmp_path, GOOD, "supervision.mixture={latent: 0.5, verbal: 0.25, direct: 2}")
+    assert mixed.loss_weights == (0.5, 0.0, 0.25, 0.0, 2.0)
 
 
 def test_the_published_switches_are_synonyms(tmp_path):
@@ -305,7 +313,7 @@ def test_a_misspelt_key_gets_the_key_it_is(section, key):
         ("alpha", "here it is supervision.distill, with alpha, beta and gamma"),
         ("gamma", "here it is supervision.distill, with alpha, beta and gamma"),
         ("ref_loss_factor", "here it is supervision.distill.alpha"),
-        ("multi_mode", "supervision.steps.weight, and alpha, beta, gamma of supervision.distill"),
+        ("multi_mode", "here it is supervision.mixture"),
         ("distributed_training", "deepspeed --num_gpus N, or RANKS=N ./launch.sh"),
         ("max_length", "an example longer than the model's positions is named"),
         ("max_seq_length", "an example longer than the model's positions is named"),

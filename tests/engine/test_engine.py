@@ -34,8 +34,8 @@ def test_gradients_do_not_depend_on_the_split(ranks, splits, speed):
     ],
 )
 def test_gradients_of_all_losses_do_not_depend_on_the_split(ranks, splits, speed, everything):
-    """Micro-batches with and without steps to write, fillers, ranks with different numbers of them; and a teacher."""
-    weights = "(0.5, 0.7, 0.6, 2.0)"
+    """Micro-batches with and without steps to write, fillers, ranks with different numbers of them; other layouts."""
+    weights = "(0.5, 0.7, 0.6, 2.0, 0.3)"
     code = f"import rank_checks\nresult = rank_checks.gradient_errors(names, splits, speed, {weights}, everything)"
     for errors in launching.on_ranks(ranks, code, names=CONFIGS, splits=splits, speed=speed, everything=everything):
         assert len(errors) == len(CONFIGS) * len(splits)

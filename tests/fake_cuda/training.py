@@ -65,7 +65,7 @@ def optimizer_step(family: str, normalization: str, micro_batches: int, iteratio
     with FakeCuda() as cuda, mock.patch.object(distributed, "device", return_value=CUDA):
         engine: Any = PlainEngine(_placed(model, "float16", "cuda"))
         cuda.waits.clear()
-        pending = accumulate_gradients(engine, batches, normalization, (1.0, 1.0, 1.0, 1.0))
+        pending = accumulate_gradients(engine, batches, normalization, (1.0, 1.0, 1.0, 1.0, 1.0))
         accumulating = dict(cuda.waits)
         cuda.waits.clear()
         metrics = fetch(pending, 1)
@@ -99,10 +99,10 @@ def _batch(thoughts: int, is_supervised: bool = False) -> Batch:
     def sequence(n_thoughts: int, prefix: int) -> TokenSequence:
         ids = [5] * prefix + [tiny.LATENT] * n_thoughts + [tiny.END, 6, 7, tiny.EOS]
         texts, taught = ((6, tiny.EOS),) * n_thoughts, Taught([5] * prefix + [8, 6, 7, tiny.EOS], prefix, 2)
-        return TokenSequence(ids, prefix, n_thoughts, prefix + n_thoughts + 1, texts, taught)
+        return TokenSequence(ids, prefix, n_thoughts, prefix + n_thoughts + 1, texts, taught, taught)
 
     sequences = [sequence(thoughts, 9), sequence(max(0, thoughts - 1), 7)]
-    return collate_training(sequences, [0, 1], tiny.PAD, writes_steps=is_supervised, has_teacher=is_supervised)
+    return collate_training(sequences, [0, 1], tiny.PAD, *(is_supervised,) * 3)
 
 
 def check(what: str, **case: Any) -> dict[str, Any]:

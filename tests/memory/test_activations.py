@@ -56,10 +56,10 @@ def gpt2_small() -> Coconut:
 @pytest.mark.parametrize(("checkpointed", "written"), [(True, 0), (False, 0), (True, 8)])
 def test_the_peak_of_gpt2_small_is_predicted_within_a_tenth(gpt2_small, checkpointed, written):
     # 64 columns, so that it takes seconds; benchmarks/memory.py does the same at the columns of ProsQA. With
-    # supervision each thought writes eight tokens, a teacher reads 40 of steps, and there are two iterations.
+    # supervision each thought writes eight tokens, 40 of steps and the answer alone are read, and there are two iterations.
     texts = ((5,) * written,) * 4 if written else ()
-    teaching = Taught([5] * 98, 49, 5) if written else None
-    sequence = TokenSequence([5] * 50 + [50259] * 4 + [5] * 10, 50, 4, 55, texts, teaching)
+    teaching, direct = (Taught([5] * 98, 49, 5), Taught([5] * 58, 49, 9)) if written else (None, None)
+    sequence = TokenSequence([5] * 50 + [50259] * 4 + [5] * 10, 50, 4, 55, texts, teaching, direct)
     gpt2_small.solver = Jacobi(2) if written else None
     gpt2_small.disable_activation_checkpointing()
     if checkpointed:
@@ -135,10 +135,14 @@ def test_the_widest_sequence_writes_as_many_steps_as_any_and_each_as_long_as_the
 
 def test_the_widest_teacher_is_as_long_as_any_and_writes_as_much(curriculum):
     rows = Dataset.from_list([tiny.row(9, [3, 2], 2, 0), tiny.row(4, [7, 1], 2, 1)])
-    tokens = replace(TOKENS, answer_lead=())
-    ids, first_target, _ = widest_sequence(rows, curriculum(max_latent_stage=2), 2, tokens).taught
-    assert (len(ids), len(ids) - first_target) == (17, 11)
-    assert widest_sequence(rows, curriculum(max_latent_stage=2), 2, TOKENS).taught is None
+    tokens = replace(TOKENS, reads_steps=True, answers_alone=True)
+    widest = widest_sequence(rows, curriculum(max_latent_stage=2), 2, tokens)
+    assert (len(widest.taught.ids), len(widest.taught.ids) - widest.taught.first_target) == (17, 11)
+    assert (len(widest.direct.ids), len(widest.direct.ids) - widest.direct.first_target) == (12, 3)
+    batch = batch_of(widest, 2)
+    assert (batch.n_verbal_targets, batch.n_direct_targets, batch.n_distilled) == (22, 6, 2)
+    without = widest_sequence(rows, curriculum(max_latent_stage=2), 2, TOKENS)
+    assert (without.taught, without.direct) == (None, None)
 
 
 def test_the_widest_sequence_covers_every_example(curriculum):

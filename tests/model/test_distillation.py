@@ -23,7 +23,7 @@ from coconut_ds.model.jacobi import Jacobi
 RAGGED = [(9, Layout(2, 2)), (14, Layout(3, 3)), (2, Layout(1, 1)), (7, Layout(0, 0)), (5, Layout(3, 6, per_step=2))]
 # The first token of every answer of `rows_of`.
 LEAD = 7
-TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT, answer_lead=(LEAD,))
+TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT, answer_lead=(LEAD,), reads_steps=True)
 SETTINGS = {
     "all layers": Distillation(),
     "chosen layers": Distillation(layers=(1, 2)),
@@ -36,6 +36,12 @@ def sequences_of(shapes, tokens=TOKENS):
     for row in rows:
         row["answer_ids"] = [LEAD, *row["answer_ids"]]
     return [training_sequence(row, layout, tokens) for row, (_, layout) in zip(rows, shapes)]
+
+
+def student(family, window):
+    model = tiny.coconut(family, WINDOWS[window])
+    model.distillation = Distillation()
+    return model
 
 
 def batch_of(shapes):
@@ -51,7 +57,8 @@ def test_the_teacher_reads_steps_and_answer_without_markers():
     assert taught(row, (), omits_last_step=False).n_answer == 4
     short = {"question_ids": [5], "steps_ids": [], "answer_ids": [7, tiny.EOS]}
     assert taught(short, (7, tiny.EOS), omits_last_step=True) == ([5, 7, tiny.EOS], 1, 1)
-    assert training_sequence(row, Layout(2, 2), replace(TOKENS, answer_lead=None)).taught is None
+    assert taught(row, None, omits_last_step=False).n_answer == 0, "nothing is compared"
+    assert training_sequence(row, Layout(2, 2), replace(TOKENS, reads_steps=False)).taught is None
 
 
 def test_states_are_compared_at_the_same_token():
@@ -77,10 +84,10 @@ def test_losses_and_gradients_equal_the_naive_twin(family, window, speed, settin
     output = model(**batch.inputs)
 
     def backward(sequence, teacher, distance):
-        total = 0.5 * sequence / batch.n_targets + 0.7 * teacher / batch.n_teacher_targets
+        total = 0.5 * sequence / batch.n_targets + 0.7 * teacher / batch.n_verbal_targets
         (total + 3.0 * distance / batch.n_distilled).backward()
 
-    backward(output.loss_sum, output.teacher_loss_sum, output.distance_sum)
+    backward(output.loss_sum, output.verbal_loss_sum, output.distance_sum)
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     if speed == "recomputed":
@@ -91,8 +98,8 @@ def test_losses_and_gradients_equal_the_naive_twin(family, window, speed, settin
     sequence = naive.batch_loss(model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
     backward(sequence, teacher, distance)
     assert batch.n_distilled == len(RAGGED)
-    assert batch.n_teacher_targets == sum(len(each.ids) - each.first_target for _, each in rows)
-    assert output.teacher_loss_sum.item() == pytest.approx(teacher.item(), rel=1e-6)
+    assert batch.n_verbal_targets == sum(len(each.ids) - each.first_target for _, each in rows)
+    assert output.verbal_loss_sum.item() == pytest.approx(teacher.item(), rel=1e-6)
     assert output.distance_sum.item() == pytest.approx(distance.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
         error = (ours[name] - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-12)
@@ -101,7 +108,7 @@ def test_losses_and_gradients_equal_the_naive_twin(family, window, speed, settin
 
 def test_thoughts_of_enough_iterations_have_the_same_losses():
     """The last states of a column are read, not those of an earlier iteration."""
-    model = tiny.coconut("llama", WINDOWS["sequence"])
+    model = student("llama", "sequence")
     batch = batch_of(RAGGED)
     first, end = batch.inputs["thought_span"]
     columns = batch.inputs["teacher"].student % batch.inputs["input_ids"].shape[1]
@@ -113,12 +120,12 @@ def test_thoughts_of_enough_iterations_have_the_same_losses():
 
 
 def test_the_loss_of_the_sequence_stays_bit_for_bit():
-    model = tiny.coconut("gpt2", WINDOWS["sequence"])
+    model = student("gpt2", "sequence")
     batch = batch_of(RAGGED)
     with_teacher = model(**batch.inputs)
     without = model(**{key: value for key, value in batch.inputs.items() if key != "teacher"})
     assert torch.equal(with_teacher.loss_sum, without.loss_sum)
-    assert without.teacher_loss_sum is None
+    assert without.verbal_loss_sum is None
     assert without.distance_sum is None
 
 
@@ -126,45 +133,83 @@ def test_where_no_step_is_replaced_the_distance_is_that_of_the_markers_alone():
     tokens = replace(TOKENS, start_latent=None, end_latent=None)
     sequences = sequences_of([(7, Layout(0, 0)), (4, Layout(0, 0))], tokens)
     batch = collate_training(sequences, [0, 1], tiny.PAD, has_teacher=True)
-    output = tiny.coconut("llama", None)(**batch.inputs)
+    output = student("llama", "plain")(**batch.inputs)
     assert output.distance_sum.item() == pytest.approx(0, abs=1e-6)
-    assert output.teacher_loss_sum.item() == pytest.approx(output.loss_sum.item(), rel=1e-6)
+    assert output.verbal_loss_sum.item() == pytest.approx(output.loss_sum.item(), rel=1e-6)
+
+
+MIXED = replace(TOKENS, answer_lead=None, answers_alone=True)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("layouts", ["verbal and direct", "direct"])
+@pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
+def test_a_mixture_has_the_losses_of_its_layouts(family, layouts, plain):
+    reads_steps = layouts != "direct"
+    sequences = sequences_of(RAGGED, replace(MIXED, reads_steps=reads_steps))
+    batch = collate_training(sequences, [0, 1, 2, 3, 4], tiny.PAD, has_teacher=reads_steps, answers_alone=True)
+    model = tiny.coconut(family, WINDOWS["sequence"], plain=plain)
+    output = model(**batch.inputs)
+    assert output.distance_sum is None
+    assert batch.n_distilled == 0
+    (output.verbal_loss_sum + 2 * output.direct_loss_sum).backward()
+    ours = {name: parameter.grad.clone() for name, parameter in model.base_causallm.named_parameters()}
+    model.zero_grad()
+    verbal = [naive.plain_loss(model, each.taught.ids, each.taught.first_target) for each in sequences if reads_steps]
+    direct = [naive.plain_loss(model, each.direct.ids, each.direct.first_target) for each in sequences]
+    (sum(verbal) + 2 * sum(direct)).backward()
+    assert output.verbal_loss_sum.item() == pytest.approx(sum(each.item() for each in verbal), rel=1e-6)
+    assert output.direct_loss_sum.item() == pytest.approx(sum(direct).item(), rel=1e-6)
+    assert batch.n_direct_targets == sum(len(each.direct.ids) - each.direct.first_target for each in sequences)
+    for name, parameter in model.base_causallm.named_parameters():
+        error = (ours[name] - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-12)
+        assert error < 1e-4, f"{name}: relative error {error:.2e}"
+
+
+def test_the_answer_alone_stands_right_behind_the_question():
+    row = {"question_ids": [5, 6], "steps_ids": [[10, 11], [12]], "answer_ids": [7, 14, tiny.EOS]}
+    assert training_sequence(row, Layout(1, 1), MIXED).direct == ([5, 6, 7, 14, tiny.EOS], 2, 3)
+    assert training_sequence(row, Layout(1, 1), TOKENS).direct is None
 
 
 def test_a_filler_runs_the_teacher_and_adds_nothing():
-    model = tiny.coconut("llama", WINDOWS["sequence"])
+    model = student("llama", "sequence")
     batch = batch_of([])
-    assert batch.counts_of_losses == (0, 0, 0, 0)
+    assert batch.counts_of_losses == (0, 0, 0, 0, 0)
     output = model(**batch.inputs)
-    assert (output.teacher_loss_sum.item(), output.distance_sum.item()) == (0, 0)
-    (output.loss_sum + output.teacher_loss_sum + output.distance_sum).backward()
+    assert (output.verbal_loss_sum.item(), output.distance_sum.item()) == (0, 0)
+    (output.loss_sum + output.verbal_loss_sum + output.distance_sum).backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     assert not any(each is not None and each.any() for each in gradients)
 
 
 @pytest.mark.parametrize("deviation", ["example", "micro_batch"])
 def test_a_batch_grown_to_that_of_another_rank_has_the_same_losses(deviation):
-    model = tiny.coconut("llama", WINDOWS["sequence"])
+    def batch_of(shapes):
+        sequences = sequences_of(shapes, replace(TOKENS, answers_alone=True))
+        return collate_training(sequences, list(range(len(shapes))), tiny.PAD, has_teacher=True, answers_alone=True)
+
+    model = student("llama", "sequence")
     model.distillation = Distillation(deviation=deviation)
     small, large = batch_of(RAGGED[:1]), batch_of(RAGGED)
     size = Size.of(small) | Size.of(large)
     before, after = model(**small.inputs), model(**grown(small, size, tiny.PAD).inputs)
-    assert len(grown(small, size, tiny.PAD).inputs["teacher"].supervised) == large.n_teacher_targets
+    assert len(grown(small, size, tiny.PAD).inputs["teacher"].supervised) == large.n_verbal_targets
     for ours, theirs in zip(after.sums_of_losses, before.sums_of_losses):
         assert (ours is None) == (theirs is None)
         assert ours is None or ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     empty = model(**grown(batch_of([]), size, tiny.PAD).inputs)
-    assert (empty.teacher_loss_sum.item(), empty.distance_sum.item()) == (0, 0)
+    assert (empty.verbal_loss_sum.item(), empty.distance_sum.item(), empty.direct_loss_sum.item()) == (0, 0, 0)
 
 
 def test_sequences_of_the_teacher_that_do_not_fit_are_refused():
     rows = Dataset.from_list([tiny.row(4, [3, 2], 2, 0), tiny.row(4, [3, 20], 2, 1)])
-    check_taught_lengths("f.json", rows, (), False, 30)
-    check_taught_lengths("f.json", rows, (), True, 12)
+    check_taught_lengths("f.json", rows, False, 30)
+    check_taught_lengths("f.json", rows, True, 12)
     with pytest.raises(
-        InputError, match=r"record 1: .* the teacher of supervision.distill reads 30 tokens, the model has"
+        InputError, match=r"record 1: .* 30 tokens with all steps, as supervision reads them, the model"
     ):
-        check_taught_lengths("f.json", rows, (), False, 29)
+        check_taught_lengths("f.json", rows, False, 29)
 
 
 def test_layers_that_the_model_does_not_have_are_refused():

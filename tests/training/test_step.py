@@ -26,8 +26,8 @@ TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
 
 
 def step(loss: float, step_loss: float = 0.0, n_step_targets: int = 0) -> Pending:
-    totals = torch.tensor([7, 1, n_step_targets, int(n_step_targets > 0), 0, 0, 2, 1, 30, 40])
-    return Pending(torch.tensor([loss, step_loss, 0.0, 0.5]), totals, [10, 12])
+    totals = torch.tensor([7, 1, n_step_targets, int(n_step_targets > 0), 0, 0, 2, 1, 0, 0, 30, 40])
+    return Pending(torch.tensor([loss, step_loss, 0.0, 0.5, 0.0]), totals, [10, 12])
 
 
 def test_metrics():

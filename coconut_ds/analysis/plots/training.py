@@ -192,10 +192,15 @@ _SUPERVISION = {
         Quantity(lambda step: step.step_loss),
         "Cross entropy per token of the steps that a decoder writes from their thoughts, without its weight",
     ),
-    "teacher_loss": (
-        "Teacher",
-        Quantity(lambda step: step.teacher_loss),
-        "Cross entropy per token of the model with its steps in sight, without its weight",
+    "verbal_loss": (
+        "All steps in sight",
+        Quantity(lambda step: step.verbal_loss),
+        "Cross entropy per token of steps and answer without thoughts, a teacher's or a mixture's, without its weight",
+    ),
+    "direct_loss": (
+        "Answer alone",
+        Quantity(lambda step: step.direct_loss),
+        "Cross entropy per token of the answer right after the question, without its weight",
     ),
     "distance": (
         "Distance from the teacher",
