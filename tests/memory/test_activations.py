@@ -56,7 +56,7 @@ def gpt2_small() -> Coconut:
 @pytest.mark.parametrize(("checkpointed", "written"), [(True, 0), (False, 0), (True, 8)])
 def test_the_peak_of_gpt2_small_is_predicted_within_a_tenth(gpt2_small, checkpointed, written):
     # 64 columns, so that it takes seconds; benchmarks/memory.py does the same at the columns of ProsQA. With
-    # supervision each thought writes eight tokens, 40 of steps and the answer alone are read, and there are two iterations.
+    # supervision each thought writes eight tokens, all steps and the answer alone are read; two iterations.
     texts = ((5,) * written,) * 4 if written else ()
     teaching, direct = (Taught([5] * 98, 49, 5), Taught([5] * 58, 49, 9)) if written else (None, None)
     sequence = TokenSequence([5] * 50 + [50259] * 4 + [5] * 10, 50, 4, 55, texts, teaching, direct)
