@@ -73,7 +73,7 @@ def _method_rules(config: RunConfig) -> _Found:
         if config.distillation:
             rule = "whose teacher is the verbal layout; set its alpha and beta instead"
             yield ("supervision",), f"supervision.mixture: together with supervision.distill, {rule}"
-        if not any(config.loss_weights):
+        if not (config.mixture.latent or config.mixture.verbal or config.mixture.direct):
             yield ("supervision",), "supervision.mixture: all weights are 0; leave one above it"
     if method == "codi" and not config.distillation:
         yield ("method", "supervision"), "supervision.distill: off with codi, which then is method: no_curriculum"
@@ -86,6 +86,9 @@ def _method_rules(config: RunConfig) -> _Found:
     if config.curriculum == "reversed" and steps != "replaced by stage":
         rule = f"says in which order steps are replaced, and {method} does not replace them by stage; leave it out"
         yield ("curriculum", method), f"curriculum: reversed {rule}"
+    if config.curriculum == "reversed" and config.save_only_improve:
+        rule = "with curriculum: reversed the accuracy of a stage with visible steps is one with these steps given"
+        yield ("save_only_improve", "curriculum"), f"save_only_improve: true: {rule}; set it to false"
     if config.icot is not None and method != "icot":
         yield ("icot", "method"), f"icot: a section for method: icot, but method is {method}; drop one of them"
 

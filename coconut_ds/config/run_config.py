@@ -158,7 +158,7 @@ class RunConfig(Section):
     """`true` means `stage`, what the paper describes; `epoch` is what the published code does."""
     loss_normalization: Literal["token", "micro_batch"] = "token"
     group_by_length: bool = True
-    """Micro-batches of examples of similar prefix length, to save padding."""
+    """Micro-batches of examples of similar question length, to save padding."""
 
     # Memory strategy and precision
     deepspeed: str = "ds_configs/zero2_offload.json"

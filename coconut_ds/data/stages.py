@@ -19,7 +19,8 @@ T = TypeVar("T")
 class Layout:
     """`n_thoughts` thoughts (or pauses) replace `n_skip` steps of an example, from step `first` on.
 
-    Of the tokens of the steps that remain after them, the first `n_drop` are removed.
+    Of the steps that remain the first `n_before` stand before the thoughts, the others after them; of the tokens of the
+    latter the first `n_drop` are removed.
     """
 
     n_skip: int
@@ -28,7 +29,7 @@ class Layout:
     per_step: int = field(default=1, compare=False)
     """Thoughts that stand for one step."""
     first: int = 0
-    """Steps that stand before the thoughts; without thoughts they stand with the others."""
+    n_before: int = 0
 
     def replaced(self, steps: Sequence[T]) -> Sequence[T]:
         """Those of an example's steps that are replaced."""
@@ -36,12 +37,11 @@ class Layout:
 
     def before(self, steps: Sequence[T]) -> Sequence[T]:
         """Those that stand before the thoughts."""
-        return steps[: self.first] if self.n_thoughts else steps[:0]
+        return steps[: self.n_before]
 
     def after(self, steps: Sequence[T]) -> Sequence[T]:
         """Those that stand after them."""
-        rest = steps[self.first + self.n_skip :]
-        return rest if self.n_thoughts else [*steps[: self.first], *rest]
+        return [*steps[self.n_before : self.first], *steps[self.first + self.n_skip :]]
 
 
 _EVERYTHING = 2**31
@@ -100,8 +100,11 @@ class Curriculum:
             n_skip, n_groups = min(stage, n_steps), stage
         else:
             n_skip, n_groups = n_steps, self._most_stages(n_steps)
-        first = n_steps - n_skip if self.curriculum == "reversed" else 0
-        return Layout(n_skip, n_groups * self.thoughts_per_step, per_step=self.thoughts_per_step, first=first)
+        n_thoughts, first = n_groups * self.thoughts_per_step, 0
+        if self.curriculum == "reversed":
+            first = n_steps - n_skip
+        # Without thoughts nothing stands between the steps and the answer.
+        return Layout(n_skip, n_thoughts, 0, self.thoughts_per_step, first, n_before=first if n_thoughts else 0)
 
     def training_layout(self, n_steps: int, epoch: int, index: int, progress: float = 0.0) -> Layout:
         """Layout of training example `index` in `epoch`, of which the share `progress` (below 1) is done.

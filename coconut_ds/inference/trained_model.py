@@ -1,4 +1,8 @@
-"""A trained model, loaded from its folder without a run file, and the prompts of its evaluation."""
+"""A trained model, loaded from its folder without a run file, and the prompts of its evaluation.
+
+Under a reversed curriculum these have steps before the thoughts as long as any remain; here thoughts always stand right
+behind the question.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ _SETTINGS = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in evaluation mode, its tokenizer, and the prompts it was trained on."""
+    """A model in evaluation mode, its tokenizer, and what its prompts are made of."""
 
     model: Coconut
     tokenizer: PreTrainedTokenizerBase

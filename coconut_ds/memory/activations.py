@@ -120,7 +120,19 @@ def widest_sequence(examples: Dataset, curriculum: Curriculum, stage: int, token
     Only its lengths are meaningful, its token ids are not.
     """
     rows = examples.select_columns(ID_COLUMNS).to_list()
-    sequences = [training_sequence(row, curriculum.layout(stage, len(row["steps_ids"])), tokens) for row in rows]
+    return _bound(
+        [training_sequence(row, curriculum.layout(stage, len(row["steps_ids"])), tokens) for row in rows], tokens
+    )
+
+
+def widest_mixed_sequence(examples: Dataset, curriculum: Curriculum, tokens: Tokens) -> TokenSequence:
+    """The same for a batch whose examples draw their stages from all that there are."""
+    rows = examples.select_columns(ID_COLUMNS).to_list()
+    layouts = [(row, layout) for row in rows for layout in curriculum.layouts(len(row["steps_ids"]))]
+    return _bound([training_sequence(row, layout, tokens) for row, layout in layouts], tokens)
+
+
+def _bound(sequences: Sequence[TokenSequence], tokens: Tokens) -> TokenSequence:
     prefix = max(each.first_thought for each in sequences)
     thoughts = max(each.n_thoughts for each in sequences)
     middle = max(each.first_target - each.first_thought - each.n_thoughts for each in sequences)

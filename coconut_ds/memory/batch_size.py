@@ -15,7 +15,15 @@ from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.batches import Tokens, TokenSequence, to_device
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.errors import InputError
-from coconut_ds.memory.activations import batch_of, in_training, measure, predicted_peak, total_loss, widest_sequence
+from coconut_ds.memory.activations import (
+    batch_of,
+    in_training,
+    measure,
+    predicted_peak,
+    total_loss,
+    widest_mixed_sequence,
+    widest_sequence,
+)
 from coconut_ds.memory.meter import GIB
 from coconut_ds.memory.model_states import model_states
 from coconut_ds.model.backbone import cast_parameters
@@ -103,6 +111,8 @@ def deciding_sequences(
 ) -> list[TokenSequence]:
     """The longest sequences of the stages that decide whether a run fits."""
     widest = [widest_sequence(examples, curriculum, stage, tokens) for stage in distinct_stages(config, curriculum)]
+    if curriculum.uniform_prob:
+        widest.append(widest_mixed_sequence(examples, curriculum, tokens))
     # The number of columns costs most, then the number of passes.
     deciding = [max(widest, key=lambda each: len(each.ids)), max(widest, key=lambda each: each.n_thoughts)]
     # Of what is written from thoughts, the number of tokens, as texts are padded to the longest.

@@ -16,6 +16,7 @@ _TITLES = {
     "stage": "stage of the weights",
     "max_latent_stage": "latent stages",
     "pad_latent_to_max": "as many thoughts for every question",
+    "curriculum": "order in which steps were replaced",
     "epochs": "epochs trained",
     "latent_norm": "norm of a thought",
     "latent_projection": "inner size of the projection of a thought",

@@ -32,7 +32,7 @@ def opening(run: ResolvedRun, setup: Setup, planned: tuple[int, int] | None, fas
     size = f"{setup.n_parameters / 1e6:.2f} M parameters"
     backbone = setup.backbone.model
     lines = {
-        "method": f"{config.method}{_window_text(config)}{_supervision_text(config)}",
+        "method": f"{config.method}{_order_text(config)}{_window_text(config)}{_supervision_text(config)}",
         "model": f"{source(config)} ({backbone.config.model_type}), {size}, {run.precision}",
         "devices": f"{sizes.world} x {distributed.device().type}, {config.deepspeed}",
         "data": f"{len(setup.train_set)} training examples, {len(setup.valid_set)} for validation",
@@ -55,6 +55,12 @@ def _memory_text(planned: tuple[int, int] | None) -> str:
     kept, activations = (n_bytes / GIB for n_bytes in planned)
     where = "per card" if distributed.device().type == "cuda" else "of host memory per rank"
     return f"{kept:.2f} GiB of model states + {activations:.2f} GiB of activations {where}, planned"
+
+
+def _order_text(config: RunConfig) -> str:
+    if config.curriculum == "forward":
+        return ""
+    return ", last steps replaced first (steps that remain are given in evaluations)"
 
 
 def _supervision_text(config: RunConfig) -> str:

@@ -226,6 +226,7 @@ def test_windows(tmp_path, override, weights):
         ("coconut=false method=codi supervision=false", "off with codi, which then is method: no_curriculum"),
         ("coconut=false method=codi supervision.distill=false", "off with codi, which then is method: no_curriculum"),
         ("coconut=false method=codi pad_latent_to_max=false", "c_thought * max_latent_stage, is fixed; leave it out"),
+        ("curriculum=reversed save_only_improve=true", "is one with these steps given; set it to false"),
         ("coconut=false method=cot curriculum=reversed", "cot does not replace them by stage; leave it out"),
         ("icot.smoothing=1", "icot: a section for method: icot, but method is coconut"),
         ("coconut=false method=icot icot.smoothing=0", "icot.smoothing: 0: input should be greater than 0"),

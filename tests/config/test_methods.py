@@ -209,7 +209,11 @@ def test_lengths_are_those_of_the_method(backbone, method, order):
     with pytest.raises(ValueError, match=f"{longest} tokens with thoughts and answer"):
         check_lengths("some.json", examples, curriculum, longest - 1, 1)
     prompts = [curriculum.prompt_layout(curriculum.stage(epoch), 3) for epoch in range(5)]
-    assert longest_prompt(examples, curriculum) == max(len(prompt_sequence(row, each, tokens).ids) for each in prompts)
+    prompt = max(len(prompt_sequence(row, each, tokens).ids) for each in prompts)
+    assert longest_prompt(examples, curriculum) == prompt
+    check_lengths("some.json", examples, curriculum, prompt + 100, 100)
+    with pytest.raises(ValueError, match=f"a prompt of {prompt} tokens and max_new_tokens 100 need {prompt + 100} pos"):
+        check_lengths("some.json", examples, curriculum, prompt + 99, 100)
 
 
 def test_facts_are_shuffled_and_nothing_else(backbone):
@@ -267,6 +271,9 @@ def trained(runs: list[dict], folder: Path) -> None:
     launching.on_ranks(2, code + "result = None", files=files)
 
 
+MORE = {
+    "pause_as_thought": {"curriculum": "reversed", "supervision": {"mixture": {"verbal": 0.5, "direct": 0.5}}},
+}
 TRAINED: tuple[Method, ...] = ("pause", "pause_as_thought", "icot", "no_curriculum", "codi")
 
 
@@ -276,7 +283,7 @@ def runs_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
     runs = []
     for method in TRAINED:
-        run = run_of(method, folder) | {"shuffle_facts": "|"}
+        run = run_of(method, folder) | {"shuffle_facts": "|"} | MORE.get(method, {})
         checkpoint = folder / "runs" / method / "checkpoints" / "epoch_0004"
         runs += [run, run | {"only_eval": True, "load_model_path": str(checkpoint)}]
     trained(runs, folder)
@@ -294,6 +301,9 @@ def test_each_method_trains_saves_and_is_evaluated(method, runs_folder):
     assert launching.events(folder, "end") == [{"event": "end", "epochs": 4, "step": 4}]
     again = (folder / "predictions" / "eval_prosqa_valid.jsonl").read_text()
     assert again == (folder / "predictions" / "epoch_0004.jsonl").read_text()
+    recorded = [{name for name in LOSSES if name in event} for event in launching.events(folder, "train_step")]
+    of_method = {"codi": {"verbal_loss", "distance"}, "pause_as_thought": {"verbal_loss", "direct_loss"}}
+    assert recorded == [{"loss"} | of_method.get(method, set())] * 4
     n_thoughts = '"n_thoughts": 2' if method in ("no_curriculum", "codi") else '"n_thoughts": 0'
     assert again.count(n_thoughts) == 4
 

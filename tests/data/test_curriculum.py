@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -102,6 +103,8 @@ def test_a_reversed_curriculum_replaces_the_last_steps_first(curriculum):
     assert found == [("", "", "abc"), ("ab", "c", ""), ("a", "bc", ""), ("", "abc", "")]
     assert [each.n_thoughts for each in layouts] == [0, 2, 4, 4]
     assert plan.layout(2, 1) == Layout(1, 4)
+    other = replace(plan, eval_thoughts=1)
+    assert [other.layout(stage, 3).before(steps) for stage in range(4)] == [[], ["a", "b"], ["a"], []]
     without = curriculum(method="no_thoughts", thoughts_per_step=0, curriculum="reversed")
     assert without.layout(1, 3).after(steps) == ["a", "b"]
 

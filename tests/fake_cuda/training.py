@@ -15,6 +15,7 @@ from training.test_step import PlainEngine
 from coconut_ds import Coconut, LatentContext
 from coconut_ds.data.batches import Batch, TokenSequence, collate_training, to_device
 from coconut_ds.data.teacher import Taught
+from coconut_ds.model.distillation import Distillation
 from coconut_ds.model.fast.low_rank import Factors
 from coconut_ds.model.jacobi import Jacobi
 from coconut_ds.runtime import distributed
@@ -61,6 +62,7 @@ def optimizer_step(family: str, normalization: str, micro_batches: int, iteratio
     """What the host waits for in the step's two halves, before DeepSpeed's update; `iterations` of Jacobi, or none."""
     model: Any = _model(family, "three", recomputed=True)
     model.solver = Jacobi(iterations) if iterations else None
+    model.distillation = Distillation()
     batches = [_batch(thoughts, is_supervised=True) for thoughts in range(micro_batches)]
     with FakeCuda() as cuda, mock.patch.object(distributed, "device", return_value=CUDA):
         engine: Any = PlainEngine(_placed(model, "float16", "cuda"))

@@ -23,10 +23,18 @@ from coconut_ds.memory.activations import (
     measure,
     measured_peak,
     predicted_peak,
+    widest_mixed_sequence,
     widest_sequence,
 )
-from coconut_ds.memory.batch_size import choose_eval_batch, distinct_stages, halved_until_it_fits, largest_divisor
+from coconut_ds.memory.batch_size import (
+    choose_eval_batch,
+    deciding_sequences,
+    distinct_stages,
+    halved_until_it_fits,
+    largest_divisor,
+)
 from coconut_ds.model import fast
+from coconut_ds.model.distillation import Distillation
 from coconut_ds.model.jacobi import Jacobi
 from coconut_ds.model.latents import _constant
 
@@ -61,6 +69,7 @@ def test_the_peak_of_gpt2_small_is_predicted_within_a_tenth(gpt2_small, checkpoi
     teaching, direct = (Taught([5] * 98, 49, 5), Taught([5] * 58, 49, 9)) if written else (None, None)
     sequence = TokenSequence([5] * 50 + [50259] * 4 + [5] * 10, 50, 4, 55, texts, teaching, direct)
     gpt2_small.solver = Jacobi(2) if written else None
+    gpt2_small.distillation = Distillation() if written else None
     gpt2_small.disable_activation_checkpointing()
     if checkpointed:
         gpt2_small.enable_activation_checkpointing()
@@ -161,6 +170,18 @@ def test_the_widest_sequence_counts_what_is_supervised_before_the_thoughts(curri
     # 9 + 2 and 4 + 6 before the start marker; 4 of the longer answer.
     assert (sequence.first_thought, sequence.n_thoughts, sequence.early) == (12, 1, (1, 7))
     assert batch_of(sequence, 2).n_targets == 2 * (6 + 4)
+
+
+def test_stages_that_are_drawn_are_bounded_together(curriculum):
+    """One row with the longest prefix and one with the most thoughts can stand in one batch."""
+    rows = Dataset.from_list([tiny.row(4, [3, 3, 3], 2, 0)])
+    plan = curriculum(max_latent_stage=3, thoughts_per_step=2, curriculum="reversed", uniform_prob=0.5)
+    sequence = widest_mixed_sequence(rows, plan, TOKENS)
+    # 4, two steps and the start marker; three steps of two thoughts; the end marker, three steps and the answer.
+    assert (sequence.first_thought, sequence.n_thoughts, len(sequence.ids)) == (11, 6, 11 + 6 + 1 + 9 + 3)
+    run = RunConfig(num_epochs=1, max_latent_stage=3, uniform_prob=0.5)
+    assert sequence in deciding_sequences(run, rows, plan, TOKENS)
+    assert sequence not in deciding_sequences(run, rows, replace(plan, uniform_prob=0.0), TOKENS)
 
 
 def test_stages_that_differ(curriculum):

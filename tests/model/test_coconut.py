@@ -52,7 +52,7 @@ def test_loss_and_gradients_equal_the_naive_twin(family, context, shapes, plain)
 @pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
 def test_steps_before_the_thoughts_are_learned_like_those_after_them(plain):
     rows = [tiny.row(question, [3, 4, 5], 4, seed) for seed, question in enumerate((9, 2, 7))]
-    layouts = [Layout(1, 2, first=2), Layout(2, 3, first=1), Layout(3, 4)]
+    layouts = [Layout(1, 2, first=2, n_before=2), Layout(2, 3, first=1, n_before=1), Layout(3, 4)]
     sequences = [training_sequence(row, layout, TOKENS) for row, layout in zip(rows, layouts)]
     batch = collate_training(sequences, [0, 1, 2], tiny.PAD)
     assert batch.n_targets == sum(5 + length for length in (7, 3, 0))

@@ -55,7 +55,9 @@ def _last_checkpoints(run: RunRecords, records: Records) -> dict[int, int]:
     return {
         curriculum.prompt_thoughts(each.stage, n_steps): each.epoch
         for each in run.metrics.evaluations
-        if RunFolder(run.folder).checkpoint(each.epoch).name in kept
+        # Thoughts are read and exchanged right behind the question.
+        if not curriculum.prompt_layout(each.stage, n_steps).n_before
+        and RunFolder(run.folder).checkpoint(each.epoch).name in kept
     }
 
 
