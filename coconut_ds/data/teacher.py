@@ -5,6 +5,7 @@ Shapes: B rows, U columns of this batch, T of the batch with thoughts, N and M s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,17 +58,12 @@ def taught(row: dict[str, Any], answer_lead: Sequence[int] | None, omits_last_st
     """
     steps = row["steps_ids"][:-1] if omits_last_step else row["steps_ids"]
     chain = [token for step in steps for token in step]
-    answer, shared = row["answer_ids"], 0
-    if answer_lead is None:
-        shared = len(answer)
-    # The last token, the end, is never shared.
-    while (
-        answer_lead is not None
-        and shared < min(len(answer_lead), len(answer) - 1)
-        and answer[shared] == answer_lead[shared]
-    ):
-        shared += 1
-    return Taught([*row["question_ids"], *chain, *answer], len(row["question_ids"]), len(answer) - shared)
+    answer, n_answer = row["answer_ids"], 0
+    if answer_lead is not None:
+        # The last token, the end, is never shared.
+        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(answer[:-1], answer_lead))
+        n_answer = len(answer) - len(list(shared))
+    return Taught([*row["question_ids"], *chain, *answer], len(row["question_ids"]), n_answer)
 
 
 def answered(row: dict[str, Any]) -> Taught:
