@@ -42,7 +42,7 @@ from coconut_ds.memory.model_states import model_states
 from coconut_ds.model import fast
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.distillation import Distillation
-from coconut_ds.model.folder import load_window
+from coconut_ds.model.folder import context_settings, load_window
 from coconut_ds.model.jacobi import Jacobi
 from coconut_ds.model.scratch import word_tokenizer
 from coconut_ds.model.step_decoder import copy_of
@@ -58,6 +58,7 @@ hardware.settle()
 TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT)
 # With everything in it that ZeRO could get wrong: a parameter outside the backbone, used by some micro-batches only.
 CONTEXT = LatentContext((0.6, 0.3, 0.1), learned=True, norm="embedding", projection=8)
+LATENT_SETTINGS = {"latent_context": context_settings(CONTEXT), "latent_projection": CONTEXT.projection}
 
 
 def ds_config(name: str, config: RunConfig, sizes: BatchSizes) -> dict[str, Any]:
@@ -419,7 +420,7 @@ def saved(cases: list[list[str]], folder: str) -> list[dict[str, Any]]:
             engine.optimizer.loss_scaler.cur_scale = 2.0**9
         checkpoints = Checkpoints(Path(folder, f"{name}_{precision}"), keep=None)
         stored = Stored(Progress(epochs=1, step=2), 4, 0, updates_done(engine), schedule.last_epoch, loss_scale(engine))
-        path = checkpoints.save(engine, backbone, {}, stored)
+        path = checkpoints.save(engine, backbone, LATENT_SETTINGS, stored)
         assert checkpoints.newest_intact() == path
         outcome = {"drawn": torch.rand(3).tolist(), "losses": steps(2, 3), "loss_scale": loss_scale(engine)}
         outcomes.append({"path": str(path), **outcome})
