@@ -21,6 +21,7 @@ from coconut_ds.engine.reset import new_schedule, reset_optimizer_state
 from coconut_ds.engine.states import gather, updates_done
 from coconut_ds.engine.states import restore as restore_states
 from coconut_ds.model.backbone import Backbone
+from coconut_ds.model.folder import context_settings
 from coconut_ds.model.scratch import word_tokenizer
 from coconut_ds.training.step import optimizer_step
 from gpu_sections import Row, begin, engines, left_out, tried
@@ -136,4 +137,5 @@ def _saved(engine: Any, folder: Path) -> Path:
     schedule = new_schedule(engine, RunConfig(lr=engines.RATE, warmup_steps=0), 10)
     backbone = Backbone(engine.module.base_causallm, word_tokenizer(["a b"], 96))
     stored = Stored(Progress(epochs=1, step=2), 4, 0, updates_done(engine), schedule.last_epoch, loss_scale(engine))
-    return Checkpoints(folder, keep=None).save(engine, backbone, {}, stored)
+    settings = {"latent_context": context_settings(engine.module.latent_context)}
+    return Checkpoints(folder, keep=None).save(engine, backbone, settings, stored)
