@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 
+from coconut_ds.data.step_targets import IGNORED
 from coconut_ds.errors import InputError
-
-IGNORED = -100
 
 
 class Taught(NamedTuple):

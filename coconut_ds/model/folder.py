@@ -91,8 +91,8 @@ def stored_settings(name: str) -> dict[str, Any] | None:
         return None
     try:
         # Early checkpoints lack settings that did not exist yet.
-        settings: dict[str, Any] = {"latent_norm": "none", "latent_projection": None}
-        settings |= {"solver": None} | json.loads(file.read_text(encoding="utf-8"))
+        filled: dict[str, Any] = {"latent_norm": "none", "latent_projection": None, "solver": None}
+        settings = filled | json.loads(file.read_text(encoding="utf-8"))
         if "method" in settings:  # written by a run
             settings.setdefault("curriculum", "forward")
         context = latent_context(settings)

@@ -120,8 +120,9 @@ class LatentWindow(nn.Module):
         The passes use the returned states. Through them logits and projection get a gradient in every backward, zeros
         without a thought, and always at the same place in the order of gradients (`fast/__init__.py` says why).
         """
-        weights = _constant(self._weights, prefix.device)
-        if self.logits is not None:
+        if self.logits is None:
+            weights = _constant(self._weights, prefix.device)
+        else:
             logits, prefix = _Joined.apply(self.logits, prefix)
             weights = logits.float().softmax(dim=0)
         if self.projection is not None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -92,9 +93,11 @@ def _losses_of_supervision(runs: Runs) -> list[Picture]:
     """A plot for each loss beside that of the sequence that any run has."""
     recorded = [step for run in runs.values() for step in run.metrics.steps]
     return [
-        _step_value(runs, name, title, quantity, name.replace("_", " "), about)
-        for name, (title, quantity, about) in _SUPERVISION.items()
-        if any(quantity.of_step(step) is not None for step in recorded)
+        _step_value(
+            runs, name, title, Quantity(attrgetter(name)), name.replace("_", " "), f"{about}, without its weight"
+        )
+        for name, (title, about) in _SUPERVISION.items()
+        if any(getattr(step, name) is not None for step in recorded)
     ]
 
 
@@ -189,25 +192,19 @@ _LOSS = Quantity(lambda step: step.loss)
 _SUPERVISION = {
     "step_loss": (
         "Steps written from thoughts",
-        Quantity(lambda step: step.step_loss),
-        "Cross entropy per token of the steps that a decoder writes from their thoughts, without its weight",
+        "Cross entropy per token of the steps that a decoder writes from their thoughts",
     ),
     "verbal_loss": (
         "All steps in sight",
-        Quantity(lambda step: step.verbal_loss),
-        "Cross entropy per token of steps and answer without thoughts, a teacher's or a mixture's, without its weight",
+        "Cross entropy per token of steps and answer without thoughts, a teacher's or a mixture's",
     ),
-    "direct_loss": (
-        "Answer alone",
-        Quantity(lambda step: step.direct_loss),
-        "Cross entropy per token of the answer right after the question, without its weight",
-    ),
+    "direct_loss": ("Answer alone", "Cross entropy per token of the answer right after the question"),
     "distance": (
         "Distance from the teacher",
-        Quantity(lambda step: step.distance),
-        "Distance of the states before the answer from those of the teacher, without its weight",
+        "Distance of the states before the answer from those of the teacher",
     ),
 }
+"""Title and explanation of each loss beside that of the sequence, by its name in the records."""
 _MEMORY = Quantity(lambda step: step.peak_memory_gib)
 _PADDING = Quantity(_padding_percent)
 # Weighted by time, so that a block is all its tokens over all its seconds.
