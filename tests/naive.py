@@ -5,6 +5,8 @@ For every thought the whole prefix is computed again, one row at a time, without
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -99,20 +101,28 @@ def step_loss(model: Coconut, rows: list[tuple[list[int], list[list[int]]]]) -> 
 
     A row is an unpadded sequence with the texts of its groups; a group is an equal share of its thoughts.
     """
-    base, total = model.base_causallm, torch.zeros(())
-    decoder = model.step_decoder or base
+    total = torch.zeros(())
     for ids, texts in rows:
-        _, fed = row_states(model, ids)
-        thoughts = [column for column, token in enumerate(ids) if token == model.latent_token_id]
-        share = len(thoughts) // max(1, len(texts))
-        for group, text in enumerate(texts):
-            own = [fed[column] for column in thoughts[group * share : (group + 1) * share]]
+        for own, text in zip(groups_of(model, ids, max(1, len(texts))), texts):
             for place, token in enumerate(text):
-                read = torch.stack([*own, *base.get_input_embeddings()(torch.tensor(text[:place], dtype=torch.long))])
-                hidden = _run(decoder, read, torch.arange(len(read))[None])
-                logits = decoder.get_output_embeddings()(hidden[-1])
-                total = total + F.cross_entropy(logits, torch.tensor(token))
+                total = total + F.cross_entropy(logits_after(model, own, text[:place]), torch.tensor(token))
     return total
+
+
+def groups_of(model: Coconut, ids: list[int], n_groups: int) -> list[list[torch.Tensor]]:
+    """The vectors fed for the thoughts of an unpadded sequence, in `n_groups` equal shares."""
+    _, fed = row_states(model, ids)
+    thoughts = [fed[column] for column, token in enumerate(ids) if token == model.latent_token_id]
+    share = len(thoughts) // n_groups
+    return [thoughts[group * share : (group + 1) * share] for group in range(n_groups)]
+
+
+def logits_after(model: Coconut, thoughts: list[torch.Tensor], text: Sequence[int]) -> torch.Tensor:
+    """Of the token that a decoder of steps writes after the thoughts of one group and `text`."""
+    decoder = model.step_decoder or model.base_causallm
+    embeddings = model.base_causallm.get_input_embeddings()
+    read = torch.stack([*thoughts, *embeddings(torch.tensor(text, dtype=torch.long))])
+    return decoder.get_output_embeddings()(_run(decoder, read, torch.arange(len(read))[None])[-1])
 
 
 def teacher_losses(model: Coconut, rows: list[tuple[list[int], Taught]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Inspect the thoughts of a trained model.
 
-    python -m coconut_ds inspect CHECKPOINT --data FILE --index I [--top-k 5] [--json OUT] [--png OUT]
-    python -m coconut_ds inspect CHECKPOINT --data FILE --all [--intervene] [--json OUT] [--png OUT]
+    python -m coconut_ds inspect CHECKPOINT --data FILE --index I [--top-k 5] [--written-steps] [--json OUT] [--png OUT]
+    python -m coconut_ds inspect CHECKPOINT --data FILE --all [--intervene] [--written-steps] [--json OUT] [--png OUT]
     python -m coconut_ds inspect RUN --by-stage [--data FILE] [--limit N]
 
 CHECKPOINT is a checkpoint of a run, an exported folder or a hub id; FILE a data file. Prompts are those of the
@@ -17,6 +17,10 @@ next step    For ProsQA questions, which carry their graph, and for hops questio
 --all        Averages over the questions of the file, with 95% intervals: bootstrap over questions.
 --intervene  How the answers change if a thought, or all of them, is replaced by zero, by the mean thought of the file,
              or by that of another question. Later thoughts are computed from the replacement.
+--written-steps
+             What is written from the thoughts of each step alone, without the question, always the most probable token,
+             as step supervision trains it (arXiv 2509.20317), and whether it is the step. By the decoder of its own
+             that a checkpoint has, else by the model itself; without step supervision this is a control.
 --by-stage   For a run folder RUN: accuracy at the end of every stage, with own thoughts and with those of another
              question. FILE is the run's test set by default, else its validation set. It is written to
              RUN/thoughts.json, which the report of the run shows.
@@ -54,6 +58,7 @@ def main(arguments: list[str] | None = None, prog: str = f"{PROG} inspect") -> i
     which.add_argument("--by-stage", action="store_true", help="whether the answers of a run depend on its thoughts")
     parser.add_argument("--limit", type=int, metavar="N", help="with --all or --by-stage: the first N records")
     parser.add_argument("--intervene", action="store_true", help="with --all: replace thoughts")
+    parser.add_argument("--written-steps", action="store_true", help="write each step from its thoughts alone")
     parser.add_argument(
         "--seed", type=int, default=0, help="with --intervene or --by-stage: pairs questions (default: 0)"
     )
@@ -74,12 +79,14 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.by_stage:
         return inspect_by_stage(Path(options.checkpoint), options.data, options.limit, options.batch_size, options.seed)
     records = _records(options)
-    trained = TrainedModel.load(options.checkpoint)
+    trained = TrainedModel.load(options.checkpoint, with_step_decoder=options.written_steps)
     sizes = {"batch_size": options.batch_size, "top_k": options.top_k}
     inspection = Inspection.of(trained, records, options.thoughts, options.max_new_tokens, **sizes)
     for line in unread(options.data, [record for _, record in records], trained.tokenizer, records[0][0]):
         print(f"warning: {line}", file=sys.stderr)
-    found = inspection.of_file(options.seed if options.intervene else None) if options.all else inspection.of_question()
+    writes = options.written_steps
+    seed = options.seed if options.intervene else None
+    found = inspection.of_file(seed, writes) if options.all else inspection.of_question(writes)
     found = {"checkpoint": options.checkpoint, "data": options.data, **found}
     try:
         print(file_tables(found) if options.all else question_tables(found, bool(options.png)), flush=True)
@@ -115,6 +122,8 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("--limit is for a whole file; add --all")
     if options.intervene and not options.all:
         raise InputError("--intervene is for a whole file; add --all")
+    if options.written_steps and options.by_stage:
+        raise InputError("--written-steps is not for --by-stage; leave it out")
     if options.by_stage and (other := [name for name in _NOT_BY_STAGE if getattr(options, name) is not None]):
         raise InputError(f"--{other[0].replace('_', '-')} is not for --by-stage; leave it out")
     if not (options.by_stage or options.data):

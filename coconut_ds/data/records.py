@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,16 @@ def _tokenize_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) 
     }
 
 
-def target_ids(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of all steps and the answer of one record, EOS included, as `tokenize` makes them."""
-    row = _tokenize_batch({key: [record[key]] for key in KEYS}, tokenizer)
-    return [*(token for step in row["steps_ids"][0] for token in step), *row["answer_ids"][0]]
+def row_of(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    """The ids of one record, as `tokenize` makes them."""
+    batch = _tokenize_batch({key: [record[key]] for key in KEYS}, tokenizer)
+    return {name: column[0] for name, column in batch.items()}
+
+
+def target_ids(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of all steps and the answer of one record, EOS included."""
+    row = row_of(record, tokenizer)
+    return [*(token for step in row["steps_ids"] for token in step), *row["answer_ids"]]
 
 
 def longest_prompt(examples: Dataset, curriculum: Curriculum) -> int:

@@ -7,7 +7,7 @@ behind the question.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from coconut_ds.model.backbone import demand_rows, n_positions
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import model_folder
 from coconut_ds.model.loading import load_tokenizer
+from coconut_ds.model.step_decoder import copy_of, load_decoder, stored_decoder
 from coconut_ds.runtime import distributed
 from coconut_ds.runtime.torch_settings import prepare_device
 
@@ -43,15 +44,19 @@ class TrainedModel:
     """The stage of the weights; None if the folder does not say."""
 
     @classmethod
-    def load(cls, name: str) -> TrainedModel:
+    def load(cls, name: str, with_step_decoder: bool = False) -> TrainedModel:
         """From a checkpoint of a run, an exported folder, or a hub id.
 
-        Raises InputError for a damaged checkpoint, for a folder that is not a Coconut model or names no method, and
-        for a GPU that torch cannot use.
+        `with_step_decoder` loads a checkpoint's copied decoder, too, if it has one. Raises InputError for a damaged
+        checkpoint, for a folder that is not a Coconut model or names no method, and for a GPU torch cannot use.
         """
         check_intact(Path(name))
         prepare_device()
-        model = Coconut.from_pretrained(name).to(distributed.device())
+        model = Coconut.from_pretrained(name)
+        if with_step_decoder and stored_decoder(Path(name)):
+            model.step_decoder = copy_of(model.base_causallm)
+            load_decoder(model.step_decoder, Path(name))
+        model.to(distributed.device())
         fast.install(model)
         settings = model.training_settings
         if missing := [key for key in _SETTINGS if key not in settings]:
@@ -81,6 +86,14 @@ class TrainedModel:
             raise InputError("coconut.json names no stage the weights were trained to; say how many thoughts to take")
         curriculum, n_steps = self.curriculum, question.n_steps
         return curriculum.prompt_thoughts(self.stage, curriculum.max_latent_stage if n_steps is None else n_steps)
+
+    def layout(self, n_steps: int, n_thoughts: int) -> Layout:
+        """Of a prompt with `n_thoughts` thoughts: in the last stage they replace all steps, before it one a group."""
+        curriculum, stage = self.curriculum, self.stage
+        layout = curriculum.layout(curriculum.max_latent_stage + 1 if stage is None else stage, n_steps)
+        n_groups = n_thoughts // curriculum.thoughts_per_step
+        n_skip = n_steps if layout.n_skip == n_steps else min(n_groups, n_steps)
+        return replace(layout, n_skip=n_skip, n_thoughts=n_thoughts)
 
     def room(self, questions: Sequence[Question], new_tokens: int | None = None) -> int:
         """Tokens each answer may have: `new_tokens`, by default those of the run's evaluations or the positions left.
@@ -134,4 +147,5 @@ def curriculum_of(settings: dict[str, Any]) -> Curriculum:
         pad_latent_to_max=settings["pad_latent_to_max"],
         uniform_prob=0.0,
         seed=0,
+        curriculum=settings["curriculum"],
     )

@@ -66,14 +66,34 @@ def stored_decoder(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def written_steps_loss(model: LatentPasses, fed: torch.Tensor, steps: StepTargets) -> torch.Tensor:
     """Sum of the cross entropies of all supervised tokens of `steps`, given the embeddings `fed` (B, T, D); 0-d."""
-    base = model.base_causallm
-    decoder = model.step_decoder or base
     groups, per_step = steps.thoughts.shape
     thoughts = fed.flatten(0, 1).index_select(0, steps.thoughts.flatten()).unflatten(0, (groups, per_step))
     # The last token is predicted only; padding is embedded as token 0, and nothing real comes after it.
-    text = base.get_input_embeddings()(steps.tokens[:, :-1].clamp_min(0))
-    embeds = torch.cat([thoughts, text], dim=1)  # (R, c + L - 1, D)
-    places = torch.arange(embeds.shape[1], device=embeds.device).expand(groups, -1)
+    hidden = _states(model, thoughts, steps.tokens[:, :-1].clamp_min(0))
+    states = hidden.flatten(0, 1).index_select(0, steps.supervised)
+    head = _decoder(model).get_output_embeddings()
+    return summed_cross_entropy(head, states, steps.tokens.flatten().index_select(0, steps.supervised))
+
+
+@torch.no_grad()
+def write_steps(model: LatentPasses, thoughts: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """The `n_tokens` most probable tokens after each group of thoughts (R, c, D), one after another; (R, n_tokens)."""
+    tokens = torch.empty(len(thoughts), 0, dtype=torch.long, device=thoughts.device)
+    for _ in range(n_tokens):
+        logits = _decoder(model).get_output_embeddings()(_states(model, thoughts, tokens)[:, -1])
+        tokens = torch.cat([tokens, logits.argmax(dim=1, keepdim=True)], dim=1)
+    return tokens
+
+
+def _decoder(model: LatentPasses) -> PreTrainedModel:
+    return model.step_decoder or model.base_causallm
+
+
+def _states(model: LatentPasses, thoughts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Hidden states (R, N + 1, D) that predict the token after each of `tokens` (R, N), and the first one."""
+    decoder = _decoder(model)
+    embeds = torch.cat([thoughts, model.base_causallm.get_input_embeddings()(tokens)], dim=1)  # (R, c + N, D)
+    places = torch.arange(embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
     hidden = decoder.base_model(
         inputs_embeds=embeds,
         attention_mask=causal_mask(torch.ones_like(places), decoder.config, embeds.dtype),
@@ -81,6 +101,4 @@ def written_steps_loss(model: LatentPasses, fed: torch.Tensor, steps: StepTarget
         use_cache=False,
     ).last_hidden_state
     # The first token is predicted from the last thought.
-    states = hidden[:, per_step - 1 :].flatten(0, 1).index_select(0, steps.supervised)
-    head = decoder.get_output_embeddings()
-    return summed_cross_entropy(head, states, steps.tokens.flatten().index_select(0, steps.supervised))
+    return hidden[:, thoughts.shape[1] - 1 :]

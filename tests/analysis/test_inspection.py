@@ -25,7 +25,10 @@ from coconut_ds.analysis.inspection.next_steps import among_nodes, next_steps
 from coconut_ds.analysis.inspection.prosqa_graph import ProsqaGraph
 from coconut_ds.analysis.inspection.readings import read
 from coconut_ds.analysis.inspection.tables import question_tables
+from coconut_ds.analysis.inspection.written_steps import WrittenStep, average_written, written_steps
 from coconut_ds.data.batches import Tokens
+from coconut_ds.data.records import row_of
+from coconut_ds.errors import InputError
 from coconut_ds.inference.replies import Question
 from coconut_ds.inference.trained_model import TrainedModel, curriculum_of
 from coconut_ds.model.backbone import Backbone, add_markers
@@ -75,7 +78,8 @@ def trained_on(tokenizer: PreTrainedTokenizerFast, context: LatentContext | None
         eos_token_id=tokenizer.eos_token_id,
         latent_context=context,
     )
-    values = {"method": "coconut", "c_thought": 1, "max_latent_stage": 2, "pad_latent_to_max": True, **settings}
+    values = {"method": "coconut", "c_thought": 1, "max_latent_stage": 2, "pad_latent_to_max": True}
+    values |= {"curriculum": "forward", **settings}
     return TrainedModel(model.eval(), tokenizer, tokens, curriculum_of(values), stage=3)
 
 
@@ -431,3 +435,38 @@ def test_answers_are_the_greedy_ones():
         prompt = trained.prompts([question.text], [2]).inputs["input_ids"][0].tolist()
         expected = naive.greedy(trained.model, prompt, 4)
         assert row[: len(expected)] == expected
+
+
+# Written steps
+
+
+def test_written_steps_are_compared_with_those_their_thoughts_stand_for(monkeypatch):
+    record = {"question": "a b", "steps": ["c d", "e", "f"], "answer": "g"}
+    trained = trained_on(word_tokenizer([record["question"], *record["steps"], "g"], n_positions=32), c_thought=2)
+    ids = row_of(record, trained.tokenizer)
+    end, (first, second, third) = trained.tokenizer.eos_token_id, ids["steps_ids"]
+    # The second group of two stands for all that is left; what follows an end does not count.
+    written = [[*first, end, 1, 1], [*second, end, *third], [*first, *first], [*first, end]]
+    given = []
+
+    def fake(model, thoughts, n_tokens):
+        given.append((thoughts, n_tokens))
+        chunk, written[: len(thoughts)] = written[: len(thoughts)], []
+        return torch.tensor([(each + [0] * n_tokens)[:n_tokens] for each in chunk])
+
+    monkeypatch.setattr("coconut_ds.analysis.inspection.written_steps.write_steps", fake)
+    fed = [torch.arange(4.0)[:, None], torch.arange(4.0, 8.0)[:, None]]
+    one, other = written_steps(trained, [record, record], fed, batch_size=3)
+    assert torch.cat([thoughts for thoughts, _ in given]).flatten(1).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert one == [WrittenStep(1, "c d", "c d", True), WrittenStep(2, "e\nf", "e", False)]
+    assert [each.correct for each in other] == [False, False]
+    assert given[0][1] == len([*second, *third, end])
+    averaged = average_written([one, other, one[:1]])
+    assert [(each["n_questions"], each["correct"]["mean"]) for each in averaged] == [(3, pytest.approx(2 / 3)), (2, 0)]
+
+
+def test_a_step_beyond_the_models_positions_is_refused():
+    record = {"question": "a", "steps": [" ".join("b" * 300)], "answer": "g"}
+    trained = trained_on(word_tokenizer(["a b g"], n_positions=32))
+    with pytest.raises(InputError, match="--written-steps: 302 tokens after 1 thoughts"):
+        written_steps(trained, [record], [torch.zeros(1, 1)], batch_size=1)

@@ -12,13 +12,14 @@ import prosqa
 import pytest
 from test_inspection import EDGES, trained_on
 
-from coconut_ds import LatentContext
+from coconut_ds import Coconut, LatentContext
 from coconut_ds.analysis.plots.thoughts import draw_averages, layered
 from coconut_ds.commands.inspect_latents import main
 from coconut_ds.data.records import tokenize
 from coconut_ds.inference.evaluator import Evaluator
 from coconut_ds.inference.trained_model import TrainedModel
 from coconut_ds.model.scratch import word_tokenizer
+from coconut_ds.model.step_decoder import PREFIX, copy_of, write_decoder
 
 SETTINGS = {"method": "coconut", "c_thought": 1, "max_latent_stage": 2, "pad_latent_to_max": True, "stage": 3}
 
@@ -193,6 +194,7 @@ def test_answers_that_cannot_be_read_back_are_named_and_markers_in_questions_ref
         (("--index", "0", "--json", "nodir/a.json"), "--json nodir/a.json: there is no folder nodir"),
         (("--index", "0", "--png", "nodir/a.png"), "--png nodir/a.png: there is no folder nodir"),
         (("--index", "0", "--json", "/"), "--json /: is a folder"),
+        (("--by-stage", "--written-steps"), "--written-steps is not for --by-stage"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line_before_the_model_is_loaded(data, capsys, arguments, message):
@@ -241,6 +243,23 @@ def test_a_stage_without_thoughts_can_be_given_some(data, tmp_path, capsys):
     folder = write_checkpoint(tmp_path / "model", data, stage=0)
     assert run(folder, data, "--index", "0", "--thoughts", "1") == 0
     assert "thought 1: norm" in capsys.readouterr().out
+
+
+def test_steps_are_written_by_the_model_or_by_the_decoder_that_the_checkpoint_has(data, tmp_path, capsys):
+    folder, out = write_checkpoint(tmp_path / "model", data), tmp_path / "found.json"
+    assert run(folder, data, "--index", "2", "--written-steps", "--json", str(out)) == 0
+    record, found = json.loads(data.read_text())[2], json.loads(out.read_text())
+    last = "\n".join(record["steps"][1:]) or record["answer"]
+    assert [each["expected"].removeprefix("### ") for each in found["written_steps"]] == [record["steps"][0], last]
+    assert "Written by the model from the thoughts of each step alone\n" in capsys.readouterr().out
+    model = Coconut.from_pretrained(str(folder))
+    weights = {f"{PREFIX}{name}": value for name, value in copy_of(model.base_causallm).named_parameters()}
+    write_decoder({name: value.detach().clone().fill_(0.01) for name, value in weights.items()}, folder)
+    assert run(folder, data, "--all", "--written-steps", "--json", str(out)) == 0
+    assert [each["n_questions"] for each in json.loads(out.read_text())["written_steps"]] == [6, 6]
+    assert (
+        "Written by the copied decoder from the thoughts of each step alone: share that is" in capsys.readouterr().out
+    )
 
 
 def test_a_graph_is_laid_out_by_distance_and_unreachable_nodes_stand_beside_it():

@@ -16,7 +16,7 @@ from coconut_ds.data.stages import Layout
 from coconut_ds.data.step_targets import check_written_lengths
 from coconut_ds.errors import InputError
 from coconut_ds.model import fast
-from coconut_ds.model.step_decoder import copy_of, written_steps_loss
+from coconut_ds.model.step_decoder import copy_of, write_steps, written_steps_loss
 
 TOKENS = Tokens(tiny.PAD, tiny.START, tiny.END, tiny.LATENT, step_end=tiny.EOS)
 WINDOWS = {
@@ -150,3 +150,22 @@ def test_texts_that_do_not_fit_the_positions_are_refused(curriculum):
     check_written_lengths("f.json", rows, stages, tiny.EOS, 20)
     with pytest.raises(InputError, match="record 1: key 'steps': 19 tokens are to be written from the last 2 thoughts"):
         check_written_lengths("f.json", rows, stages, tiny.EOS, 19)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("decoder", ["shared", "copy"])
+def test_each_written_token_is_the_most_probable_after_those_before_it(family, decoder):
+    model = tiny.coconut(family, LatentContext((0.6, 0.3, 0.1)), plain=True)
+    if decoder == "copy":
+        model.step_decoder = copy_of(model.base_causallm)
+        with torch.no_grad():
+            for parameter in model.step_decoder.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    ids = sequences_of(TWO)[1].ids
+    groups = naive.groups_of(model, ids, 4)
+    fast.install(model)
+    written = write_steps(model, torch.stack([torch.stack(own) for own in groups]), 5).tolist()
+    fast.uninstall(model)
+    assert len({tuple(each) for each in written}) > 1
+    for own, text in zip(groups, written):
+        assert text == [naive.logits_after(model, own, text[:place]).argmax().item() for place in range(5)]

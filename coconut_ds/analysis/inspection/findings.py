@@ -14,6 +14,7 @@ from coconut_ds.analysis.inspection.graphs import QuestionGraph, graph_of
 from coconut_ds.analysis.inspection.interventions import intervene
 from coconut_ds.analysis.inspection.next_steps import NextStep, next_steps
 from coconut_ds.analysis.inspection.readings import QuestionReading, read
+from coconut_ds.analysis.inspection.written_steps import WrittenStep, average_written, written_steps
 from coconut_ds.errors import InputError
 from coconut_ds.inference.replies import Question, Reply
 from coconut_ds.inference.trained_model import TrainedModel
@@ -48,8 +49,8 @@ class Inspection:
         questions = questions_of(trained, records, n_thoughts)
         return cls(trained, records, questions, trained.room(questions, new_tokens), batch_size, top_k)
 
-    def of_question(self) -> dict[str, Any]:
-        """The findings for the first question."""
+    def of_question(self, writes_steps: bool = False) -> dict[str, Any]:
+        """The findings for the first question; `writes_steps` adds what is written from its thoughts."""
         graphs, why_no_graph = self._graphs()
         readings, _, _ = self.answers
         steps = self._next_steps(graphs)
@@ -57,9 +58,11 @@ class Inspection:
         if graphs:
             found["graph"] = graphs[0].shown()
             found["next_steps"] = [describe(graphs[0], each) for each in steps[0]]
+        if writes_steps:
+            found |= {"writer": self._writer, "written_steps": [asdict(each) for each in self._written_steps()[0]]}
         return found
 
-    def of_file(self, seed: int | None = None) -> dict[str, Any]:
+    def of_file(self, seed: int | None = None, writes_steps: bool = False) -> dict[str, Any]:
         """Averages over all questions; with interventions if there is a `seed`, which pairs questions."""
         graphs, why_no_graph = self._graphs()
         readings, replies, fed = self.answers
@@ -70,6 +73,8 @@ class Inspection:
         if seed is not None:
             outcomes = intervene(self.trained, replies, fed, self.new_tokens, self.batch_size, seed)
             found["interventions"] = [asdict(each) for each in outcomes]
+        if writes_steps:
+            found |= {"writer": self._writer, "written_steps": average_written(self._written_steps())}
         return found
 
     def _head(self, why_no_graph: str | None) -> dict[str, Any]:
@@ -103,6 +108,14 @@ class Inspection:
             replies += answered.replies
             fed += [row[:count] for row, count in zip(thoughts.fed, thoughts.counts.tolist())]
         return readings, replies, fed
+
+    @property
+    def _writer(self) -> str:
+        return "model" if self.trained.model.step_decoder is None else "copied decoder"
+
+    def _written_steps(self) -> list[list[WrittenStep]]:
+        _, _, fed = self.answers
+        return written_steps(self.trained, [record for _, record in self.records], fed, self.batch_size)
 
     def _next_steps(self, graphs: Sequence[QuestionGraph]) -> list[list[NextStep]]:
         counts = [self.trained.thoughts_of(each) for each in self.questions]

@@ -40,7 +40,7 @@ def question_tables(found: dict[str, Any], misses_picture: bool = False) -> str:
         ]
     )
     steps = _next_step_tables(found, _share, "; so no picture was drawn" if misses_picture else "")
-    return "\n\n".join([_flush_left(head), _thought_lines(found), *steps])
+    return "\n\n".join([_flush_left(head), _thought_lines(found), *steps, *_written_table(found)])
 
 
 def _flush_left(text: str) -> str:
@@ -82,6 +82,7 @@ def file_tables(found: dict[str, Any]) -> str:
     ]
     if found.get("interventions"):
         parts.append(_intervention_table(found["interventions"]))
+    parts += _written_table(found)
     return "\n\n".join(parts)
 
 
@@ -161,6 +162,21 @@ def _intervention_table(outcomes: Sequence[dict[str, Any]]) -> str:
         "answers right before and wrong after (lost), wrong before and right after (gained), other than before\n"
         + aligned(rows)
     )
+
+
+def _written_table(found: dict[str, Any]) -> list[str]:
+    if "written_steps" not in found:
+        return []
+    head = f"Written by the {found['writer']} from the thoughts of each step alone"
+    steps = found["written_steps"]
+    if "n_questions" in found:
+        rows = [[str(each["group"]), str(each["n_questions"]), _percent(each["correct"])] for each in steps]
+        return [f"{head}: share that is the step\n{aligned([['step', 'questions', 'right'], *rows])}"]
+    rows = [
+        [str(each["group"]), each["written"] or "(nothing)", each["expected"], "right" if each["correct"] else "wrong"]
+        for each in steps
+    ]
+    return [f"{head}\n{aligned([['step', 'written', 'expected', ''], *rows])}"]
 
 
 def stage_table(found: ThoughtUse) -> str:
