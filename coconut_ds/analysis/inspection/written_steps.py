@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from coconut_ds.analysis.inspection.averages import Average, averages
+from coconut_ds.data.answers import text_of
 from coconut_ds.data.records import row_of
 from coconut_ds.data.step_targets import texts_of_groups
 from coconut_ds.errors import InputError
@@ -67,8 +68,8 @@ def written_steps(
 def _compared(trained: TrainedModel, group: int, text: Sequence[int], written: list[int]) -> WrittenStep:
     end = trained.tokenizer.eos_token_id
     shown = written[: written.index(end)] if end in written else written
-    # The tokenizer itself decodes the text as it would a generated one.
-    expected, given = (trained.tokenizer.decode(each, skip_special_tokens=True).strip() for each in (text, shown))
+    # What was expected is shown as its tokens are read back, like what was written.
+    expected, given = (text_of(list(each), trained.tokenizer).strip() for each in (text, shown))
     return WrittenStep(group, expected, given, correct=written[: len(text)] == list(text))
 
 
