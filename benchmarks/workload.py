@@ -25,8 +25,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 
 from coconut_ds import Coconut, LatentContext, strict_json
 from coconut_ds.data.batches import Tokens, TokenSequence
+from coconut_ds.data.files import read_records
 from coconut_ds.data.markers import END_LATENT, LATENT, START_LATENT
-from coconut_ds.data.records import read_records
 from coconut_ds.memory.meter import GIB
 from coconut_ds.model import fast
 from coconut_ds.model.backbone import Backbone, add_markers, cast_parameters

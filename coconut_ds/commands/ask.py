@@ -29,8 +29,8 @@ from transformers import TextStreamer
 from coconut_ds import strict_json
 from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.data.doubts import unread
+from coconut_ds.data.files import read_records
 from coconut_ds.data.plain_text import unknown_words
-from coconut_ds.data.records import read_records
 from coconut_ds.errors import InputError
 from coconut_ds.inference.replies import Question, Reply
 from coconut_ds.inference.trained_model import TrainedModel

@@ -39,7 +39,7 @@ from coconut_ds.analysis.inspection.findings import Inspection, Records
 from coconut_ds.analysis.inspection.tables import file_tables, question_tables, stage_table
 from coconut_ds.commands.command_line import PROG, new_parser, run_command, write_json, write_output
 from coconut_ds.data.doubts import unread
-from coconut_ds.data.records import read_records
+from coconut_ds.data.files import read_records
 from coconut_ds.errors import InputError, demand_libraries
 from coconut_ds.inference.trained_model import TrainedModel
 from coconut_ds.runs.paths import RunFolder

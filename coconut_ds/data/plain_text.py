@@ -12,8 +12,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from coconut_ds.data.answers import answer_line, step_line
+from coconut_ds.data.files import DataError
 from coconut_ds.data.markers import MARKERS
-from coconut_ds.data.records import DataError
 
 _COLUMNS = {"question": "question_ids", "steps": "steps_ids", "answer": "answer_ids"}
 

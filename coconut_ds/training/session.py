@@ -18,7 +18,8 @@ from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config
 from coconut_ds.data.batches import Tokens
 from coconut_ds.data.doubts import doubts, shared_questions
-from coconut_ds.data.records import longest_prompt, read_records
+from coconut_ds.data.files import read_records
+from coconut_ds.data.records import longest_prompt
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.engine.build import build_engine, describe_device, process_group
 from coconut_ds.errors import InputError, out_of_memory

@@ -15,8 +15,9 @@ from coconut_ds.config.sections import ActivationCheckpointingConfig, ScratchMod
 from coconut_ds.data.answers import answer_line
 from coconut_ds.data.batches import Tokens
 from coconut_ds.data.doubts import doubts, shared_questions
+from coconut_ds.data.files import DataError, read_records
 from coconut_ds.data.plain_text import demand_plain_text
-from coconut_ds.data.records import DataError, check_lengths, read_records, tokenize
+from coconut_ds.data.records import check_lengths, tokenize
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.data.step_targets import check_written_lengths
 from coconut_ds.data.teacher import check_taught_lengths

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 from coconut_ds import LatentContext
 from coconut_ds.config.batch_sizes import BatchSizes
 from coconut_ds.data.batches import Size, Tokens, collate_prompts, collate_training, prompt_sequence, training_sequence
+from coconut_ds.data.files import read_records
 from coconut_ds.data.loaders import TrainingSteps, loss_loader, prompt_loader, training_loader
-from coconut_ds.data.records import read_records, tokenize
+from coconut_ds.data.records import tokenize
 from coconut_ds.data.stages import Layout
 from coconut_ds.data.step_targets import texts_of_groups
 

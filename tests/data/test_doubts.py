@@ -13,9 +13,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from coconut_ds.data.doubts import doubts, shared_questions, unread
+from coconut_ds.data.files import DataError, read_records
 from coconut_ds.data.markers import MARKERS
 from coconut_ds.data.plain_text import demand_plain_text, reserved_in
-from coconut_ds.data.records import DataError, read_records, tokenize
+from coconut_ds.data.records import tokenize
 from coconut_ds.model.scratch import word_tokenizer
 
 GOOD = {"question": "Is Alex a bompus?", "steps": ["Alex is a bompus.", "1 + 2 = 3"], "answer": "bompus"}

@@ -9,7 +9,8 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from coconut_ds.data.records import DataError, check_lengths, read_records, tokenize
+from coconut_ds.data.files import DataError, read_records
+from coconut_ds.data.records import check_lengths, tokenize
 from coconut_ds.model.scratch import word_tokenizer
 
 GOOD = {"question": "Is it?", "steps": ["It is."], "answer": "Yes"}

@@ -16,7 +16,7 @@ import gsm8k_check
 import pytest
 from gsm8k import Counts
 
-from coconut_ds.data.records import read_records
+from coconut_ds.data.files import read_records
 
 GOOD = b"How many are 2 and 3?||<<2+3=5>> <<5*2=10>> #### 10\n"
 QUOTED = "\u201cé\u2028\U0001f600\u201d"  # beyond ASCII, and what str.splitlines takes for a line end

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, GPT2LMHea
 from warm_commands import Shell
 
 from coconut_ds.commands import launcher
-from coconut_ds.data.records import read_records
+from coconut_ds.data.files import read_records
 from coconut_ds.engine import hostfile
 from coconut_ds.engine.operator_build import waiting_text
 from coconut_ds.errors import InputError
