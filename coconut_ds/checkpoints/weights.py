@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from coconut_ds.config.data_paths import file_name
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.data.markers import MARKERS
 from coconut_ds.errors import InputError, problem_list
@@ -49,7 +50,7 @@ def origin(config: RunConfig) -> dict[str, Any]:
     paths = {"training": config.train_path, "validation": config.val_path}
     return {
         "name": config.name,
-        "data": {split: Path(path).name for split, path in paths.items() if path},
+        "data": {split: file_name(path) for split, path in paths.items() if path},
         "max_new_tokens": config.max_new_tokens,
         "base_model": _base_model(config),
     }

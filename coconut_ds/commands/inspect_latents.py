@@ -39,7 +39,7 @@ from coconut_ds.analysis.inspection.findings import Inspection, Records
 from coconut_ds.analysis.inspection.tables import file_tables, question_tables, stage_table
 from coconut_ds.commands.command_line import PROG, new_parser, run_command, write_json, write_output
 from coconut_ds.data.doubts import unread
-from coconut_ds.data.files import read_records
+from coconut_ds.data.files import Source, read_records, read_set
 from coconut_ds.errors import InputError, demand_libraries
 from coconut_ds.inference.trained_model import TrainedModel
 from coconut_ds.runs.paths import RunFolder
@@ -100,13 +100,13 @@ def inspect_by_stage(
     """Write `thoughts.json` of a run folder and print what it says; `data` is the run's test set by default."""
     quiet_libraries()
     run = read_run(folder)
-    path = data or run.config.test_path or run.config.val_path
-    if path is None:
+    if not (data or run.config.test_path or run.config.val_path):
         raise InputError(f"{folder} names no test set and no validation set; name a file with --data")
-    records = list(enumerate(read_records(path, limit)))
+    source = Source(data) if data else Source.of(run.config, "test" if run.config.test_path else "val")
+    records = list(enumerate(read_set(source, limit).records))
     if len(records) < 2:
-        raise InputError(f"{path}: needs two questions or more, to give one the thoughts of another")
-    found = thought_use(run, path, records, batch_size, seed)
+        raise InputError(f"{source.path}: needs two questions or more, to give one the thoughts of another")
+    found = thought_use(run, source.path, records, batch_size, seed)
     write_json(RunFolder(folder).thought_use, found.model_dump())
     print(stage_table(found), flush=True)
 

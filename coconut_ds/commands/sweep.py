@@ -27,6 +27,7 @@ from pydantic import Strict, TypeAdapter, ValidationError
 
 from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.commands.launcher import Launcher, add_launch_options, trainer_command
+from coconut_ds.config.data_paths import is_there
 from coconut_ds.config.ds_json import read_ds_json
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config, override
@@ -180,7 +181,7 @@ def _checked(words: list[str]) -> RunConfig:
         raise InputError(f"{words[0]}: a run file ends in .yaml or .yml")
     config = load_run_config(words[0], words[1:])
     read_ds_json(config.deepspeed)
-    missing = [path for path in (config.train_path, config.val_path) if path and not Path(path).is_file()]
+    missing = [path for path in (config.train_path, config.val_path) if path and not is_there(path)]
     if missing:
         raise InputError(f"{', '.join(missing)}: not there; data/README.md says how to get or make the data")
     if _is_finished(config) and (keys := _differing_keys(config)):

@@ -20,10 +20,17 @@ for _text, _keys in {
     # Forks of the published code
     "make epochs_per_stage a list: [6, 3] trains stage 0 for 6 epochs and every later one for 3": """
         stage_0_epochs stage0_epochs epochs_stage_0 num_epochs_stage_0 initial_epochs first_stage_epochs""",
-    "there is no setting for a part of a set; write the records wanted to a file of their own and name that": """
-        max_size train_size val_size valid_size test_size eval_size debug_val_size debug_train_size num_eval_samples
-        num_train_samples max_train_samples max_eval_samples max_val_samples max_samples max_examples subset_size
-        n_train n_val num_samples val_set_size test_split_size data_fraction""",
+    _here("train_size", ", beside val_size and test_size"): """max_size max_samples max_examples subset_size num_samples
+        debug_train_size num_train_samples max_train_samples n_train""",
+    _here("val_size", ", or test_size with only_eval"): """valid_size eval_size debug_val_size num_eval_samples
+        max_eval_samples max_val_samples n_val""",
+    "validation questions have a file of their own, val_path, which may be a split of a hub dataset": """val_set_size
+        test_split_size validation_split_percentage""",
+    "train_size is a number of records": "data_fraction train_fraction",
+    _here("columns", ": {question: .., steps: .., answer: ..}"): """prompt_column response_column dataset_text_field
+        question_column answer_column text_column column_mapping field_instruction field_output question_key answer_key
+        input_column target_column""",
+    _here("steps_separator"): "steps_delimiter step_delimiter delimiter cot_separator",
     _here("curriculum", ": reversed"): "reversed reverse reverse_curriculum",
     "steps that are written from thoughts have supervision.steps.weight": "explain_loss_factor aux_loss_weight",
     _here("supervision.distill", ", with alpha, beta and gamma"): "alpha beta gamma distillation distill",
@@ -103,8 +110,8 @@ for _text, _keys in {
         tokenizer_name_or_path tokenizer_type tokenizer_config""",
     "the class is read from the config.json of model_id; remove the key": "model_type model_class architecture",
     _here("train_path"): "train_file train_data train_data_path train_dataset train_files",
-    "set train_path and val_path, each a JSON file": """data_path dataset_path dataset datasets data_dir dataset_name
-        data_name data dataset_dir""",
+    "set train_path and val_path, each a file or hub:OWNER/NAME:SPLIT": """data_path dataset_path dataset datasets
+        data_dir dataset_name data_name data dataset_dir""",
     _here("val_path"): """val_file valid_path valid_file validation_file eval_file eval_path eval_data val_data
         validation_path dev_path dev_file eval_dataset test_datasets val_dataset""",
     _here("test_path"): "test_file test_data test_data_path test_dataset",
@@ -141,7 +148,7 @@ for _text, _keys in {
     _here("deterministic"): "full_determinism use_deterministic_algorithms cudnn_deterministic",
     "batches are made from all columns that training needs; remove the key": """preprocessing_num_workers
         dataloader_drop_last drop_last shuffle dataloader_pin_memory pin_memory dataset_num_proc dataset_processes
-        remove_unused_columns dataset_text_field""",
+        remove_unused_columns""",
     "upload a finished run with python -m coconut_ds.export CHECKPOINT OUT --push-to-hub REPO_ID; remove the key": """
         push_to_hub hub_model_id hub_token hub_strategy hub_private_repo""",
     "no code of a model's repository is run; remove the key": "trust_remote_code",

@@ -131,7 +131,7 @@ def _data_rules(config: RunConfig) -> _Found:
         return
     for key in ("train_path", "val_path"):
         if not getattr(config, key):
-            yield (key,), f"{key}: missing; name a JSON file"
+            yield (key,), f"{key}: missing; name a data file"
     if config.resume >= config.num_epochs:
         message = f"resume: {config.resume} leaves nothing to train, num_epochs is {config.num_epochs}"
         yield ("resume", "num_epochs"), message

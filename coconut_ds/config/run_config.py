@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, Valida
 from coconut_ds.config.methods import METHODS, Method, Traits
 from coconut_ds.config.sections import (
     ActivationCheckpointingConfig,
+    ColumnsConfig,
     DistillationConfig,
     IcotConfig,
     LatentContextConfig,
@@ -128,8 +129,17 @@ class RunConfig(Section):
 
     # Data
     train_path: str | None = None
+    """JSON, JSON lines, CSV, Parquet, or `hub:OWNER/NAME:SPLIT`, by the ending; see docs/datasets/OWN_DATA.md."""
     val_path: str | None = None
     test_path: str | None = None
+    columns: Annotated[ColumnsConfig | None, _OrOff] = None
+    """Null is question, steps and answer."""
+    steps_separator: Annotated[str | None, _OrOff] = Field(None, min_length=1)
+    """Between the steps of a chain that is one text; null takes lists of steps alone."""
+    train_size: Annotated[int | None, _OrOff] = Field(None, ge=1)
+    """At most so many records are taken, drawn once for all seeds; null is all of them."""
+    val_size: Annotated[int | None, _OrOff] = Field(None, ge=1)
+    test_size: Annotated[int | None, _OrOff] = Field(None, ge=1)
     shuffle_facts: Annotated[str | None, _OrOff] = None
     """The token that ends a fact of a question; a training question's facts stand in another order every epoch."""
 

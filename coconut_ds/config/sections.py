@@ -21,6 +21,14 @@ class Section(BaseModel):
         return None if value == "None" else value
 
 
+class ColumnsConfig(Section):
+    """Where the parts of a record stand in the data files."""
+
+    question: str = "question"
+    steps: str = "steps"
+    answer: str = "answer"
+
+
 class LatentContextConfig(Section):
     """The latent window: a thought is the weighted average of the last `len(weights)` hidden states."""
 

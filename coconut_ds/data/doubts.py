@@ -8,16 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from coconut_ds.data.answers import before_eos, clean_answer, clean_chain, given_answer, given_chain, target, text_of
+from coconut_ds.data.files import DataSet, Record
 from coconut_ds.data.plain_text import rows_with, unknown_words
 from coconut_ds.data.records import target_ids
 
-Record = dict[str, Any]
 Finding = tuple[list[str], str, str]
 """Descriptions of the records concerned, which may be none; the problem, to follow their count; the advice."""
 
@@ -26,13 +25,12 @@ _MOST_WORDS = 3
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
-def doubts(
-    path: str, records: Sequence[Record], examples: Dataset, tokenizer: PreTrainedTokenizerBase, is_evaluated: bool
-) -> list[str]:
-    """The findings in `records`, of which `examples` are the tokens.
+def doubts(data: DataSet, examples: Dataset, tokenizer: PreTrainedTokenizerBase, is_evaluated: bool) -> list[str]:
+    """The findings in the records of a set, of which `examples` are the tokens.
 
     Answers of an evaluated set are read back from their tokens, those of a training set from their text.
     """
+    records = data.records
     written: Iterable[tuple[int, str]]
     if is_evaluated:
         rows = examples.select_columns(["steps_ids", "answer_ids"])
@@ -45,11 +43,11 @@ def doubts(
     findings = [
         *_unread(records, written),
         *_unknown(records, examples, tokenizer),
-        *_empty_steps(records),
+        *_empty_steps(data.shortened),
         *_repeated(records),
         *(_apart_by_commas(records) if is_evaluated else ()),
     ]
-    return _lines(path, records, findings)
+    return _lines(data.name, records, findings)
 
 
 def unread(path: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, first: int = 0) -> list[str]:
@@ -61,14 +59,23 @@ def unread(path: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerB
     return _lines(path, records, _unread(records, enumerate(texts), first))
 
 
-def shared_questions(
-    path: str, records: Sequence[Record], other_path: str, other_records: Sequence[Record]
-) -> list[str]:
+def shared_questions(data: DataSet, other: DataSet) -> list[str]:
     """Questions of an evaluated set that are in the training set, too."""
-    known = {each["question"] for each in other_records}
-    found = [f"record {index}" for index, each in enumerate(records) if each["question"] in known]
+    known = {each["question"] for each in other.records}
+    found = [f"record {index}" for index, each in enumerate(data.records) if each["question"] in known]
     advice = "leave them out of one, or the accuracy says nothing about new questions"
-    return _lines(path, records, [(found, f"questions stand in {other_path}, too", advice)])
+    return _lines(data.name, data.records, [(found, f"questions stand in {other.name}, too", advice)])
+
+
+def long_chains(data: DataSet, max_latent_stage: int) -> list[str]:
+    """Of a set whose chains mostly have more than twice the steps that a curriculum replaces one after another."""
+    lengths = [len(each["steps"]) for each in data.records]
+    found = [f"record {index}: {length}" for index, length in enumerate(lengths) if length > 2 * max_latent_stage]
+    if not max_latent_stage or 2 * len(found) <= len(lengths):
+        return []
+    what = f"records have more than twice as many steps as max_latent_stage, {max_latent_stage}"
+    advice = "their other steps all go at once in the last stage; raise it, or cut chains into fewer steps"
+    return _lines(data.name, data.records, [(found, what, advice)])
 
 
 def _lines(path: str, records: Sequence[Record], findings: Iterable[Finding]) -> list[str]:
@@ -123,11 +130,11 @@ def _unknown(records: Sequence[Record], examples: Dataset, tokenizer: PreTrained
     )
 
 
-def _empty_steps(records: Sequence[Record]) -> Iterator[Finding]:
+def _empty_steps(shortened: Sequence[int]) -> Iterator[Finding]:
     yield (
-        [f"record {index}" for index, each in enumerate(records) if not all(map(str.strip, each["steps"]))],
+        [f"record {index}" for index in shortened],
         "records have steps that are empty or only spaces",
-        "each counts as a step and is replaced by thoughts; leave them out of the lists",
+        "they are left out, and nothing is trained on them",
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from coconut_ds import strict_json
+from coconut_ds.config.data_paths import on_hub
 from coconut_ds.config.ds_json import leaves
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config
@@ -49,10 +50,13 @@ class DataFile(BaseModel):
         return f"{self.examples} examples, SHA-256 {self.sha256[:_SHOWN_OF_HASH]}"
 
 
-def data_files(config: RunConfig, n_examples: Mapping[str, int]) -> dict[str, DataFile]:
-    """The files trained and validated on as they are now, by key. Raises InputError for one that cannot be read."""
+def data_files(config: RunConfig, sets: Mapping[str, tuple[int, str | None]]) -> dict[str, DataFile]:
+    """The sets trained and validated on as they are now, by key. Raises InputError for a file that cannot be read.
+
+    `sets` has the number of examples of each, and its hash if it is no file.
+    """
     return {
-        key: DataFile(path=path, sha256=_sha256(path), examples=n_examples[key])
+        key: DataFile(path=path, sha256=sets[key][1] or _sha256(path), examples=sets[key][0])
         for key in DATA_KEYS
         if (path := getattr(config, key))
     }
@@ -80,9 +84,11 @@ def stored_data_files(folder: Path) -> dict[str, DataFile]:
 
 
 def changed_contents(folder: Path, config: RunConfig) -> list[str]:
-    """Keys of data files whose content differs from that of the training."""
+    """Keys of data files whose content differs from that of the training; a set of the hub is not read for this."""
+    paths = {key: getattr(config, key) for key in DATA_KEYS}
+    files = {key: path for key, path in paths.items() if path and on_hub(path) is None}
     stored = stored_data_files(folder)
-    return [key for key, file in stored.items() if (path := getattr(config, key)) and _sha256(path) != file.sha256]
+    return [key for key, path in files.items() if key in stored and _sha256(path) != stored[key].sha256]
 
 
 def changes(

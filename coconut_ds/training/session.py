@@ -5,7 +5,6 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -13,12 +12,13 @@ from datasets import Dataset
 from coconut_ds import strict_json
 from coconut_ds.checkpoints.store import Checkpoints, demand_weights, read_stored
 from coconut_ds.checkpoints.weights import latent_settings, load_initial
+from coconut_ds.config.data_paths import short_name
 from coconut_ds.config.resolved_run import DraftRun, ResolvedRun, with_micro_batch
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import load_run_config
 from coconut_ds.data.batches import Tokens
 from coconut_ds.data.doubts import doubts, shared_questions
-from coconut_ds.data.files import read_records
+from coconut_ds.data.files import DataSet, Source, Split, read_set
 from coconut_ds.data.records import longest_prompt
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.engine.build import build_engine, describe_device, process_group
@@ -48,7 +48,7 @@ from coconut_ds.runs.tracker import Tracker, write_predictions, write_record
 from coconut_ds.runtime import distributed, watchdog
 from coconut_ds.runtime.torch_settings import deterministic
 from coconut_ds.training import summary
-from coconut_ds.training.setup import DEBUG_EXAMPLES, Setup, build_coconut, load_setup, records_if_any, tokenized
+from coconut_ds.training.setup import DEBUG_EXAMPLES, Setup, build_coconut, load_setup, set_if_any, tokenized
 from coconut_ds.training.trainer import Trainer
 
 _MOST_TO_COMPARE = 32 * 2**20
@@ -146,15 +146,14 @@ def evaluate(draft: DraftRun) -> None:
     """Evaluate `load_model_path` on the test set, or on the validation set if no test set is named."""
     config, folder = draft.config, RunFolder(draft.config.run_folder)
     with process_group(config.hang_limit_s), deterministic(config.deterministic):
-        path = str(config.test_path or config.val_path)
-        records = read_records(path, DEBUG_EXAMPLES if config.debug else None)
+        data = read_set(Source.of(config, _evaluated(config)), DEBUG_EXAMPLES if config.debug else None)
         backbone = load_initial(config.model_id, config.load_model_path, config.traits.thoughts != "none")
         curriculum = Curriculum.of(config)
         stage = _stage_to_evaluate(config, curriculum)
-        examples = tokenized(path, records, backbone, curriculum, config.max_new_tokens, stage)
+        examples = tokenized(data, backbone, curriculum, config.max_new_tokens, stage)
         model, tokens = build_coconut(config, backbone, config.load_model_path)
         if distributed.is_main():
-            _warn(_doubts(config, path, records, examples, backbone))
+            _warn(_doubts(config, data, examples, backbone))
         cast_parameters(model.to(distributed.device()), _DTYPES[draft.precision])
         evaluator = _evaluator(draft, model, examples, curriculum, tokens, backbone)
         with watchdog.watching(config.hang_limit_s, terminal()):
@@ -162,7 +161,8 @@ def evaluate(draft: DraftRun) -> None:
         if outcome is None:
             return
         evaluation, predictions = outcome
-        name = f"eval_{Path(path).stem}"
+        path = str(config.test_path or config.val_path)
+        name = f"eval_{short_name(path)}"
         if config.eval_thoughts is not None:
             name += f"_with_{config.eval_thoughts}_thoughts"
         write_predictions(folder, name, predictions)
@@ -173,15 +173,18 @@ def evaluate(draft: DraftRun) -> None:
         say(strict_json.dumps({"path": path, "stage": stage, **evaluation.as_dict()}))
 
 
-def _doubts(
-    config: RunConfig, path: str, records: list[dict[str, Any]], examples: Dataset, backbone: Backbone
-) -> list[str]:
+def _evaluated(config: RunConfig) -> Split:
+    return "test" if config.test_path else "val"
+
+
+def _doubts(config: RunConfig, data: DataSet, examples: Dataset, backbone: Backbone) -> list[str]:
     """Warnings about the set to evaluate, also against the training set if that is here and small."""
-    found = doubts(path, records, examples, backbone.tokenizer, is_evaluated=True)
+    found = doubts(data, examples, backbone.tokenizer, is_evaluated=True)
     train_path = str(config.train_path)
+    is_another = train_path != getattr(config, f"{_evaluated(config)}_path")
     # A larger one takes seconds to read; its run has compared its own sets.
-    if train_path != path and Path(train_path).is_file() and Path(train_path).stat().st_size <= _MOST_TO_COMPARE:
-        found += shared_questions(path, records, train_path, records_if_any(train_path))
+    if is_another and Path(train_path).is_file() and Path(train_path).stat().st_size <= _MOST_TO_COMPARE:
+        found += shared_questions(data, set_if_any(config, "train"))
     return found
 
 
@@ -260,8 +263,8 @@ def _report_done(config: RunConfig, folder: RunFolder, setup: Setup, newest: Pat
 
 
 def _data_files(config: RunConfig, setup: Setup) -> dict[str, DataFile]:
-    n_examples = (len(setup.train_set), len(setup.valid_set))
-    return run_changes.data_files(config, dict(zip(DATA_KEYS, n_examples)))
+    sets = ((len(setup.train_set), setup.hashes[0]), (len(setup.valid_set), setup.hashes[1]))
+    return run_changes.data_files(config, dict(zip(DATA_KEYS, sets)))
 
 
 def _as_trained(config: RunConfig, folder: RunFolder) -> RunConfig:

@@ -14,8 +14,8 @@ from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.sections import ActivationCheckpointingConfig, ScratchModelConfig
 from coconut_ds.data.answers import answer_line
 from coconut_ds.data.batches import Tokens
-from coconut_ds.data.doubts import doubts, shared_questions
-from coconut_ds.data.files import DataError, read_records
+from coconut_ds.data.doubts import doubts, long_chains, shared_questions
+from coconut_ds.data.files import DataError, DataSet, Source, Split, read_set
 from coconut_ds.data.plain_text import demand_plain_text
 from coconut_ds.data.records import check_lengths, tokenize
 from coconut_ds.data.stages import Curriculum
@@ -46,6 +46,8 @@ class Setup:
     tokens: Tokens
     train_set: Dataset
     valid_set: Dataset
+    hashes: tuple[str | None, str | None]
+    """Of the two sets, for one that is no file."""
     n_parameters: int
     """Counted before an engine partitions them."""
     doubts: tuple[str, ...]
@@ -62,37 +64,38 @@ def load_setup(
 
     `with_weights=False`: of a folder or hub id the weights need not be there, the model's are random.
     """
-    train_path, val_path = str(config.train_path), str(config.val_path)
-    train_records = read_records(train_path, _DEBUG_TRAIN if config.debug else None)
-    valid_records = read_records(val_path, DEBUG_EXAMPLES if config.debug else None)
+    train = read_set(Source.of(config, "train"), _DEBUG_TRAIN if config.debug else None)
+    valid = read_set(Source.of(config, "val"), DEBUG_EXAMPLES if config.debug else None)
     backbone = load_initial(
         config.model_id,
         weights,
         config.traits.thoughts != "none",
-        lambda: _scratch(config.model, train_records),
+        lambda: _scratch(config.model, train.records),
         with_weights,
     )
     curriculum = Curriculum.of(config)
-    train_set = tokenized(train_path, train_records, backbone, curriculum, config.max_new_tokens)
-    valid_set = tokenized(val_path, valid_records, backbone, curriculum, config.max_new_tokens)
+    train_set = tokenized(train, backbone, curriculum, config.max_new_tokens)
+    valid_set = tokenized(valid, backbone, curriculum, config.max_new_tokens)
     model, tokens = build_coconut(config, backbone, weights if with_weights else None, checkpointing, is_trained=True)
     _demand_facts(config, tokens, train_set)
     if tokens.step_end is not None:
-        check_written_lengths(train_path, train_set, curriculum, tokens.step_end, backbone.n_positions)
+        check_written_lengths(train.name, train_set, curriculum, tokens.step_end, backbone.n_positions)
     if tokens.reads_steps:
-        check_taught_lengths(train_path, train_set, tokens.omits_last_step, backbone.n_positions)
+        check_taught_lengths(train.name, train_set, tokens.omits_last_step, backbone.n_positions)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     found = []
     if distributed.is_main():
         found += _left_out(config, weights)
         tokenizer = backbone.tokenizer
-        found += doubts(train_path, train_records, train_set, tokenizer, is_evaluated=False)
-        found += doubts(val_path, valid_records, valid_set, tokenizer, is_evaluated=True)
-        found += shared_questions(val_path, valid_records, train_path, train_records)
+        found += doubts(train, train_set, tokenizer, is_evaluated=False)
+        if config.traits.steps == "replaced by stage":
+            found += long_chains(train, config.max_latent_stage)
+        found += doubts(valid, valid_set, tokenizer, is_evaluated=True)
+        found += shared_questions(valid, train)
         if config.test_path is not None:
-            test_path = str(config.test_path)
-            found += shared_questions(test_path, records_if_any(test_path), train_path, train_records)
-    return Setup(curriculum, backbone, model, tokens, train_set, valid_set, n_parameters, tuple(found))
+            found += shared_questions(set_if_any(config, "test"), train)
+    hashes = (train.sha256, valid.sha256)
+    return Setup(curriculum, backbone, model, tokens, train_set, valid_set, hashes, n_parameters, tuple(found))
 
 
 def _left_out(config: RunConfig, weights: str | None) -> list[str]:
@@ -106,11 +109,12 @@ def _left_out(config: RunConfig, weights: str | None) -> list[str]:
     ]
 
 
-def records_if_any(path: str) -> list[dict[str, Any]]:
-    """The records of a file that a run does not need; none if it cannot be read."""
+def set_if_any(config: RunConfig, split: Split) -> DataSet:
+    """A set that a run does not need; without records if it cannot be read."""
+    source = Source.of(config, split)
     with contextlib.suppress(DataError):
-        return read_records(path)
-    return []
+        return read_set(source)
+    return DataSet(source.path, [])
 
 
 def _scratch(model: ScratchModelConfig | None, records: list[dict[str, Any]]) -> Backbone:
@@ -122,17 +126,12 @@ def _scratch(model: ScratchModelConfig | None, records: list[dict[str, Any]]) ->
 
 
 def tokenized(
-    path: str,
-    records: list[dict[str, Any]],
-    backbone: Backbone,
-    curriculum: Curriculum,
-    new_tokens: int,
-    stage: int | None = None,
+    data: DataSet, backbone: Backbone, curriculum: Curriculum, new_tokens: int, stage: int | None = None
 ) -> Dataset:
-    """The examples of a data file; raises InputError for reserved text, and for length as `check_lengths` does."""
-    examples = tokenize(records, backbone.tokenizer)
-    demand_plain_text(path, examples, backbone.tokenizer)
-    check_lengths(path, examples, curriculum, backbone.n_positions, new_tokens, stage)
+    """The examples of a set; raises InputError for reserved text, and for length as `check_lengths` does."""
+    examples = tokenize(data.records, backbone.tokenizer)
+    demand_plain_text(data.name, examples, backbone.tokenizer)
+    check_lengths(data.name, examples, curriculum, backbone.n_positions, new_tokens, stage)
     return examples
 
 

@@ -15,7 +15,7 @@ import launching
 import pytest
 import tiny
 import yaml
-from test_examples import BAD_FILES
+from test_files import BAD_FILES
 from test_summary import typed
 
 from coconut_ds import train

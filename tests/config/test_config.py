@@ -306,11 +306,11 @@ def test_a_misspelt_key_gets_the_key_it_is(section, key):
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("train_size", "there is no setting for a part of a set"),
-        ("val_size", "there is no setting for a part of a set"),
-        ("max_size", "there is no setting for a part of a set"),
-        ("debug_val_size", "there is no setting for a part of a set"),
-        ("num_eval_samples", "there is no setting for a part of a set"),
+        ("max_size", "here it is train_size, beside val_size and test_size"),
+        ("debug_val_size", "here it is val_size, or test_size with only_eval"),
+        ("question_column", "here it is columns"),
+        ("step_delimiter", "here it is steps_separator"),
+        ("num_eval_samples", "here it is val_size"),
         ("alpha", "here it is supervision.distill, with alpha, beta and gamma"),
         ("gamma", "here it is supervision.distill, with alpha, beta and gamma"),
         ("ref_loss_factor", "here it is supervision.distill.alpha"),

@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from coconut_ds.data.doubts import doubts, shared_questions, unread
-from coconut_ds.data.files import DataError, read_records
+from coconut_ds.data.doubts import doubts, long_chains, shared_questions, unread
+from coconut_ds.data.files import DataError, DataSet, read_records
 from coconut_ds.data.markers import MARKERS
 from coconut_ds.data.plain_text import demand_plain_text, reserved_in
 from coconut_ds.data.records import tokenize
@@ -109,7 +109,7 @@ def gpt2(shared) -> PreTrainedTokenizerBase:
 def lines(records: list[dict], tokenizer: PreTrainedTokenizerBase, is_evaluated: bool = True) -> list[str]:
     examples = tokenize(records, tokenizer)
     demand_plain_text("f.json", examples, tokenizer)
-    return doubts("f.json", records, examples, tokenizer, is_evaluated)
+    return doubts(DataSet("f.json", records), examples, tokenizer, is_evaluated)
 
 
 # Text that is a token
@@ -288,11 +288,21 @@ def test_a_command_without_a_table_names_records_by_their_index():
 
 
 def test_steps_that_say_nothing_are_counted():
-    records = [GOOD, {**GOOD, "question": "a", "steps": [""]}, {**GOOD, "question": "b", "steps": ["a", " \n"]}]
-    (line,) = lines(records, words())
-    assert line.startswith(
-        "f.json: 2 of 3 records have steps that are empty or only spaces (first: record 1); each counts"
+    records = [{**GOOD, "question": text} for text in "abc"]
+    (line,) = doubts(DataSet("f.json", records, (1, 2)), tokenize(records, words()), words(), is_evaluated=False)
+    assert line == (
+        "f.json: 2 of 3 records have steps that are empty or only spaces (first: record 1); they are left out, and "
+        "nothing is trained on them"
     )
+
+
+def test_chains_far_longer_than_the_curriculum_are_counted():
+    records = [{**GOOD, "steps": ["a"] * count} for count in (3, 5, 9)]
+    (line,) = long_chains(DataSet("f.json", records), 2)
+    assert line.startswith(
+        "f.json: 2 of 3 records have more than twice as many steps as max_latent_stage, 2 (first: record 1: 5); "
+    )
+    assert long_chains(DataSet("f.json", records), 3) == long_chains(DataSet("f.json", records), 0) == []
 
 
 def test_records_that_repeat_or_contradict_another_are_counted():
@@ -309,12 +319,13 @@ def test_records_that_repeat_or_contradict_another_are_counted():
 
 def test_questions_of_two_sets_are_counted():
     records = [{**GOOD, "question": text} for text in "abcd"]
-    (line,) = shared_questions("valid.json", records[1:], "train.json", [GOOD, records[0], records[2], records[3]])
+    others = DataSet("train.json", [GOOD, records[0], records[2], records[3]])
+    (line,) = shared_questions(DataSet("valid.json", records[1:]), others)
     assert line == (
         "valid.json: 2 of 3 questions stand in train.json, too (first: record 1); leave them out of one, or the "
         "accuracy says nothing about new questions"
     )
-    assert shared_questions("valid.json", records, "train.json", [GOOD]) == []
+    assert shared_questions(DataSet("valid.json", records), DataSet("train.json", [GOOD])) == []
 
 
 @pytest.mark.parametrize(
@@ -346,7 +357,7 @@ def test_of_generated_sets_nothing_is_said(form):
     assert lines(train, tokenizer, is_evaluated=False) == []
     # A pair of nodes may be new in the form of one word an edge.
     assert form == "edges" or lines(valid, tokenizer) == []
-    assert shared_questions("valid.json", valid, "train.json", train) == []
+    assert shared_questions(DataSet("valid.json", valid), DataSet("train.json", train)) == []
 
 
 @pytest.mark.shared

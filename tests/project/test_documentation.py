@@ -333,11 +333,11 @@ def test_the_records_of_a_data_page_are_records(page, tmp_path):
 RUN = "python coconut_ds/train.py --run run.yaml"
 EVALUATE = f"{RUN} only_eval=true name=other"
 MISTAKES = (
-    f"{RUN} batch_size_trainin=4 lr=-1 model.n_layers=3 learning_rate=1 train_size=9",
+    f"{RUN} batch_size_trainin=4 lr=-1 model.n_layers=3 learning_rate=1 max_samples=9",
     f"{RUN} train_batch_size=10",
     f"{RUN} deepspeed=clash.json",
     f"{RUN} train_path=records.json",
-    f"{RUN} train_path=data.jsonl",
+    f"{RUN} train_path=lines.json",
     f"{RUN} train_path=data.json",
     f"{RUN} train_path=data/prosqa/none.json",
     f"{RUN} name=unreached train_path=marked.json",
@@ -361,7 +361,7 @@ FILES = {
     "clash.json": """{"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2, "overlap_com": true},
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-4}}, "fp16": {"enabled": true}}""",
     "records.json": '{"question": "a"}',
-    "data.jsonl": '{"question": "a", "steps": [], "answer": "b"}\n' * 2,
+    "lines.json": '{"question": "a", "steps": [], "answer": "b"}\n' * 2,
     "data.json": '[{"question": "a", "step": ["x"], "answer": "b"}]',
     "marked.json": json.dumps([GOOD, {**GOOD, "question": "a <|latent|> b"}]),
     "silent.json": json.dumps([GOOD, {**GOOD, "answer": ",,"}]),
@@ -441,7 +441,7 @@ def test_the_page_of_troubles_has_what_a_run_warns_of(spoiled, command):
     doubtful = "train_path=doubtful.json val_path=doubtful.json name=doubtful save_path=trained num_epochs=1"
     outcome = spoiled.run(f"{command} {doubtful}")
     assert outcome.status == 0, outcome.output
-    warnings = [line for line in outcome.output.splitlines() if line.startswith("warning: ")]
+    warnings = [line for line in outcome.output.splitlines() if line.startswith("warning: doubtful.json")]
     kinds = {re.sub(r".* \d+ of \d+ | \(first.*", "", line) for line in warnings}
     assert len(kinds) == (7 if "only_eval" in command else 8), warnings
     demand_quoted(outcome.output)
