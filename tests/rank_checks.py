@@ -40,6 +40,7 @@ from coconut_ds.engine.states import gather, updates_done
 from coconut_ds.engine.states import restore as restore_states
 from coconut_ds.memory.model_states import model_states
 from coconut_ds.model import fast
+from coconut_ds.model.adapters import load_adapter
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.distillation import Distillation
 from coconut_ds.model.folder import context_settings, load_window
@@ -98,19 +99,20 @@ def gradient_errors(
     speed: str,
     weights: Weights = SEQUENCES_ALONE,
     everything: bool = False,
+    lora: bool = False,
 ) -> dict[str, float]:
     """Largest difference between a gradient through the engine and that of one undivided batch of 8 in plain torch.
 
     `speed` of the engine's model: plain passes, fast ones, or fast with activations recomputed; `weights` of the
-    losses; `everything`: steps written by a decoder of its own, and thoughts in Jacobi iterations. One step of SGD
-    with learning rate 1 turns the gradient into a difference of weights.
+    losses; `everything`: steps written by a decoder of its own, and thoughts in Jacobi iterations; `lora`: of adapters
+    and rows on a frozen model. One step of SGD with learning rate 1 turns the gradient into a difference of weights.
     """
     start_process_group()
     tokens = replace(TOKENS, step_end=tiny.EOS) if weights[1] else TOKENS
     if weights[3]:
         tokens = replace(tokens, answer_lead=(), reads_steps=True, answers_alone=True)
     rows = examples(8)
-    reference = _model("plain", everything)
+    reference = _model("plain", everything, lora)
     whole = undivided(rows, 2, tokens)
     output = reference(**whole.inputs)
     losses = [
@@ -118,17 +120,17 @@ def gradient_errors(
         for each, count in zip(output.sums_of_losses, whole.counts_of_losses)
     ]
     sum(weight * loss for weight, loss in zip(weights, losses)).backward()
-    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    expected = {name: parameter.grad for name, parameter in _trained(reference).items()}
     world = distributed.world_size()
     errors = {}
     for name in names:
         for micro, accumulation in splits:
             sizes = BatchSizes(micro, accumulation, world)
-            model = _model(speed, everything)
-            before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+            model = _model(speed, everything, lora)
+            before = {key: parameter.detach().clone() for key, parameter in _trained(model).items()}
             settings = ds_config(name, RunConfig(), sizes) | {"zero_force_ds_cpu_optimizer": False}
             engine, *_ = deepspeed.initialize(
-                model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), config=settings
+                model=model, optimizer=torch.optim.SGD(_trained(model).values(), lr=1.0), config=settings
             )
             # Accumulation is long enough for all eight, so the epoch is one window.
             window = windows_of(name, rows, sizes, 2, tokens)[0]
@@ -136,7 +138,7 @@ def gradient_errors(
             assert step.n_targets == whole.n_targets
             for loss_name, loss in zip(LOSSES, losses):
                 assert abs((getattr(step, loss_name) or 0.0) - loss.item()) < 1e-5
-            after = {key: safe_get_full_fp32_param(value) for key, value in model.named_parameters()}
+            after = {key: safe_get_full_fp32_param(value) for key, value in _trained(model).items()}
             after = {key: value if value is not None else model.get_parameter(key) for key, value in after.items()}
             worst = max((before[key] - after[key] - expected[key]).abs().max().item() for key in before)
             errors[f"{name} {micro}x{accumulation}"] = worst
@@ -164,8 +166,12 @@ def bf16_error(name: str, accumulation: int) -> float:
     return float((before - masters() - expected).norm() / expected.norm())
 
 
-def _model(speed: str, everything: bool = False) -> Coconut:
-    model = tiny.coconut(context=CONTEXT, plain=True)
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: each for name, each in model.named_parameters() if each.requires_grad}
+
+
+def _model(speed: str, everything: bool = False, lora: bool = False) -> Coconut:
+    model = tiny.coconut(context=CONTEXT, plain=True, lora=tiny.LORA if lora else None)
     model.distillation = Distillation()
     if everything:
         model.step_decoder, model.solver = copy_of(model.base_causallm), Jacobi(2)
@@ -382,18 +388,21 @@ def reset_growth(name: str) -> list[int]:
     return [held[0], held[-1]]
 
 
-def _four_a_step(name: str, precision: str, weights: Path | None = None, done: int = 0):
+def _four_a_step(name: str, precision: str, weights: Path | None = None, done: int = 0, lora: bool = False):
     """Engine, schedule, backbone, and a function that takes optimizer steps of four examples and returns their losses.
 
-    `weights` is a checkpoint to take them from, `done` the steps its schedule has taken.
+    `weights` is a checkpoint to take them from, `done` the steps its schedule has taken; `lora` trains adapters alone.
     """
     world = distributed.world_size()
     sizes = BatchSizes(4 // world, 1, world)
     config = RunConfig(lr=1e-2, precision=precision, lr_schedule="linear")
     windows = windows_of(name, examples(16), sizes, epoch=1)
-    model = tiny.coconut(context=CONTEXT)
-    if weights is not None:
+    model = tiny.coconut(context=CONTEXT, lora=tiny.LORA if lora else None)
+    if weights is not None and lora:
+        load_adapter(model.base_causallm, weights / "model")
+    elif weights is not None:
         model.base_causallm.load_state_dict(load_file(weights / "model" / "model.safetensors"), strict=False)
+    if weights is not None:
         load_window(model.latent_window, str(weights))
     backbone = Backbone(model.base_causallm, word_tokenizer(["a b"], 96))
     engine = build_engine(model, config, ds_config(name, config, sizes))
@@ -409,12 +418,12 @@ def _four_a_step(name: str, precision: str, weights: Path | None = None, done: i
     return engine, schedule, backbone, steps
 
 
-def saved(cases: list[list[str]], folder: str) -> list[dict[str, Any]]:
+def saved(cases: list[list[str]], folder: str, lora: bool = False) -> list[dict[str, Any]]:
     """For each (ZeRO file, precision): two steps, a checkpoint in `folder`, and what the two steps after it give."""
     start_process_group()
     outcomes = []
     for name, precision in cases:
-        engine, schedule, backbone, steps = _four_a_step(name, precision)
+        engine, schedule, backbone, steps = _four_a_step(name, precision, lora=lora)
         steps(0, 1)
         if precision == "fp16":
             engine.optimizer.loss_scaler.cur_scale = 2.0**9
@@ -427,14 +436,14 @@ def saved(cases: list[list[str]], folder: str) -> list[dict[str, Any]]:
     return outcomes
 
 
-def gone_on(cases: list[list[str]], paths: list[str]) -> list[list[dict[str, Any]]]:
+def gone_on(cases: list[list[str]], paths: list[str], lora: bool = False) -> list[list[dict[str, Any]]]:
     """For each (ZeRO file, precision) and each checkpoint: a new engine from it, and what the next two steps give."""
     start_process_group()
     outcomes: list[list[dict[str, Any]]] = []
     for name, precision in cases:
         outcomes.append([])
         for path in map(Path, paths):
-            engine, _, _, steps = _four_a_step(name, precision, path, read_stored(path).scheduled)
+            engine, _, _, steps = _four_a_step(name, precision, path, read_stored(path).scheduled, lora)
             restore(path, engine)
             outcome = {"drawn": torch.rand(3).tolist(), "losses": steps(2, 3), "loss_scale": loss_scale(engine)}
             outcomes[-1].append(outcome)

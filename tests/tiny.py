@@ -27,8 +27,10 @@ from coconut_ds import Coconut, LatentContext
 from coconut_ds.data.batches import Batch, Tokens, collate_training, training_sequence
 from coconut_ds.data.stages import Layout
 from coconut_ds.model import fast
+from coconut_ds.model.adapters import Lora, adapt
 
 PAD, EOS, START, END, LATENT, VOCABULARY = 0, 1, 2, 3, 4, 40
+LORA = Lora(r=4, alpha=8, tokens=(START, END, LATENT))
 
 
 def backbone(family: str, dropout: float = 0.0, n_layer: int = 2) -> PreTrainedModel:
@@ -68,11 +70,19 @@ def coconut(
     dropout: float = 0.0,
     n_layer: int = 2,
     plain: bool = False,
+    lora: Lora | None = None,
 ) -> Coconut:
-    """With the speed layer that the trainer installs, unless `plain`."""
+    """With the speed layer that the trainer installs, unless `plain`; adapters of `lora` are random, B as well."""
     torch.manual_seed(0)
+    base = backbone(family, dropout, n_layer)
+    if lora is not None:
+        adapt(base, lora)
+        with torch.no_grad():
+            for parameter in base.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
     model = Coconut(
-        backbone(family, dropout, n_layer),
+        base,
         latent_token_id=LATENT,
         start_latent_id=START,
         end_latent_id=END,

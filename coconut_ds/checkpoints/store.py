@@ -26,7 +26,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -35,7 +35,7 @@ from coconut_ds.engine import internals, states
 from coconut_ds.errors import InputError
 from coconut_ds.memory.meter import GIB
 from coconut_ds.model.backbone import Backbone
-from coconut_ds.model.folder import MODEL_FOLDER, WEIGHTS_FILE, stored_window, write_folder
+from coconut_ds.model.folder import MODEL_FOLDER, stored_weights, stored_window, write_folder
 from coconut_ds.model.step_decoder import PREFIX as DECODER_PREFIX
 from coconut_ds.model.step_decoder import stored_decoder, write_decoder
 from coconut_ds.runs import atomic_folder
@@ -192,8 +192,7 @@ def restore(path: Path, engine: deepspeed.DeepSpeedEngine) -> None:
     """
     stored = read_stored(path)
     # Files are mapped into memory, so a tensor is read when it is copied.
-    backbone = load_file(path / MODEL_FOLDER / WEIGHTS_FILE)
-    weights = {f"{_PREFIX}{name}": value for name, value in backbone.items()}
+    weights = {f"{_PREFIX}{name}": value for name, value in stored_weights(path).items()}
     weights |= stored_window(str(path)) | stored_decoder(path)
     moments = {moment: load_file(path / f"{moment}.safetensors") for moment in states.MOMENTS if stored.updates}
     states.restore(engine, stored.updates, weights, moments)
@@ -204,10 +203,10 @@ def restore(path: Path, engine: deepspeed.DeepSpeedEngine) -> None:
 
 def demand_weights(path: Path, model: nn.Module) -> None:
     """Raise CheckpointError if a checkpoint lacks weights of a `model` that is to resume from it."""
-    with safe_open(path / MODEL_FOLDER / WEIGHTS_FILE, framework="pt") as file:
-        stored = {f"{_PREFIX}{name}" for name in file.keys()}  # noqa: SIM118
+    stored = {f"{_PREFIX}{name}" for name in stored_weights(path)}
     stored |= {*stored_window(str(path)), *stored_decoder(path)}
-    if missing := [name for name, _ in model.named_parameters() if name not in stored]:
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if missing := [name for name in trained if name not in stored]:
         raise CheckpointError(
             f"{path} has no {missing[0]} ({len(missing)} such weights): the run was started without them; give this "
             f"one another name, with load_model_path={path} to start from the same model"

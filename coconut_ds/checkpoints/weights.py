@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 from coconut_ds.config.data_paths import file_name
 from coconut_ds.config.run_config import RunConfig
+from coconut_ds.config.sections import LoraConfig
 from coconut_ds.data.markers import MARKERS
 from coconut_ds.errors import InputError, problem_list
+from coconut_ds.model.adapters import Lora, adapt, fingerprint, is_adapted
 from coconut_ds.model.backbone import Backbone, add_markers
 from coconut_ds.model.folder import MODEL_FOLDER, context_settings, model_folder, solver_settings, stored_settings
 from coconut_ds.model.jacobi import Jacobi
@@ -76,8 +78,9 @@ def load_initial(
     has_thoughts: bool,
     from_scratch: Callable[[], Backbone] | None = None,
     with_weights: bool = True,
+    lora: LoraConfig | None = None,
 ) -> Backbone:
-    """The backbone to start from, with marker tokens if its method `has_thoughts`.
+    """The backbone to start from, with marker tokens if its method `has_thoughts`, and with adapters if `lora` says so.
 
     `path` names its weights: a checkpoint, an HF folder or hub id, or a `.pt` state dict as the published code saves
     it; None takes those of `model_id`. `from_scratch` builds the model of `model_id: scratch`. If not `with_weights`,
@@ -101,8 +104,25 @@ def load_initial(
         backbone = load(model_id)
     if is_state_dict:
         _load_state_dict(backbone, str(path))
+    if lora is not None and not is_adapted(backbone.model):
+        if is_state_dict:
+            raise InputError(
+                f"lora: the base model must be a folder or a hub id, and {path} is a file; write a folder from it with "
+                "python -m coconut_ds.export and name that"
+            )
+        base = model_id if path is None else str(model_folder(path))
+        return _adapted(backbone, lora, base, with_weights)
     if has_thoughts:
         add_markers(backbone)
+    return backbone
+
+
+def _adapted(backbone: Backbone, lora: LoraConfig, base: str, with_weights: bool) -> Backbone:
+    """`backbone` with new adapters and, whatever its method, marker tokens: a run with thoughts may start from it."""
+    base_print = fingerprint(backbone.model) if with_weights else ""
+    add_markers(backbone)
+    tokens = tuple(backbone.marker_ids().values()) if lora.trainable_tokens else ()
+    adapt(backbone.model, Lora(lora.r, lora.alpha, lora.dropout, lora.targets, tokens, base, base_print))
     return backbone
 
 

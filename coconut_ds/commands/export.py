@@ -19,6 +19,7 @@ from coconut_ds.checkpoints.weights import load_initial
 from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.config.methods import METHODS
 from coconut_ds.errors import InputError, unwritable_output
+from coconut_ds.model.adapters import is_adapted, merge
 from coconut_ds.model.folder import push, stored_settings, stored_window, write_folder
 from coconut_ds.runs import atomic_folder
 from coconut_ds.runs.lock import output_held
@@ -60,6 +61,8 @@ def export(checkpoint: str, out: Path, model_id: str, with_markers: bool = True)
         method = (settings or {}).get("method")
         has_thoughts = with_markers if method is None else METHODS[method].thoughts != "none"
         backbone, window = load_initial(model_id, checkpoint, has_thoughts), stored_window(checkpoint)
+        if is_adapted(backbone.model):
+            merge(backbone.model)
         with _unfinished(out) as folder:
             write_folder(folder, backbone.model, backbone.tokenizer, settings, window=window)
 

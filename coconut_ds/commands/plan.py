@@ -38,7 +38,7 @@ from coconut_ds.memory.batch_size import (
 )
 from coconut_ds.memory.faster_file import faster_file
 from coconut_ds.memory.meter import GIB
-from coconut_ds.memory.model_states import ModelStates, bucket_note, model_states
+from coconut_ds.memory.model_states import Elements, ModelStates, bucket_note
 from coconut_ds.runs.terminal import quiet_libraries
 from coconut_ds.training.setup import Setup, load_setup
 
@@ -128,7 +128,7 @@ def report(
         lines.append(_file_line(path, config, setup, stages, budget, ranks))
     sizes = BatchSizes(micro, _accumulation(config, ranks), ranks)
     left = budget - max(each.cost.peak(micro) for each in stages)
-    faster = faster_file(config, resolved, sizes, _CARD, _parameters(setup), left)
+    faster = faster_file(config, resolved, sizes, _CARD, Elements.of(setup.model), left)
     lines += ["", f"faster: {faster}"] if faster else []
     return "\n".join(lines)
 
@@ -150,12 +150,7 @@ def _file_line(path: str, config: RunConfig, setup: Setup, stages: list[StagePla
 
 
 def _states(path: str, config: RunConfig, setup: Setup, ranks: int) -> ModelStates:
-    sizes = _parameters(setup)
-    return model_states(_resolved(read_ds_json(path), config, BatchSizes(1, 1, ranks)), sum(sizes), max(sizes), ranks)
-
-
-def _parameters(setup: Setup) -> list[int]:
-    return [parameter.numel() for parameter in setup.model.parameters()]
+    return Elements.of(setup.model).states(_resolved(read_ds_json(path), config, BatchSizes(1, 1, ranks)), ranks)
 
 
 def _resolved(raw: dict[str, Any], config: RunConfig, sizes: BatchSizes) -> dict[str, Any]:

@@ -52,9 +52,18 @@ for _text, _keys in {
     "the number of processes is the launcher's: deepspeed --num_gpus N, or RANKS=N ./launch.sh; remove the key": """
         distributed_training distributed use_ddp ddp fsdp use_fsdp fsdp_config ddp_backend local_rank num_gpus n_gpus
         gpus num_processes world_size nproc_per_node accelerator devices num_nodes""",
-    "LoRA is not supported, all weights are trained; merge an adapter into its model first and set model_id": """
-        use_lora lora lora_r lora_alpha lora_dropout lora_rank lora_target_modules lora_modules_to_save
-        lora_target_linear lora_bias use_peft use_dora adapter peft peft_config lora_config lora_init qlora""",
+    _here("lora", ": true, or with r, alpha, dropout and targets"): """use_lora use_peft peft peft_config lora_config
+        adapter lora_enable""",
+    _here("lora.r"): "lora_r lora_rank lora_dim lora.rank lora.lora_r",
+    _here("lora.alpha"): "lora_alpha lora.lora_alpha",
+    _here("lora.dropout"): "lora_dropout lora.lora_dropout",
+    _here("lora.targets", ", names of linear layers; null is all of them"): """lora_target_modules lora_target_linear
+        lora_target lora.target_modules lora.modules""",
+    "besides adapters only rows of marker tokens are trained, see lora.trainable_tokens; remove the key": """
+        lora_modules_to_save lora.modules_to_save additional_target""",
+    "adapters are plain LoRA without biases; remove the key": """lora_bias use_dora use_rslora lora_init pissa_init
+        lora.bias""",
+    "a 4-bit base is not supported; remove the key": "qlora",
     _here("c_thought"): """num_thoughts n_latent num_latent num_latents n_latent_tokens num_latent_tokens latent_length
         thoughts_per_step""",
     _here("solver.iterations"): "num_iterations n_iterations jacobi_iterations num_jacobi_iterations",

@@ -99,6 +99,9 @@ def _model_rules(config: RunConfig) -> _Found:
         yield ("model", "model_id"), f"model: {rule}"
     if config.model_id == "scratch" and config.model is None:
         yield ("model", "model_id"), "model_id: scratch needs a `model:` section (architecture, n_layer, ...)"
+    if config.lora and config.model_id == "scratch" and not config.load_model_path:
+        rule = "has random weights, which adapters would freeze; set load_model_path, or leave lora out"
+        yield ("lora", "model_id"), f"lora: model_id scratch {rule}"
     if config.model and config.model.n_embd % config.model.n_head:
         rule = f"must be a multiple of model.n_head ({config.model.n_head})"
         yield ("model",), f"model.n_embd: {config.model.n_embd} {rule}"

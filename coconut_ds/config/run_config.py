@@ -18,11 +18,13 @@ from coconut_ds.config.sections import (
     DistillationConfig,
     IcotConfig,
     LatentContextConfig,
+    LoraConfig,
     MixtureConfig,
     ScratchModelConfig,
     Section,
     SolverConfig,
     SupervisionConfig,
+    on_or_off,
 )
 
 PUBLISHED_SWITCHES = ("cot", "no_cot", "no_thoughts", "coconut")
@@ -124,6 +126,8 @@ class RunConfig(Section):
     model_id: str = "openai-community/gpt2"
     """Hub id, folder, or `scratch`."""
     model: ScratchModelConfig | None = None
+    lora: Annotated[LoraConfig | None, BeforeValidator(on_or_off)] = None
+    """Null trains all weights."""
     load_model_path: Annotated[str | None, _OrOff] = None
     """Weights to start from: a checkpoint, an HF folder or hub id, or a published `.pt` state dict."""
 

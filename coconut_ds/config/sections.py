@@ -21,6 +21,11 @@ class Section(BaseModel):
         return None if value == "None" else value
 
 
+def on_or_off(value: Any) -> Any:
+    """A switch for a section of defaults."""
+    return {} if value is True else None if value is False else value
+
+
 class ColumnsConfig(Section):
     """Where the parts of a record stand in the data files."""
 
@@ -140,16 +145,11 @@ class MixtureConfig(Section):
     direct: float = Field(0.0, ge=0)
 
 
-def _on_or_off(value: Any) -> Any:
-    """A switch for a section of defaults."""
-    return {} if value is True else None if value is False else value
-
-
 class SupervisionConfig(Section):
     """What thoughts learn from besides the tokens after them."""
 
-    steps: Annotated[StepSupervisionConfig | None, BeforeValidator(_on_or_off)] = None
-    distill: Annotated[DistillationConfig | None, BeforeValidator(_on_or_off)] = None
+    steps: Annotated[StepSupervisionConfig | None, BeforeValidator(on_or_off)] = None
+    distill: Annotated[DistillationConfig | None, BeforeValidator(on_or_off)] = None
     mixture: Annotated[MixtureConfig | None, BeforeValidator(lambda value: None if value is False else value)] = None
 
 
@@ -161,6 +161,21 @@ class SolverConfig(Section):
     """T; as many as there are thoughts give what the sequential method gives."""
     gradient: Literal["all", "last"] = "all"
     """The iterations through which gradients go back."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on a frozen model (arXiv 2106.09685), by peft (extra `lora`)."""
+
+    r: int = Field(16, ge=1)
+    """Rank of the product that is added to a weight."""
+    alpha: int = Field(32, ge=1)
+    """The product is scaled by alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Of the inputs of the adapters."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Ends of the names of linear layers, such as q_proj; null is all of them but the LM head."""
+    trainable_tokens: bool = True
+    """The rows of the marker tokens in the embedding are trained as well."""
 
 
 class ScratchModelConfig(Section):

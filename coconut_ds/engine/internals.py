@@ -181,9 +181,10 @@ def updated_tensors(engine: deepspeed.DeepSpeedEngine) -> list[torch.Tensor]:
 
 
 def n_elements(engine: deepspeed.DeepSpeedEngine) -> int:
-    """Elements of the whole model, of which each rank has a share under ZeRO-3."""
+    """Elements of all that is trained, of which each rank has a share under ZeRO-3."""
     is_divided = engine.zero_optimization_stage() == 3
-    return sum(each.ds_numel if is_divided else each.numel() for each in engine.module.parameters())
+    trained = (each for each in engine.module.parameters() if each.requires_grad)
+    return sum(each.ds_numel if is_divided else each.numel() for each in trained)
 
 
 def elements_per_rank(parameter: Any) -> int:

@@ -33,13 +33,13 @@ def updates_done(engine: deepspeed.DeepSpeedEngine) -> int:
 
 
 def gather(engine: deepspeed.DeepSpeedEngine, moment: str | None = None) -> dict[str, torch.Tensor]:
-    """A moment, or the fp32 weights, of every parameter in host memory on rank 0; empty on other ranks.
+    """A moment, or the fp32 weights, of every trained parameter in host memory on rank 0; empty on other ranks.
 
     Called on every rank. For a moment the optimizer must have made an update (`updates_done`).
     """
     masters = internals.fp32_masters(engine)
     gathered = {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _trained(engine):
         whole = _held(engine, masters, parameter, moment)
         if distributed.is_main():
             gathered[name] = whole.detach().float().cpu()
@@ -54,7 +54,7 @@ def restore(engine: deepspeed.DeepSpeedEngine, updates: int, weights: Tensors, m
     if updates:
         _allocate_moments(engine, updates)
     masters = internals.fp32_masters(engine)
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _trained(engine):
         if parameter.dtype != torch.float32:
             _set(engine, masters, parameter, None, weights[name])
         for moment in moments if updates else ():
@@ -74,6 +74,10 @@ def whole_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
         return
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())), internals.gathering_switched_off(engine):
         yield
+
+
+def _trained(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, each) for name, each in engine.module.named_parameters() if each.requires_grad)
 
 
 def _allocate_moments(engine: deepspeed.DeepSpeedEngine, updates: int) -> None:

@@ -25,7 +25,7 @@ from coconut_ds.memory.activations import (
     widest_sequence,
 )
 from coconut_ds.memory.meter import GIB
-from coconut_ds.memory.model_states import model_states
+from coconut_ds.memory.model_states import Elements
 from coconut_ds.model.backbone import cast_parameters
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.runs.terminal import say
@@ -101,8 +101,7 @@ def planned_peak(
 
 def kept_between_steps(model: Coconut, ds_config: dict[str, Any]) -> int:
     """Bytes of a rank's model states on its GPU, or on the host if there is no GPU."""
-    parameters = [parameter.numel() for parameter in model.parameters()]
-    states = model_states(ds_config, sum(parameters), max(parameters), distributed.world_size())
+    states = Elements.of(model).states(ds_config, distributed.world_size())
     return states.device if distributed.device().type == "cuda" else states.device + states.host
 
 

@@ -15,7 +15,7 @@ from coconut_ds.config.deepspeed_config import Device, resolve_ds_config
 from coconut_ds.config.ds_json import DeepSpeedConfigError, read_ds_json, shipped_ds_jsons
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.memory.meter import GIB
-from coconut_ds.memory.model_states import model_states
+from coconut_ds.memory.model_states import Elements
 
 _GATHERS = "does not gather the weights of each layer in each pass"
 _OFFLOADS = "keeps optimizer states on the card (no copies over PCIe, no update on the host)"
@@ -27,12 +27,12 @@ def faster_file(
     ds_config: dict[str, Any],
     sizes: BatchSizes,
     device: Device,
-    parameters: list[int],
+    elements: Elements,
     budget: int,
 ) -> str | None:
     """Names the shipped file to try, and why; None if the run's own is the fastest that fits.
 
-    `ds_config` is the run's, resolved; `parameters` are the elements of each; `budget` bytes of a card are for model
+    `ds_config` is the run's, resolved; `elements` are those of its model; `budget` bytes of a card are for model
     states, beside the activations of a micro-batch.
     """
     own = costs(ds_config, sizes)
@@ -43,7 +43,7 @@ def faster_file(
         except DeepSpeedConfigError:
             continue
         theirs = costs(other, sizes)
-        n_bytes = model_states(other, sum(parameters), max(parameters), sizes.world).device
+        n_bytes = elements.states(other, sizes.world).device
         if other["zero_optimization"].get("stage", 0) > 0 and set(theirs) < set(own) and n_bytes <= budget:
             saved = [cost for cost in own if cost not in theirs]
             found.append((len(theirs), path, f"({n_bytes / GIB:.2f} of {budget / GIB:.2f} GiB)", saved))

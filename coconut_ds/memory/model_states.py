@@ -6,13 +6,31 @@ The formulas of Rajbhandari et al., ZeRO (arXiv 1910.02054), section 3.1, and th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from coconut_ds.config.deepspeed_config import DEFAULT_BUCKETS, FP32_NAMES, SMALL_BUCKETS
 
 _FP32 = 4
 _MOMENTS = 2 * _FP32
 _GIB = 2**30
+
+
+class Elements(NamedTuple):
+    """Of a model's parameters."""
+
+    trained: list[int]
+    frozen: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Elements:
+        parameters = list(model.parameters())
+        trained = [each.numel() for each in parameters if each.requires_grad]
+        return cls(trained, sum(each.numel() for each in parameters) - sum(trained))
+
+    def states(self, ds_config: dict[str, Any], world: int) -> ModelStates:
+        return model_states(ds_config, sum(self.trained), max(self.trained), world, self.frozen)
 
 
 @dataclass(frozen=True)
@@ -23,17 +41,20 @@ class ModelStates:
     host: int
 
 
-def model_states(ds_config: dict[str, Any], n_parameters: int, largest_parameter: int, world: int) -> ModelStates:
+def model_states(
+    ds_config: dict[str, Any], n_parameters: int, largest_parameter: int, world: int, n_frozen: int = 0
+) -> ModelStates:
     """Weights, gradients, fp32 masters, Adam's moments and ZeRO's buffers of one rank.
 
-    `largest_parameter` in elements: with offload, gradients pass through a buffer of that size.
+    `largest_parameter` in elements: with offload, gradients pass through a buffer of that size. `n_frozen` elements
+    beside the `n_parameters` trained ones are weights alone.
     """
     zero = ds_config["zero_optimization"]
     stage = zero.get("stage", 0)
     width = element_bytes(ds_config)
     sums_in_fp32 = width < _FP32 and ds_config.get("data_types", {}).get("grad_accum_dtype") in FP32_NAMES
     gradient_width = _FP32 if sums_in_fp32 else width
-    weights, gradients = n_parameters * width, n_parameters * gradient_width
+    weights, gradients = (n_parameters + n_frozen) * width, n_parameters * gradient_width
     if stage == 0:
         masters = n_parameters * _FP32 if width == 2 else 0
         return ModelStates(weights + gradients + masters + n_parameters * _MOMENTS, 0)
@@ -44,9 +65,10 @@ def model_states(ds_config: dict[str, Any], n_parameters: int, largest_parameter
     resident, on_host = weights, 0
     if stage == 3:
         # A multi-pass backward releases weights late, so the number of gathered ones reaches the file's limit.
-        live = min(n_parameters, zero.get("stage3_max_live_parameters", 1_000_000_000)) * width
+        live = min(n_parameters + n_frozen, zero.get("stage3_max_live_parameters", 1_000_000_000)) * width
         is_resident = (zero.get("offload_param") or {}).get("device", "none") == "none"
-        resident, on_host = live + (share * width if is_resident else 0), 0 if is_resident else share * width
+        of_weights = -(-(n_parameters + n_frozen) // world) * width
+        resident, on_host = live + (of_weights if is_resident else 0), 0 if is_resident else of_weights
     optimizer = share * (_FP32 + _MOMENTS)
     if (zero.get("offload_optimizer") or {}).get("device", "none") == "none":
         return ModelStates(resident + gradients + optimizer + buckets, on_host)

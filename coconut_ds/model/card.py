@@ -23,13 +23,16 @@ _TITLES = {
 }
 
 
-def model_card(settings: Mapping[str, Any], backbone: str) -> str:
-    """Markdown with the hub's metadata block, from the contents of `coconut.json`; `backbone` describes it."""
+def model_card(settings: Mapping[str, Any], backbone: str, is_adapter: bool = False) -> str:
+    """Markdown with the hub's metadata block, from the contents of `coconut.json`; `backbone` describes it.
+
+    `is_adapter`: the folder holds adapters and no weights of the backbone.
+    """
     name = str(settings.get("name") or "Coconut model")
     return (
         f"---\n{_metadata(name, settings).to_yaml()}\n---\n\n# {name}\n\n{_about(settings)}\n\n"
         f"## Training\n\n{_training_table(settings, backbone)}\n\n"
-        f"## Results\n\n{_results_text(settings)}\n\n## Use\n\n{_USE}"
+        f"## Results\n\n{_results_text(settings)}\n\n## Use\n\n{_USE}{_OF_ADAPTERS if is_adapter else _OF_WEIGHTS}\n"
     )
 
 
@@ -127,6 +130,8 @@ from coconut_ds import Coconut
 model = Coconut.from_pretrained("THIS FOLDER OR HUB ID")
 ```
 
-or `python -m coconut_ds.ask FOLDER "a question"`. The backbone alone, which knows no thoughts, loads in plain
-transformers: `AutoModelForCausalLM.from_pretrained(...)`.
-"""
+or `python -m coconut_ds.ask FOLDER "a question"`. """
+_OF_WEIGHTS = """The backbone alone, which knows no thoughts, loads in plain
+transformers: `AutoModelForCausalLM.from_pretrained(...)`."""
+_OF_ADAPTERS = """The folder holds LoRA adapters, and the
+base model named in `adapter_config.json` has to be there; `python -m coconut_ds.export FOLDER OUT` merges both."""

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coconut_ds import strict_json
 from coconut_ds.config.methods import METHODS
 from coconut_ds.errors import InputError, in_one_line
+from coconut_ds.model.adapters import is_adapted, stored_adapter, write_adapter
 from coconut_ds.model.card import model_card
 from coconut_ds.model.jacobi import Jacobi
 from coconut_ds.model.latents import LatentContext, LatentWindow
@@ -68,9 +69,12 @@ def write_folder(
     A learned `window` gets a separate file, since transformers has no place for it.
     """
     # Counted first: under ZeRO-3 the model holds no weights, and saving empties `weights`.
-    held = weights.values() if weights is not None else base_causallm.parameters()
+    held = weights.values() if weights is not None else _trained(base_causallm).values()
     n_parameters = sum(each.numel() for each in held)
-    base_causallm.save_pretrained(folder, state_dict=weights, max_shard_size=_ONE_FILE)
+    if is_adapted(base_causallm):
+        write_adapter(folder, base_causallm, _trained(base_causallm) if weights is None else weights)
+    else:
+        base_causallm.save_pretrained(folder, state_dict=weights, max_shard_size=_ONE_FILE)
     # Files of an earlier model in that folder would be read as this one's.
     for stale in (WINDOW_FILE, _SETTINGS_FILE, _CARD_FILE):
         (folder / stale).unlink(missing_ok=True)
@@ -80,8 +84,21 @@ def write_folder(
         save_file(window, folder / WINDOW_FILE)
     if settings is not None:
         (folder / _SETTINGS_FILE).write_text(strict_json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        backbone = f"{base_causallm.config.model_type}, {n_parameters / 1e6:.2f} M parameters"
-        (folder / _CARD_FILE).write_text(model_card(settings, backbone), encoding="utf-8")
+        adapted = is_adapted(base_causallm)
+        backbone = (
+            f"{base_causallm.config.model_type}, {'LoRA adapters of ' * adapted}{n_parameters / 1e6:.2f} M parameters"
+        )
+        (folder / _CARD_FILE).write_text(model_card(settings, backbone, adapted), encoding="utf-8")
+
+
+def _trained(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
+
+
+def stored_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The trained weights of the backbone in a checkpoint of a run, by their names in it; mapped into memory."""
+    folder = model_folder(str(checkpoint))
+    return stored_adapter(folder) or load_file(folder / WEIGHTS_FILE)
 
 
 def stored_settings(name: str) -> dict[str, Any] | None:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from coconut_ds.errors import ModelError, in_one_line
-from coconut_ds.model.backbone import Backbone, demand_plain_head, demand_rows
+from coconut_ds.model.adapters import CONFIG_FILE, adapt, fingerprint, is_adapter, load_adapter, stored_lora
+from coconut_ds.model.backbone import Backbone, add_markers, demand_plain_head, demand_rows
 from coconut_ds.model.state_dicts import (
     PLAIN_NAMES,
     SECOND_TABLE,
@@ -29,9 +30,30 @@ def load_backbone(name: str) -> Backbone:
 
     Raises ModelError, one line, if it cannot be loaded, is incomplete, or does not support Coconut.
     """
+    if is_adapter(Path(name)):
+        return _adapted(Path(name), load_backbone)
     backbone = Backbone(load_model(name), load_tokenizer(name))
     demand_rows(backbone.model, backbone.tokenizer, name)
     return backbone
+
+
+def _adapted(folder: Path, load: Callable[[str], Backbone]) -> Backbone:
+    """The base model of the adapters in `folder`, with them."""
+    lora = stored_lora(folder)
+    try:
+        base, tokenizer = load(lora.base), load_tokenizer(str(folder))
+    except ModelError as error:
+        raise ModelError(f"{folder} holds adapters of {lora.base}: {error}") from None
+    if load is load_backbone and (found := fingerprint(base.model)) != lora.base_print:
+        raise ModelError(
+            f"{folder} holds adapters of another {lora.base}: its weights have the fingerprint {found[:12]}, the ones "
+            f"they were trained on {lora.base_print[:12]}; put the model back, or name it in {CONFIG_FILE}"
+        )
+    add_markers(base)
+    adapt(base.model, lora)
+    if load is load_backbone:
+        load_adapter(base.model, folder)
+    return Backbone(base.model, tokenizer)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -63,6 +85,8 @@ def backbone_from_config(name: str) -> Backbone:
 
     For results that depend on shapes alone, such as a memory plan.
     """
+    if is_adapter(Path(name)):
+        return _adapted(Path(name), backbone_from_config)
     model = _load(name, _untrained)
     demand_plain_head(model, name)
     return Backbone(model, load_tokenizer(name))
@@ -79,6 +103,8 @@ def load_model(name: str) -> PreTrainedModel:
     Prefixes of wrappers in the names of its weights are ignored. Raises ModelError naming the weights that are
     missing, unexpected, misshaped or not finite: transformers itself initialises missing ones at random.
     """
+    if is_adapter(Path(name)):
+        return load_backbone(name).model
     load = AutoModelForCausalLM.from_pretrained
     # Mismatched sizes are reported below; otherwise the names would only be in a log.
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,9 +37,11 @@ PREFIX = "step_decoder."
 def copy_of(backbone: PreTrainedModel) -> PreTrainedModel:
     """A decoder with the weights of `backbone`, to be made before the speed layer is installed on it.
 
-    It reads embeddings of the backbone's table, and keeps one of its own only as the weight of its LM head.
+    It reads embeddings of the backbone's table, and keeps one of its own only as the weight of its LM head. Frozen
+    weights are shared.
     """
-    decoder = copy.deepcopy(backbone)
+    shared: dict[int, Any] = {id(each): each for each in backbone.parameters() if not each.requires_grad}
+    decoder: PreTrainedModel = copy.deepcopy(backbone, shared)
     if decoder.get_output_embeddings().weight is not decoder.get_input_embeddings().weight:
         decoder.set_input_embeddings(nn.Identity())
     return decoder
@@ -49,7 +52,8 @@ def load_decoder(decoder: PreTrainedModel, checkpoint: Path) -> None:
     """Fill a copy with the weights stored in `checkpoint`, if it has any."""
     stored = stored_decoder(checkpoint)
     for name, parameter in decoder.named_parameters() if stored else ():
-        parameter.copy_(stored[PREFIX + name])
+        if parameter.requires_grad:
+            parameter.copy_(stored[PREFIX + name])
 
 
 def write_decoder(weights: dict[str, torch.Tensor], checkpoint: Path) -> None:

@@ -33,6 +33,7 @@ from coconut_ds.memory.batch_size import (
 )
 from coconut_ds.memory.faster_file import faster_file
 from coconut_ds.memory.meter import GIB
+from coconut_ds.memory.model_states import Elements
 from coconut_ds.model.backbone import Backbone, cast_parameters
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.folder import stored_settings
@@ -138,8 +139,7 @@ def _faster(run: ResolvedRun, setup: Setup, activations: int) -> str | None:
     if device.type != "cuda":
         return None
     budget = card_budget(torch.cuda.mem_get_info(device)[1] / GIB) - activations
-    parameters = [parameter.numel() for parameter in setup.model.parameters()]
-    return faster_file(run.config, run.ds_config, run.sizes, describe_device(), parameters, budget)
+    return faster_file(run.config, run.ds_config, run.sizes, describe_device(), Elements.of(setup.model), budget)
 
 
 def evaluate(draft: DraftRun) -> None:

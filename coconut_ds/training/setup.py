@@ -22,7 +22,9 @@ from coconut_ds.data.stages import Curriculum
 from coconut_ds.data.step_targets import check_written_lengths
 from coconut_ds.data.teacher import check_taught_lengths
 from coconut_ds.errors import InputError
+from coconut_ds.memory.model_states import Elements
 from coconut_ds.model import fast
+from coconut_ds.model.adapters import adapter_rank, is_adapted
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.distillation import Distillation
@@ -49,7 +51,8 @@ class Setup:
     hashes: tuple[str | None, str | None]
     """Of the two sets, for one that is no file."""
     n_parameters: int
-    """Counted before an engine partitions them."""
+    """Counted before an engine partitions them, like the next one."""
+    n_trained: int
     doubts: tuple[str, ...]
     """Warnings about the data, a line each; on rank 0 only."""
 
@@ -72,7 +75,9 @@ def load_setup(
         config.traits.thoughts != "none",
         lambda: _scratch(config.model, train.records),
         with_weights,
+        config.lora,
     )
+    _demand_same_adapters(config, backbone, weights)
     curriculum = Curriculum.of(config)
     train_set = tokenized(train, backbone, curriculum, config.max_new_tokens)
     valid_set = tokenized(valid, backbone, curriculum, config.max_new_tokens)
@@ -82,7 +87,8 @@ def load_setup(
         check_written_lengths(train.name, train_set, curriculum, tokens.step_end, backbone.n_positions)
     if tokens.reads_steps:
         check_taught_lengths(train.name, train_set, tokens.omits_last_step, backbone.n_positions)
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    elements = Elements.of(model)
+    n_trained = sum(elements.trained)
     found = []
     if distributed.is_main():
         found += _left_out(config, weights)
@@ -95,7 +101,34 @@ def load_setup(
         if config.test_path is not None:
             found += shared_questions(set_if_any(config, "test"), train)
     hashes = (train.sha256, valid.sha256)
-    return Setup(curriculum, backbone, model, tokens, train_set, valid_set, hashes, n_parameters, tuple(found))
+    return Setup(
+        curriculum,
+        backbone,
+        model,
+        tokens,
+        train_set,
+        valid_set,
+        hashes,
+        n_trained + elements.frozen,
+        n_trained,
+        tuple(found),
+    )
+
+
+def _demand_same_adapters(config: RunConfig, backbone: Backbone, weights: str | None) -> None:
+    """Raise InputError for weights with adapters that are not those of the run."""
+    if not is_adapted(backbone.model):
+        return
+    if config.lora is None:
+        raise InputError(
+            f"{weights} holds LoRA adapters, and this run trains all weights; set lora, or merge them first: python -m "
+            f"coconut_ds.export {weights} OUT"
+        )
+    if adapter_rank(backbone.model) != config.lora.r:
+        raise InputError(
+            f"lora.r: {config.lora.r}, and the adapters in {weights} have rank {adapter_rank(backbone.model)}; set "
+            "that, or merge them first with python -m coconut_ds.export"
+        )
 
 
 def _left_out(config: RunConfig, weights: str | None) -> list[str]:

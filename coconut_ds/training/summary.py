@@ -30,6 +30,8 @@ def opening(run: ResolvedRun, setup: Setup, planned: tuple[int, int] | None, fas
     """
     config, sizes = run.config, run.sizes
     size = f"{setup.n_parameters / 1e6:.2f} M parameters"
+    if config.lora:
+        size += f", {setup.n_trained / 1e6:.2f} M of them trained (LoRA of rank {config.lora.r})"
     backbone = setup.backbone.model
     lines = {
         "method": f"{config.method}{_order_text(config)}{_window_text(config)}{_supervision_text(config)}",

@@ -323,7 +323,7 @@ def test_a_misspelt_key_gets_the_key_it_is(section, key):
         ("replacement_method", "latent_context and latent_norm"),
         ("torch_compile", "the model is not compiled"),
         ("gradient_checkpointing", "here it is activation_checkpointing"),
-        ("use_lora", "LoRA is not supported"),
+        ("use_lora", "here it is lora: true, or with r"),
         ("learning_rate", "here it is lr"),
         ("per_device_train_batch_size", "here it is batch_size_training"),
         ("per_device_eval_batch_size", "here it is eval_batch_size"),

@@ -42,6 +42,16 @@ def test_gradients_of_all_losses_do_not_depend_on_the_split(ranks, splits, speed
         assert max(errors.values()) < 1e-6, errors
 
 
+@pytest.mark.parametrize(("ranks", "splits", "speed"), [(1, [[3, 3]], "fast"), (2, [[1, 4], [3, 2]], "recomputed")])
+def test_gradients_of_adapters_do_not_depend_on_the_split(ranks, splits, speed):
+    """All losses, a copied decoder with adapters of its own, Jacobi iterations; the model below is frozen."""
+    weights = "(0.5, 0.7, 0.6, 2.0, 0.3)"
+    code = f"import rank_checks\nresult = rank_checks.gradient_errors(names, splits, speed, {weights}, True, True)"
+    for errors in launching.on_ranks(ranks, code, names=CONFIGS, splits=splits, speed=speed):
+        assert len(errors) == len(CONFIGS) * len(splits)
+        assert max(errors.values()) < 1e-6, errors
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_two_stages_are_the_same_with_every_file(ranks):
     """Losses step by step and final weights of plain torch, with fewer and more thoughts on each rank."""
@@ -169,6 +179,25 @@ def test_a_checkpoint_changes_its_precision(checkpoints):
         for source, expected, mine in zip(SAVED, checkpoints[2][0], outcomes, strict=True):
             tolerance = 1e-5 if case[1] == source[1] == "fp32" else 0.05
             assert mine["losses"] == pytest.approx(expected["losses"], abs=tolerance), (source, case)
+
+
+def test_a_checkpoint_of_adapters_continues_bit_for_bit_and_under_another_file(tmp_path):
+    cases = [("zero1", "fp32"), ("zero2_offload", "bf16"), ("zero3", "fp32"), ("zero0", "bf16"), ("zero2", "fp16")]
+    code = "import rank_checks\nresult = rank_checks.saved(cases, folder, lora=True)"
+    (expected, *_) = launching.on_ranks(2, code, cases=cases, folder=str(tmp_path))
+    paths = [each["path"] for each in expected]
+    assert all(Path(path, "model", "adapter_model.safetensors").is_file() for path in paths)
+    assert not any(Path(path, "model", "model.safetensors").exists() for path in paths)
+    code = (
+        "import rank_checks\n"
+        "result = [rank_checks.gone_on([case], [path], lora=True)[0][0] for case, path in zip(cases, paths)]\n"
+        "result.append(rank_checks.gone_on([['zero3', 'fp32']], paths[:1], lora=True)[0][0])"
+    )
+    (found, *_) = launching.on_ranks(2, code, cases=cases, paths=paths)
+    *same, other = found
+    for case, mine, its in zip(cases, same, expected, strict=True):
+        assert (mine["losses"], mine["loss_scale"]) == (its["losses"], its["loss_scale"]), case
+    assert other["losses"] == pytest.approx(expected[0]["losses"], abs=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update():

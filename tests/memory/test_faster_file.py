@@ -14,6 +14,7 @@ from coconut_ds.config.ds_json import read_ds_json
 from coconut_ds.config.resolved_run import resolve, with_micro_batch
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.memory.faster_file import faster_file
+from coconut_ds.memory.model_states import Elements
 from coconut_ds.training import session
 
 CARD = Device("cuda", has_bf16=True, has_fp16=True)
@@ -25,7 +26,7 @@ GIB = 2**30
 def named(file: str, budget: float = 8, sizes: BatchSizes = TWO_RANKS) -> str | None:
     config = RunConfig(method="coconut", deepspeed=f"ds_configs/{file}.json")
     resolved = resolve_ds_config(read_ds_json(config.deepspeed), config, sizes, CARD)
-    return faster_file(config, resolved, sizes, CARD, PARAMETERS, int(budget * GIB))
+    return faster_file(config, resolved, sizes, CARD, Elements(PARAMETERS, 0), int(budget * GIB))
 
 
 @pytest.mark.parametrize(
