@@ -54,6 +54,7 @@ def origin(config: RunConfig) -> dict[str, Any]:
         "name": config.name,
         "data": {split: file_name(path) for split, path in paths.items() if path},
         "max_new_tokens": config.max_new_tokens,
+        "answer_match": config.answer_match,
         "base_model": _base_model(config),
     }
 

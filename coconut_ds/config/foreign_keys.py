@@ -126,6 +126,8 @@ for _text, _keys in {
     _here("test_path"): "test_file test_data test_data_path test_dataset",
     _here("deepspeed", ", a file of ds_configs/"): """deepspeed_config ds_config zero_stage zero deepspeed_config_file
         zero_config deepspeed_stage""",
+    _here("answer_match", ": text or number"): """match_type answer_type numeric_match eval_match exact_match
+        answer_format""",
     _here("max_new_tokens"): """generation_max_length max_gen_length max_generate_tokens gen_max_tokens
         max_completion_length""",
     "nothing is cut: an example longer than the model's positions is named; remove the key": """max_length

@@ -190,6 +190,8 @@ class RunConfig(Section):
     eval_thoughts: int | None = Field(None, ge=0)
     """With `only_eval`: thoughts (or pauses) before every answer, another number than the model was trained with."""
     max_new_tokens: int = Field(128, ge=1)
+    answer_match: Literal["text", "number"] = "text"
+    """`number`: an answer is right also as the same number otherwise written, 5 or 5.0 or $5."""
 
     # Records
     save_only_improve: bool = False

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from decimal import Decimal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+AnswerMatch = Literal["text", "number"]
+
 _ANSWER = "### "
+_NUMBER = re.compile(r"([+-]?)\s*[$€£¥]?\s*(\d+\.?\d*|\.\d+)\s*[$€£¥]?")
 # Some tokenizers put a space before the answer line, which is tokenized separately.
 _ANSWER_LINE = re.compile(r"^[^\S\n]*###", re.MULTILINE)
 
@@ -53,6 +57,23 @@ def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 def clean_answer(text: str) -> str:
     """The normal form in which answers are compared: without commas, and without spaces at the ends."""
     return text.replace(",", "").strip()
+
+
+def matches(given: str, expected: str | None, how: AnswerMatch) -> bool:
+    """Whether an answer is right; both in the form of `clean_answer`.
+
+    `text`: the same text. `number`: also the same number, so that 5, 5.0 and $5 are all right for each other; what is
+    no number on both sides is compared as text.
+    """
+    if given == expected or expected is None or how == "text":
+        return given == expected
+    one, other = _number(given), _number(expected)
+    return one is not None and one == other
+
+
+def _number(text: str) -> Decimal | None:
+    found = _NUMBER.fullmatch(text)
+    return Decimal("".join(found.groups())) if found else None
 
 
 def clean_chain(steps: Sequence[str]) -> str:

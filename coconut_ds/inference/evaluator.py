@@ -1,4 +1,4 @@
-"""Evaluates a set: loss in the training layout and exact match of decoded answers, each example once over all ranks."""
+"""Evaluates a set: loss in the training layout and accuracy of decoded answers, each example once over all ranks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from coconut_ds.data.answers import AnswerMatch
 from coconut_ds.data.batches import Batch, Tokens, to_device
 from coconut_ds.data.loaders import loss_loader, prompt_loader
 from coconut_ds.data.stages import Curriculum
@@ -57,6 +58,7 @@ class Evaluator:
     batch_size: int
     max_new_tokens: int
     num_workers: int | None = None
+    answer_match: AnswerMatch = "text"
 
     @torch.no_grad()
     def run(self, stage: int) -> tuple[Evaluation, list[dict[str, Any]]] | None:
@@ -97,7 +99,7 @@ class Evaluator:
         """Predictions of a batch, and the seconds spent decoding."""
         watchdog.alive()
         questions = [Question.of(self.examples[index], index) for index in batch.indices]
-        answered = ask(self.model, self.tokenizer, questions, batch, self.max_new_tokens)
+        answered = ask(self.model, self.tokenizer, questions, batch, self.max_new_tokens, self.answer_match)
         rows = zip(answered.replies, answered.readings(self.tokenizer))
         return [_prediction(*row) for row in rows], answered.seconds
 

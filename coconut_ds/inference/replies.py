@@ -13,7 +13,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from coconut_ds.data.answers import before_eos, clean_answer, clean_chain, given_answer, given_chain, is_cut, text_of
+from coconut_ds.data.answers import (
+    AnswerMatch,
+    before_eos,
+    clean_answer,
+    clean_chain,
+    given_answer,
+    given_chain,
+    is_cut,
+    matches,
+    text_of,
+)
 from coconut_ds.data.batches import Batch, to_device
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.decoding import Decoded, decode
@@ -66,16 +76,20 @@ class Reply:
     """Before EOS."""
     cut: bool
     """Whether the limit of new tokens ended it, without an EOS."""
+    match: AnswerMatch = "text"
+    """How it is compared."""
 
     @classmethod
-    def of(cls, question: Question, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Reply:
+    def of(
+        cls, question: Question, ids: list[int], tokenizer: PreTrainedTokenizerBase, match: AnswerMatch = "text"
+    ) -> Reply:
         new = before_eos(ids, tokenizer)
         text = text_of(new, tokenizer)
-        return cls(question, text, given_answer(text, question.expected), len(new), is_cut(ids, tokenizer))
+        return cls(question, text, given_answer(text, question.expected), len(new), is_cut(ids, tokenizer), match)
 
     @property
     def correct(self) -> bool:
-        return self.given == self.question.expected
+        return matches(self.given, self.question.expected, self.match)
 
     @property
     def chain_correct(self) -> bool:
@@ -116,9 +130,10 @@ def ask(
     questions: Sequence[Question],
     prompts: Batch,
     new_tokens: int,
+    match: AnswerMatch = "text",
     **options: Any,
 ) -> Answered:
-    """Decode the prompts of `questions`, at most `new_tokens` each, and read the answers.
+    """Decode the prompts of `questions`, at most `new_tokens` each, read the answers, and compare them as `match` says.
 
     `options` are those of `decode`: an intervention, a streamer, sampling; greedy by default.
     """
@@ -128,5 +143,5 @@ def ask(
     decoded = decode(model, ids, mask, new_tokens, inputs["thought_span"], **options)
     generated = decoded.tokens.tolist()
     seconds = time.monotonic() - started
-    replies = [Reply.of(question, row, tokenizer) for question, row in zip(questions, generated)]
+    replies = [Reply.of(question, row, tokenizer, match) for question, row in zip(questions, generated)]
     return Answered(model, inputs, decoded, replies, seconds)

@@ -117,7 +117,8 @@ class TrainedModel:
     def ask(self, questions: Sequence[Question], new_tokens: int, **options: Any) -> Answered:
         """`replies.ask` in the prompts of the evaluation."""
         prompts = self.prompts([each.text for each in questions], [self.thoughts_of(each) for each in questions])
-        return ask(self.model, self.tokenizer, questions, prompts, new_tokens, **options)
+        match = self.model.training_settings.get("answer_match", "text")
+        return ask(self.model, self.tokenizer, questions, prompts, new_tokens, match, **options)
 
     def prompts(self, questions: Sequence[str], n_thoughts: Sequence[int]) -> Batch:
         """A left-padded decoding batch on this rank's device: each question with its number of thoughts.

@@ -206,8 +206,8 @@ def _evaluator(
     if rows is None:
         rows = choose_eval_batch(model, longest_prompt(examples, curriculum), new_tokens, len(examples))
         say(f"eval_batch_size: auto is {rows}")
-    workers = run.config.num_workers
-    return Evaluator(model, examples, curriculum, tokens, backbone.tokenizer, rows, new_tokens, workers)
+    workers, match = run.config.num_workers, run.config.answer_match
+    return Evaluator(model, examples, curriculum, tokens, backbone.tokenizer, rows, new_tokens, workers, match)
 
 
 def _stage_to_evaluate(config: RunConfig, curriculum: Curriculum) -> int:

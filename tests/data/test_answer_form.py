@@ -10,7 +10,7 @@ import pytest
 import torch
 from launching import ROOT
 
-from coconut_ds.data.answers import clean_answer, clean_chain, given_answer, given_chain, target
+from coconut_ds.data.answers import clean_answer, clean_chain, given_answer, given_chain, matches, target
 from coconut_ds.data.batches import Tokens
 from coconut_ds.data.records import tokenize
 from coconut_ds.inference import replies
@@ -100,14 +100,58 @@ def test_a_model_that_writes_the_target_is_right(monkeypatch, curriculum, steps,
     examples = tokenize([record], tokenizer)
     row = examples[0]
     ids = [token for step in row["steps_ids"] for token in step] + row["answer_ids"]
-    monkeypatch.setattr(replies, "decode", lambda *_, **__: Decoded(torch.tensor([ids]), None))
-    monkeypatch.setattr(Evaluator, "loss", lambda *_: 0.0)
-    tokens = Tokens(pad=tokenizer.pad_token_id)
-    model = torch.nn.Module()
-    outcome = Evaluator(model, examples, curriculum(method="cot"), tokens, tokenizer, 1, len(ids)).run(0)
-    evaluation, (prediction,) = outcome
+    evaluation, (prediction,) = evaluated(monkeypatch, examples, tokenizer, curriculum, ids)
     assert (prediction["correct"], prediction["cot_correct"]) == (True, True)
     assert (evaluation.accuracy, evaluation.cot_match) == (1, 1)
+
+
+def evaluated(monkeypatch, examples, tokenizer, curriculum, ids: list[int], **options):
+    """What an evaluation says of a model that writes `ids`."""
+    monkeypatch.setattr(replies, "decode", lambda *_, **__: Decoded(torch.tensor([ids]), None))
+    monkeypatch.setattr(Evaluator, "loss", lambda *_: 0.0)
+    tokens, plan = Tokens(pad=tokenizer.pad_token_id), curriculum(method="cot")
+    return Evaluator(torch.nn.Module(), examples, plan, tokens, tokenizer, 1, len(ids), **options).run(0)
+
+
+def test_an_evaluation_compares_numbers_where_that_is_asked_for(monkeypatch, curriculum):
+    tokenizer = word_tokenizer(["What?", "5", "5.0"], n_positions=96)
+    examples, (ids,) = (
+        tokenize([{"question": "What?", "steps": [], "answer": answer}], tokenizer) for answer in ("5", "5.0")
+    )
+    for how, accuracy in (("text", 0), ("number", 1)):
+        found = evaluated(monkeypatch, examples, tokenizer, curriculum, ids["answer_ids"], answer_match=how)
+        assert found[0].accuracy == accuracy
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "is_number"),
+    [
+        ("5.0", "5", True),
+        ("$5", "5", True),
+        ("5.", "5", True),
+        ("05", "5.00", True),
+        ("-5", "- 5", True),
+        (".5", "0.50", True),
+        ("1,000", "1000.0", True),
+        ("5 €", "5", True),
+        ("5", "6", False),
+        ("5 3", "53", False),
+        ("-5", "5", False),
+        ("5%", "5", False),
+        ("1e3", "1000", False),
+        ("5 apples", "5", False),
+        ("", "0", False),
+        ("nan", "NaN", False),
+        ("1/2", "0.5", False),
+        ("0.1", "0.10000000000000000000001", False),
+    ],
+)
+def test_numbers_are_compared_by_value_where_that_is_asked_for(given, expected, is_number):
+    given, expected = clean_answer(given), clean_answer(expected)
+    assert matches(given, expected, "number") is is_number
+    assert matches(given, expected, "text") is (given == expected)
+    assert matches(expected, expected, "number")
+    assert not matches(given, None, "number")
 
 
 def test_the_form_needs_no_heavy_library():
