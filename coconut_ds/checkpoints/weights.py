@@ -28,7 +28,7 @@ from coconut_ds.runs import atomic_folder
 
 def latent_settings(config: RunConfig) -> dict[str, Any]:
     """How a run makes thoughts, for `model/coconut.json`."""
-    names = {"pad_latent_to_max", "max_latent_stage", "curriculum", "latent_norm", "latent_projection"}
+    names = {"pad_latent_to_max", "max_latent_stage", "curriculum", "latent_norm", "latent_projection", "prompt_format"}
     values = config.model_dump(mode="json", include=names)
     context = {"latent_context": context_settings(latent_context(config)), "solver": solver_settings(solver(config))}
     return {"method": config.method, "c_thought": config.thoughts_per_step, **context, **values}

@@ -153,8 +153,10 @@ for _text, _keys in {
     "padding follows from the batch, and group_by_length keeps it small; remove the key": """packing sample_packing
         pad_to_sequence_len pad_to_multiple_of padding padding_side eval_packing padding_free pad_to_max_length""",
     _here("group_by_length"): "length_grouped_sampler train_sampling_strategy",
-    "there are no chat templates; put the text they would make into `question` of the data": """chat_template template
-        apply_chat_template use_chat_template prompt_template system_prompt""",
+    _here("prompt_format", ": chat, for the tokenizer's own template"): """chat_template template apply_chat_template
+        use_chat_template prompt_template prompt_style conversation_template""",
+    "there is no system message but the template's own; put its text into `question` of the data": """system_prompt
+        default_system_message system_message""",
     _here("num_workers"): "dataloader_num_workers n_workers workers dataloader_workers",
     _here("deterministic"): "full_determinism use_deterministic_algorithms cudnn_deterministic",
     "batches are made from all columns that training needs; remove the key": """preprocessing_num_workers

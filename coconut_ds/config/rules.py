@@ -123,6 +123,9 @@ def _model_rules(config: RunConfig) -> _Found:
 
 
 def _data_rules(config: RunConfig) -> _Found:
+    if config.shuffle_facts and config.prompt_format == "chat":
+        rule = "moves facts of a plain question; set prompt_format to plain"
+        yield ("shuffle_facts", "prompt_format"), f"shuffle_facts: {config.shuffle_facts!r} {rule}"
     if config.eval_thoughts is not None and not (config.only_eval and config.traits.thoughts != "none"):
         rule = "is for the evaluation of a model with thoughts or pauses; leave it out"
         yield ("eval_thoughts", "only_eval", "method"), f"eval_thoughts: {config.eval_thoughts} {rule}"

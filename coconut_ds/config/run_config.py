@@ -144,6 +144,8 @@ class RunConfig(Section):
     """At most so many records are taken, drawn once for all seeds; null is all of them."""
     val_size: Annotated[int | None, _OrOff] = Field(None, ge=1)
     test_size: Annotated[int | None, _OrOff] = Field(None, ge=1)
+    prompt_format: Literal["plain", "chat"] = "plain"
+    """`chat`: a question stands in the tokenizer's chat template, thoughts and answer in the assistant's message."""
     shuffle_facts: Annotated[str | None, _OrOff] = None
     """The token that ends a fact of a question; a training question's facts stand in another order every epoch."""
 

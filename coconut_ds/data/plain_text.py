@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from coconut_ds.data.answers import answer_line, step_line
 from coconut_ds.data.files import DataError
 from coconut_ds.data.markers import MARKERS
+from coconut_ds.data.prompts import PromptFormat, role_token_in
 
 _COLUMNS = {"question": "question_ids", "steps": "steps_ids", "answer": "answer_ids"}
 
@@ -44,12 +45,17 @@ def _reserved(tokenizer: PreTrainedTokenizerBase, key: str) -> dict[int, str]:
     return found
 
 
-def demand_plain_text(path: str, examples: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+def demand_plain_text(
+    path: str, examples: Dataset, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat = "plain"
+) -> None:
     """Check a set as `tokenize` makes it.
 
     Raises DataError for the first record that holds a reserved token, or whose question or answer leaves no token.
     """
     for key in _COLUMNS:
+        if key == "question" and prompt_format == "chat":
+            _demand_no_role_tokens(path, examples, tokenizer)
+            continue
         for row in rows_with(list(_reserved(tokenizer, key)), key, examples, tokenizer):
             name = _name_in(key, examples[row][key], tokenizer)
             if name is not None:
@@ -63,6 +69,15 @@ def demand_plain_text(path: str, examples: Dataset, tokenizer: PreTrainedTokeniz
             raise DataError(
                 f"{path}: record {empty}: key {key!r}: the tokenizer makes nothing of {examples[empty][key]!r}; use "
                 "another model or leave the record out"
+            )
+
+
+def _demand_no_role_tokens(path: str, examples: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    for row, question in enumerate(examples["question"]):
+        if (name := role_token_in(question, tokenizer)) is not None:
+            raise DataError(
+                f"{path}: record {row}: key 'question' holds {name!r}, a token that chats are built with; write it "
+                "otherwise or leave the record out"
             )
 
 

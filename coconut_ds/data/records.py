@@ -14,49 +14,59 @@ from transformers import PreTrainedTokenizerBase
 from coconut_ds import strict_json
 from coconut_ds.data.answers import answer_line, step_line
 from coconut_ds.data.files import KEYS, DataError
+from coconut_ds.data.prompts import PromptFormat, question_ids
 from coconut_ds.data.stages import Curriculum
 
 _TOKENIZATION = 1
 """Cache version, incremented when `_tokenize_batch` changes, so that older tables are not read."""
 
 
-def tokenize(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Tokenize each part apart: question + newline, each step + newline, "### " + answer, EOS.
+def tokenize(
+    records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat = "plain"
+) -> Dataset:
+    """Tokenize each part apart: the question as `prompts.py` says, each step + newline, "### " + answer, EOS.
 
     Columns: question_ids (list of ids), steps_ids (list of lists), answer_ids, and the texts question, steps, answer.
     The table is cached on disk beside those of `datasets` (`HF_DATASETS_CACHE`), under a hash of texts and tokenizer.
     """
     texts = Dataset.from_list([{key: record[key] for key in KEYS} for record in records])
-    name = _content_hash(records, tokenizer)
+    name = _content_hash(records, tokenizer, prompt_format)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "coconut_ds"
     folder.mkdir(parents=True, exist_ok=True)
     return texts.map(
         _tokenize_batch,
         batched=True,
-        fn_kwargs={"tokenizer": tokenizer},
+        fn_kwargs={"tokenizer": tokenizer, "prompt_format": prompt_format},
         cache_file_name=str(folder / f"{name}.arrow"),
         new_fingerprint=name,
     )
 
 
-def _content_hash(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+def _content_hash(
+    records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
+) -> str:
     texts = [[record[key] for key in KEYS] for record in records]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else f"{tokenizer!r} {sorted(tokenizer.get_vocab().items())}"
-    content = strict_json.dumps([_TOKENIZATION, type(tokenizer).__name__, rules, tokenizer.special_tokens_map, texts])
+    parts = [_TOKENIZATION, type(tokenizer).__name__, rules, tokenizer.special_tokens_map, texts]
+    if prompt_format == "chat":
+        parts.append(tokenizer.chat_template)
+    content = strict_json.dumps(parts)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _tokenize_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
-    def ids(texts: Iterable[str], special: bool) -> list[list[int]]:
+def _tokenize_batch(
+    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat = "plain"
+) -> dict[str, list]:
+    def ids(texts: Iterable[str]) -> list[list[int]]:
         texts = list(texts)
-        return tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
+        return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
-    flat_steps = iter(ids((step_line(step) for steps in batch["steps"] for step in steps), special=False))
+    flat_steps = iter(ids(step_line(step) for steps in batch["steps"] for step in steps))
     return {
-        "question_ids": ids((question + "\n" for question in batch["question"]), special=True),
+        "question_ids": question_ids(batch["question"], tokenizer, prompt_format),
         "steps_ids": [[next(flat_steps) for _ in steps] for steps in batch["steps"]],
-        "answer_ids": [[*each, tokenizer.eos_token_id] for each in ids(map(answer_line, batch["answer"]), False)],
+        "answer_ids": [[*each, tokenizer.eos_token_id] for each in ids(map(answer_line, batch["answer"]))],
     }
 
 

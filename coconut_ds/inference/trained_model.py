@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from coconut_ds.checkpoints.weights import check_intact
 from coconut_ds.data.batches import Batch, Tokens, collate_prompts, prompt_sequence, to_device
 from coconut_ds.data.plain_text import reserved_in
+from coconut_ds.data.prompts import question_ids, role_token_in
 from coconut_ds.data.stages import Curriculum, Layout
 from coconut_ds.errors import InputError
 from coconut_ds.inference.replies import Answered, Question, ask, quoted
@@ -125,9 +126,13 @@ class TrainedModel:
 
         Raises InputError for a question that holds the text of a token that sequences are built with.
         """
-        rows = [{"question_ids": self.tokenizer(question + "\n")["input_ids"]} for question in questions]
+        prompt_format = self.model.training_settings.get("prompt_format", "plain")
+        rows = [{"question_ids": ids} for ids in question_ids(questions, self.tokenizer, prompt_format)]
         for question, row in zip(questions, rows):
-            name = reserved_in(question, row["question_ids"], self.tokenizer)
+            if prompt_format == "chat":
+                name = role_token_in(question, self.tokenizer)
+            else:
+                name = reserved_in(question, row["question_ids"], self.tokenizer)
             if name is not None:
                 raise InputError(
                     f"question {quoted(question)} holds {name!r}, a token that sequences are built with; write it "

@@ -111,7 +111,7 @@ def stored_settings(name: str) -> dict[str, Any] | None:
         filled: dict[str, Any] = {"latent_norm": "none", "latent_projection": None, "solver": None}
         settings = filled | json.loads(file.read_text(encoding="utf-8"))
         if "method" in settings:  # written by a run
-            settings.setdefault("curriculum", "forward")
+            settings = {"curriculum": "forward", "prompt_format": "plain"} | settings
         context = latent_context(settings)
         if settings.get("latent_context"):
             settings["latent_context"] = context_settings(context)

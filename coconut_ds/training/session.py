@@ -150,7 +150,7 @@ def evaluate(draft: DraftRun) -> None:
         backbone = load_initial(config.model_id, config.load_model_path, config.traits.thoughts != "none")
         curriculum = Curriculum.of(config)
         stage = _stage_to_evaluate(config, curriculum)
-        examples = tokenized(data, backbone, curriculum, config.max_new_tokens, stage)
+        examples = tokenized(data, backbone, curriculum, config.max_new_tokens, config.prompt_format, stage)
         model, tokens = build_coconut(config, backbone, config.load_model_path)
         if distributed.is_main():
             _warn(_doubts(config, data, examples, backbone))

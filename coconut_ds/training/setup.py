@@ -17,6 +17,7 @@ from coconut_ds.data.batches import Tokens
 from coconut_ds.data.doubts import doubts, long_chains, shared_questions
 from coconut_ds.data.files import DataError, DataSet, Source, Split, read_set
 from coconut_ds.data.plain_text import demand_plain_text
+from coconut_ds.data.prompts import PromptFormat
 from coconut_ds.data.records import check_lengths, tokenize
 from coconut_ds.data.stages import Curriculum
 from coconut_ds.data.step_targets import check_written_lengths
@@ -79,8 +80,8 @@ def load_setup(
     )
     _demand_same_adapters(config, backbone, weights)
     curriculum = Curriculum.of(config)
-    train_set = tokenized(train, backbone, curriculum, config.max_new_tokens)
-    valid_set = tokenized(valid, backbone, curriculum, config.max_new_tokens)
+    train_set = tokenized(train, backbone, curriculum, config.max_new_tokens, config.prompt_format)
+    valid_set = tokenized(valid, backbone, curriculum, config.max_new_tokens, config.prompt_format)
     model, tokens = build_coconut(config, backbone, weights if with_weights else None, checkpointing, is_trained=True)
     _demand_facts(config, tokens, train_set)
     if tokens.step_end is not None:
@@ -159,11 +160,16 @@ def _scratch(model: ScratchModelConfig | None, records: list[dict[str, Any]]) ->
 
 
 def tokenized(
-    data: DataSet, backbone: Backbone, curriculum: Curriculum, new_tokens: int, stage: int | None = None
+    data: DataSet,
+    backbone: Backbone,
+    curriculum: Curriculum,
+    new_tokens: int,
+    prompt_format: PromptFormat = "plain",
+    stage: int | None = None,
 ) -> Dataset:
     """The examples of a set; raises InputError for reserved text, and for length as `check_lengths` does."""
-    examples = tokenize(data.records, backbone.tokenizer)
-    demand_plain_text(data.name, examples, backbone.tokenizer)
+    examples = tokenize(data.records, backbone.tokenizer, prompt_format)
+    demand_plain_text(data.name, examples, backbone.tokenizer, prompt_format)
     check_lengths(data.name, examples, curriculum, backbone.n_positions, new_tokens, stage)
     return examples
 
