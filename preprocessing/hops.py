@@ -25,8 +25,7 @@ from statistics import mean
 from typing import Any
 
 from hops_tables import GRAPHS, count_tables, draw_table, follow, is_single_cycle
-from json_lists import add_readers, read_list, report_problems, write_list
-from statistics_table import print_statistics
+from json_lists import UnusableError, add_readers, demand_right, read_list, write_list
 
 FORMS = ("edges", "symbolic")
 SPLITS = ("test", "valid", "train")
@@ -198,15 +197,11 @@ def _guess(walk: list[str], n_nodes: int, followed: int) -> float:
     return 0.0 if walk[-1] in seen or len(seen) == n_nodes else 1 / (n_nodes - len(seen))
 
 
-class _UnusableError(ValueError):
-    """A request that cannot be fulfilled; the message says why."""
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (_UnusableError, OSError) as error:
+    except (UnusableError, OSError) as error:
         print(f"hops.py {options.command}: {error}", file=sys.stderr)
         return 2
 
@@ -233,22 +228,18 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--hops", type=int, nargs="+", default=hops, metavar="K", help=f"edges to follow (default: {usual})"
         )
-    add_readers(
-        commands,
-        _check,
-        "walk through every question of a file; exit status 1 if an answer is wrong",
-        _print_statistics,
-    )
+    check = "walk through every question of a file; exit status 1 if an answer is wrong"
+    add_readers(commands, "hops", problem_with, statistics, check)
     return parser
 
 
 def _shape(options: argparse.Namespace, hops: list[int]) -> Shape:
     if min(hops) < 1:
-        raise _UnusableError(f"--hops {min(hops)}: needs at least 1 edge to follow")
+        raise UnusableError(f"--hops {min(hops)}: needs at least 1 edge to follow")
     if options.nodes < 3:
-        raise _UnusableError(f"--nodes {options.nodes}: needs at least 3, or the next node needs no table")
+        raise UnusableError(f"--nodes {options.nodes}: needs at least 3, or the next node needs no table")
     if options.symbols is not None and options.symbols < options.nodes:
-        raise _UnusableError(f"--symbols {options.symbols} is fewer than the {options.nodes} nodes: each needs a name")
+        raise UnusableError(f"--symbols {options.symbols} is fewer than the {options.nodes} nodes: each needs a name")
     kinds = {"order": options.order, "graph": options.graph, "form": options.form, "start": options.start}
     return Shape(options.nodes, tuple(sorted(set(hops))), **kinds, n_symbols=options.symbols or options.nodes)
 
@@ -261,7 +252,7 @@ def _generate(options: argparse.Namespace) -> int:
     starts = shape.n_nodes**shape.order * len(shape.hops)
     # Drawn at random until they are new: nearly all of what there is would take long, and all of it no end.
     if held_out > shape.n_tables / 2 or counts["train"] > 0.7 * (shape.n_tables - held_out) * starts:
-        raise _UnusableError(
+        raise UnusableError(
             f"{sum(counts.values())} examples: there are only {shape.n_tables} different tables with {starts} "
             f"questions each; ask for fewer examples, or for more names than nodes (--symbols {2 * shape.n_nodes})"
         )
@@ -276,13 +267,11 @@ def _generate(options: argparse.Namespace) -> int:
 def _write_longer_walks(options: argparse.Namespace) -> int:
     """Write one set for every number of edges: the questions of the test set, whose tables no other split has."""
     path = options.out / "hops_test.json"
-    records = _read(path)
-    for index, record in enumerate(records):
-        if problem := problem_with(record):
-            raise _UnusableError(f"{path}: record {index}: {problem}")
+    records = read_list(path, "hops")
+    demand_right(path, records, problem_with)
     for hops in options.hops:
         if hops < 1:
-            raise _UnusableError(f"--hops {hops}: needs at least 1 edge to follow")
+            raise UnusableError(f"--hops {hops}: needs at least 1 edge to follow")
         write_list(options.out / f"hops_ood_{hops}.json", [longer_walk(record, hops) for record in records])
     return 0
 
@@ -296,26 +285,6 @@ def longer_walk(record: dict[str, Any], hops: int) -> dict[str, Any]:
         asked = f"{' '.join(question.start)} {question.hops}"
         text = text.replace(asked, f"{' '.join(question.start)} {hops}")
     return {"question": text, **walked(states, question.form)}
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        return read_list(path, "hops")
-    except ValueError as error:
-        raise _UnusableError(str(error)) from None
-
-
-def _check(options: argparse.Namespace) -> int:
-    return report_problems(options.file, _read(options.file), problem_with)
-
-
-def _print_statistics(options: argparse.Namespace) -> int:
-    records = _read(options.file)
-    for index, record in enumerate(records):
-        if problem := problem_with(record):
-            raise _UnusableError(f"{options.file}: record {index}: {problem}; `check` names every such record")
-    print_statistics(statistics(records))
-    return 0
 
 
 if __name__ == "__main__":

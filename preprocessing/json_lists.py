@@ -1,12 +1,15 @@
-"""Reads, checks and writes record files."""
+"""Reads, checks and writes record files: what the scripts of all tasks have in common."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from statistics_table import print_statistics
 
 
 def write_list(path: Path, records: list[dict[str, Any]]) -> None:
@@ -16,16 +19,20 @@ def write_list(path: Path, records: list[dict[str, Any]]) -> None:
     print(f"{path}: {len(records)} examples")
 
 
+class UnusableError(ValueError):
+    """A file or a request that cannot be used; the message says why."""
+
+
 def read_list(path: Path, task: str) -> list[dict[str, Any]]:
-    """The records of a file of `task`; raises ValueError, naming the file, if it is no JSON list of records."""
+    """The records of a file of `task`; raises UnusableError, naming the file, if it is no JSON list of records."""
     try:
         records = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise UnusableError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a {task} file: {error}") from None
+        raise UnusableError(f"{path} is not a {task} file: {error}") from None
     if not isinstance(records, list) or not records:
-        raise ValueError(f"{path} is not a {task} file: it must hold a list of records")
+        raise UnusableError(f"{path} is not a {task} file: it must hold a list of records")
     return records
 
 
@@ -38,9 +45,32 @@ def report_problems(path: Path, records: list[dict[str, Any]], problem_with: Cal
     return 1 if problems else 0
 
 
-def add_readers(commands: Any, check: Callable[..., int], check_help: str, statistics: Callable[..., int]) -> None:
-    """The commands `check FILE` and `stats FILE`."""
-    for name, run, text in (("check", check, check_help), ("stats", statistics, "print the statistics of a file")):
+def add_readers(
+    commands: Any,
+    task: str,
+    problem_with: Callable[[Any], str | None],
+    statistics: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    check_help: str,
+) -> None:
+    """The commands `check FILE` and `stats FILE` of a task; the latter raises UnusableError for a wrong record."""
+
+    def check(options: argparse.Namespace) -> int:
+        return report_problems(options.file, read_list(options.file, task), problem_with)
+
+    def stats(options: argparse.Namespace) -> int:
+        records = read_list(options.file, task)
+        demand_right(options.file, records, problem_with)
+        print_statistics(statistics(records))
+        return 0
+
+    for name, run, text in (("check", check, check_help), ("stats", stats, "print the statistics of a file")):
         reader = commands.add_parser(name, help=text)
         reader.set_defaults(run=run)
         reader.add_argument("file", type=Path)
+
+
+def demand_right(path: Path, records: list[dict[str, Any]], problem_with: Callable[[Any], str | None]) -> None:
+    """Raise UnusableError for the first record with a problem."""
+    for index, record in enumerate(records):
+        if problem := problem_with(record):
+            raise UnusableError(f"{path}: record {index}: {problem}; `check` names every such record")

@@ -21,9 +21,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from json_lists import add_readers, read_list, report_problems, write_list
+from json_lists import UnusableError, add_readers, read_list, report_problems, write_list
 from prosqa_graphs import MEAN_PARENTS, Graph, check_graph, draw_graph, shortest_paths
-from statistics_table import print_statistics
 
 PERSONS = "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split()
 CONCEPTS = (
@@ -207,13 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(["download", *given[1:]] if given[:1] == ["--download"] else given)
     try:
         return options.run(options)
-    except _UnusableError as error:
+    except UnusableError as error:
         print(f"prosqa.py {options.command}: {error}", file=sys.stderr)
         return 2
-
-
-class _UnusableError(ValueError):
-    """A request that cannot be fulfilled; the message says why."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -239,7 +234,8 @@ def _parser() -> argparse.ArgumentParser:
     get = commands.add_parser("download", help="download the published files")
     get.set_defaults(run=_download)
     get.add_argument("--out", type=Path, default=Path("data/prosqa_published"), help="folder to write to")
-    add_readers(commands, _check, "verify that the steps of every example are a path in its graph", _print_statistics)
+    check = "verify that the steps of every example are a path in its graph"
+    add_readers(commands, "ProsQA", problem_with, statistics, check)
     return parser
 
 
@@ -265,7 +261,7 @@ def _problem_with_symbols(options: argparse.Namespace, n_nodes: int) -> str | No
 def _generate(options: argparse.Namespace) -> int:
     """Write the three files. Test and validation questions come first; training never repeats one of them."""
     if problem := _problem_with(options):
-        raise _UnusableError(problem)
+        raise UnusableError(problem)
     shape = {
         "n_nodes": options.nodes,
         "min_steps": options.min_steps,
@@ -295,10 +291,10 @@ def _generate_out_of_distribution(options: argparse.Namespace) -> int:
     for split in ("train", "valid", "test"):
         path = options.out / f"prosqa_{split}.json"
         if path.is_file():
-            seen |= {question_key(record) for record in _read(path)}
+            seen |= {question_key(record) for record in read_list(path, "ProsQA")}
     for name, shape in OUT_OF_DISTRIBUTION.items():
         if problem := _problem_with_symbols(options, shape["n_nodes"]):
-            raise _UnusableError(problem)
+            raise UnusableError(problem)
         forms = {"form": options.form, "n_symbols": options.symbols}
         records = generate(options.count, f"{options.seed}/ood/{name}", **shape, **forms, exclude=seen)
         write_list(options.out / f"prosqa_ood_{name}.json", list(records))
@@ -323,33 +319,13 @@ def _download(options: argparse.Namespace) -> int:
             options.out,
         )
     except DownloadError as error:
-        raise _UnusableError(str(error)) from None
+        raise UnusableError(str(error)) from None
     for split, name in names.items():
-        records = _read(options.out / name)
+        records = read_list(options.out / name, "ProsQA")
         if len(records) != PUBLISHED_COUNTS[split]:
-            raise _UnusableError(f"{options.out / name} has {len(records)} examples, not {PUBLISHED_COUNTS[split]}")
+            raise UnusableError(f"{options.out / name} has {len(records)} examples, not {PUBLISHED_COUNTS[split]}")
         if report_problems(options.out / name, records, problem_with):
-            raise _UnusableError(f"{options.out / name} is not what was published, see above")
-    return 0
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        return read_list(path, "ProsQA")
-    except ValueError as error:
-        raise _UnusableError(str(error)) from None
-
-
-def _check(options: argparse.Namespace) -> int:
-    return report_problems(options.file, _read(options.file), problem_with)
-
-
-def _print_statistics(options: argparse.Namespace) -> int:
-    try:
-        found = statistics(_read(options.file))
-    except (KeyError, TypeError, IndexError) as error:
-        raise _UnusableError(f"{options.file} is not a ProsQA file: {error!r}") from None
-    print_statistics(found)
+            raise UnusableError(f"{options.out / name} is not what was published, see above")
     return 0
 
 

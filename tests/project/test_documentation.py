@@ -26,6 +26,7 @@ import prosqa
 import pytest
 import tiny
 import torch
+import word_sums
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, GPT2LMHeadModel
 from warm_commands import Shell
@@ -84,10 +85,10 @@ RULES = (
     # The environment is there and active.
     Rule(r"^\./launch\.sh setup", replaced=((r" && source \S+$", ""),)),
     # Data: the same, less of it.
-    Rule(r"^python preprocessing/(prosqa|prontoqa|hops)\.py generate", appended=FEW),
+    Rule(r"^python preprocessing/(prosqa|prontoqa|hops|word_sums)\.py generate", appended=FEW),
     Rule(r"^python preprocessing/prontoqa\.py convert", appended="--train 24 --valid 6"),
     Rule(r"^python preprocessing/prosqa\.py ood", appended="--count 4"),
-    Rule(r"^python preprocessing/hops\.py ood"),
+    Rule(r"^python preprocessing/(hops|word_sums)\.py ood"),
     Rule(r"^python preprocessing/gsm8k\.py convert", says="0 malformed"),
     Rule(r"^python preprocessing/\w+\.py (check|stats)"),
     Rule(r"^python - <<"),
@@ -325,6 +326,8 @@ def test_the_records_of_a_data_page_are_records(page, tmp_path):
         for record in read_records(path):
             if "PROSQA" in page:
                 assert prosqa.problem_with(record) is None
+            if "WORD_SUMS" in page:
+                assert word_sums.problem_with(record) is None
             if "PRONTOQA" in page:
                 prontoqa_generator.check_record(record)
 
