@@ -21,7 +21,13 @@ import torch
 
 from coconut_ds.commands.command_line import PROG, add_overrides, new_parser, run_command
 from coconut_ds.config.batch_sizes import BatchSizes, batch_sizes, stated_micro_batch
-from coconut_ds.config.deepspeed_config import Device, resolve_checkpointing, resolve_ds_config, resolve_precision
+from coconut_ds.config.deepspeed_config import (
+    Device,
+    ignored_note,
+    resolve_checkpointing,
+    resolve_ds_config,
+    resolve_precision,
+)
 from coconut_ds.config.ds_json import ds_json_path, read_ds_json, shipped_ds_jsons
 from coconut_ds.config.rules import ConfigError
 from coconut_ds.config.run_config import RunConfig
@@ -120,6 +126,8 @@ def report(
             f"{activations / GIB:>18.2f}  {(states.device + activations) / GIB:>5.2f}  "
             f"{each.cost.most_rows(budget - states.device):>19}"
         )
+    ignored = ignored_note(read_ds_json(config.deepspeed), config.deepspeed)
+    lines += ["", f"ignored: {ignored}"] if ignored else []
     lines += ["", f"buckets: {note}"] if note else []
     lines += ["", "deepspeed file                  on the card  in host memory  largest micro-batch, all stages"]
     shipped = shipped_ds_jsons()

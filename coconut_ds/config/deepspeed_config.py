@@ -14,7 +14,13 @@ from typing import Any, Literal
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from coconut_ds.config.batch_sizes import BatchSizes
-from coconut_ds.config.deepspeed_file import MEMORY_KEYS, schema_problems, unknown_keys, without_auto
+from coconut_ds.config.deepspeed_file import (
+    IGNORED_SECTIONS,
+    MEMORY_KEYS,
+    schema_problems,
+    unknown_keys,
+    without_auto,
+)
 from coconut_ds.config.ds_json import DeepSpeedConfigError, leaves
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.sections import ActivationCheckpointingConfig
@@ -41,25 +47,23 @@ _AUTO_KEYS = """optimizer optimizer.params optimizer.params.adam_w_mode optimize
     scheduler.params.warmup_type scheduler.params.total_num_steps scheduler.params.last_batch_iteration""".split()
 """Keys of training values that are the run's in any case, so that only "auto" can stand there."""
 
-DEFAULT_BUCKETS = {
-    "reduce_bucket_size": 500_000_000,
-    "allgather_bucket_size": 500_000_000,
-    "stage3_prefetch_bucket_size": 50_000_000,
-}
-"""Elements that DeepSpeed 0.19.8 takes if a file names none."""
-
 SMALL_BUCKETS = {
     "reduce_bucket_size": 50_000_000,
     "allgather_bucket_size": 50_000_000,
     "stage3_prefetch_bucket_size": 20_000_000,
 }
-"""Elements that "auto" stands for: the values of `ds_configs/`."""
+"""Elements that "auto" stands for, and no value: those of `ds_configs/`. DeepSpeed's own take 0.9 GiB and more."""
+
+_IGNORED_KEYS = {
+    "optimizer.params.torch_adam": "the optimizer is this trainer's AdamW",
+    "zero_optimization.round_robin_gradients": "it is off, as DeepSpeed 0.19.8 then mixes up fp32 weights of ranks",
+}
 
 FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
 """What DeepSpeed reads as fp32 in `data_types`."""
 
 _AUTO_VALUES = SMALL_BUCKETS | {"stage3_param_persistence_threshold": 100_000}
-"""What "auto" stands for: the values of `ds_configs/`, where DeepSpeed's own would take up to 1.9 GiB."""
+"""What "auto" stands for."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def resolve_ds_config(
     Raises DeepSpeedConfigError listing unknown keys, clashes between the two files, and combinations known to break.
     """
     precision = resolve_precision(config, device)
-    zero = _as_deepspeed_reads(raw.get("zero_optimization", {}))
+    zero = _with_buckets(_as_deepspeed_reads(raw.get("zero_optimization", {})))
     problems = [
         *unknown_keys(raw),
         *_clashes(raw, config, sizes, precision, run_file),
@@ -106,6 +110,7 @@ def resolve_ds_config(
         raise DeepSpeedConfigError(problem_list(config.deepspeed, problems))
     resolved = {key: without_auto(value) for key, value in raw.items() if key in MEMORY_KEYS and value != "auto"}
     resolved.pop("bfloat16", None)
+    zero.pop("round_robin_gradients", None)
     resolved |= {
         **batch_keys(sizes),
         "gradient_clipping": config.max_grad_norm,
@@ -166,6 +171,24 @@ def _as_deepspeed_reads(zero: Any) -> Any:
     return {key: _of_text(value) if isinstance(value, str) else value for key, value in named.items()}
 
 
+def _with_buckets(zero: Any) -> Any:
+    """With the buckets that the stage has and the file does not name."""
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (1, 2, 3):
+        return zero
+    unused = "allgather_bucket_size" if zero["stage"] == 3 else "stage3_prefetch_bucket_size"
+    return {key: value for key, value in SMALL_BUCKETS.items() if key != unused} | zero
+
+
+def ignored_note(raw: dict[str, Any], file: str) -> str | None:
+    """One line about what in a DeepSpeed file has no effect here, and why; None if there is nothing."""
+    given = dict(leaves(raw))
+    found = [f"{key} (DeepSpeed has no such section)" for key in sorted(IGNORED_SECTIONS & raw.keys())]
+    found += [
+        f"{key} ({reason})" for key, reason in _IGNORED_KEYS.items() if given.get(key) not in (None, False, "auto")
+    ]
+    return f"of {file} {', '.join(found)}" if found else None
+
+
 def _of_text(value: str) -> Any:
     try:
         read = json.loads(value.strip().lower())
@@ -197,6 +220,8 @@ def _clashes(
     }
     for key, value in leaves(raw):
         section = key.split(".")[0]
+        if key in _IGNORED_KEYS:
+            continue
         if key in owned:
             wanted = owned[key]
             if value != "auto" and value != wanted and not (isinstance(wanted, tuple) and value in wanted):
@@ -251,8 +276,6 @@ def _broken_combinations(zero: Any, raw: dict[str, Any], precision: Precision) -
         **{f"{old}: is deprecated in DeepSpeed; {new}": old in zero for old, new in _REPLACED.items()},
         "overlap_comm: true was never tried at stage 1, which sends nothing before its last backward; set it to "
         "false": stage == 1 and zero.get("overlap_comm"),
-        "round_robin_gradients: on several ranks DeepSpeed 0.19.8 then hands out the fp32 weights of other parameters, "
-        "so an exported bf16 or fp16 model would be wrong; set it to false": zero.get("round_robin_gradients"),
     }
     yield from (f"zero_optimization.{problem}" for problem, is_so in refused.items() if is_so)
     sums_in_fp32 = dict(leaves(raw)).get("data_types.grad_accum_dtype") in FP32_NAMES

@@ -60,6 +60,10 @@ _REFUSED_KEYS = {
 }
 
 
+IGNORED_SECTIONS = frozenset({"comms_config", "monitor_config"})
+"""They stand in files of other trainers, and DeepSpeed has no such sections."""
+
+
 def without_auto(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_auto(inner) for key, inner in value.items() if inner != "auto"}
@@ -106,7 +110,7 @@ def unknown_keys(raw: dict[str, Any]) -> Iterator[str]:
         is_off = isinstance(value, dict) and value.get("enabled") in (False, "auto")
         if key in _REFUSED_KEYS and not is_off:
             yield f"{key}: refused: {_REFUSED_KEYS[key]}"
-        elif key not in known | _REFUSED_KEYS.keys():
+        elif key not in known | _REFUSED_KEYS.keys() | IGNORED_SECTIONS:
             hint = known_elsewhere(key, "ds") or did_you_mean(key, known)
             if key in DeepSpeedZeroConfig.model_fields:
                 hint = "; it belongs in zero_optimization"

@@ -192,7 +192,6 @@ for _text, _keys in {
         ds.adam_betas""",
     "set batch_size_training in the run YAML": "ds.micro_batch_size ds.batch_size ds.train_micro_batch_size",
     "set max_grad_norm in the run YAML": "ds.max_grad_norm ds.grad_clip ds.clip_grad",
-    "DeepSpeed has no such section; remove it": "ds.comms_config ds.monitor_config",
 }.items():
     _TEXTS |= {plain_spelling(_key): _text for _key in _keys.split()}
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from coconut_ds.config.deepspeed_config import DEFAULT_BUCKETS, FP32_NAMES, SMALL_BUCKETS
+from coconut_ds.config.deepspeed_config import FP32_NAMES, SMALL_BUCKETS
 
 _FP32 = 4
 _MOMENTS = 2 * _FP32
@@ -89,7 +89,7 @@ def bucket_bytes(ds_config: dict[str, Any], sizes: dict[str, int] | None = None)
     `sizes`: number of elements per key, instead of the file's.
     """
     zero = ds_config["zero_optimization"]
-    elements = sizes or DEFAULT_BUCKETS | {key: zero[key] for key in DEFAULT_BUCKETS if key in zero}
+    elements = sizes or SMALL_BUCKETS | {key: zero[key] for key in SMALL_BUCKETS if key in zero}
     stage, width = zero.get("stage", 0), element_bytes(ds_config)
     found = {}
     if stage >= 1:
@@ -100,20 +100,13 @@ def bucket_bytes(ds_config: dict[str, Any], sizes: dict[str, int] | None = None)
 
 
 def bucket_note(ds_config: dict[str, Any], file: str) -> str | None:
-    """Explains large buckets of ZeRO, and what to write instead; None if there are none.
-
-    Reported are buckets above 1 GiB, and those the `file` does not set, for which DeepSpeed's defaults apply.
-    """
+    """Explains buckets of ZeRO above 1 GiB, and what to write instead; None if there are none."""
     zero, small = ds_config["zero_optimization"], bucket_bytes(ds_config, SMALL_BUCKETS)
     clauses, write = [], []
     for key, n_bytes in bucket_bytes(ds_config).items():
-        is_default = key not in zero
-        if not is_default and n_bytes <= _GIB:
+        if n_bytes <= _GIB:
             continue
-        what = f"no {key}, so DeepSpeed's default of {DEFAULT_BUCKETS[key]:,} elements takes"
-        if not is_default:
-            what = f"{key} {int(zero[key]):,}, which takes"
-        clauses.append(f"has {what} {n_bytes / _GIB:.2f} GiB")
+        clauses.append(f"has {key} {int(zero[key]):,}, which takes {n_bytes / _GIB:.2f} GiB")
         write.append(f'"{key}": "auto" ({SMALL_BUCKETS[key]:,} elements, {small[key] / _GIB:.2f} GiB)')
     if not clauses:
         return None

@@ -8,6 +8,8 @@ from itertools import groupby
 from pathlib import Path
 
 from coconut_ds.checkpoints.weights import source
+from coconut_ds.config.deepspeed_config import ignored_note
+from coconut_ds.config.ds_json import read_ds_json
 from coconut_ds.config.resolved_run import ResolvedRun
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.config.run_file import override
@@ -45,6 +47,7 @@ def opening(run: ResolvedRun, setup: Setup, planned: tuple[int, int] | None, fas
         "stages": _stages_text(config, setup.curriculum, steps_per_epoch(len(setup.train_set), sizes)),
         "memory": _memory_text(planned),
         **({"faster": faster} if faster else {}),
+        **({"ignored": note} if (note := ignored_note(read_ds_json(config.deepspeed), config.deepspeed)) else {}),
         **({"buckets": note} if (note := bucket_note(run.ds_config, config.deepspeed)) else {}),
         "folder": f"{config.run_folder} (run.log has what libraries say)",
     }

@@ -10,12 +10,13 @@ import pytest
 from coconut_ds.config.batch_sizes import BatchSizes
 from coconut_ds.config.deepspeed_config import (
     Device,
+    ignored_note,
     offloads_optimizer,
     resolve_checkpointing,
     resolve_ds_config,
     resolve_precision,
 )
-from coconut_ds.config.ds_json import DeepSpeedConfigError, read_ds_json
+from coconut_ds.config.ds_json import DeepSpeedConfigError, read_ds_json, shipped_ds_jsons
 from coconut_ds.config.run_config import RunConfig
 from coconut_ds.memory.model_states import bucket_note, model_states
 
@@ -155,12 +156,6 @@ def test_equal_values_are_no_clash():
             CPU,
             "overlap_comm: true was never tried at stage 1",
         ),
-        (
-            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
-            {},
-            CPU,
-            "would be wrong; set it to false",
-        ),
         ({"zero_optimization": 2}, {}, CPU, "must be an object with a stage"),
         (
             {"zero_optimization": {"stage": 0, "cpu_offload": True}},
@@ -195,12 +190,6 @@ def test_equal_values_are_no_clash():
         ({"zero_optimization": {"reduce_bucket_size": "big"}}, {}, CPU, "zero_optimization.reduce_bucket_size: 'big'"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, {}, CPU, "mics_shard_size: unknown key"),
         ({"gradient_checkpointing": True}, {}, CPU, "ignore; set activation_checkpointing in the run YAML"),
-        (
-            {"comms_config": {}},
-            {},
-            CPU,
-            "would ignore; DeepSpeed has no such section; remove it",
-        ),
         ({"stage": 2}, {}, CPU, "stage: unknown key, which DeepSpeed would ignore; it belongs in zero_optimization"),
         ({"learning_rate": 1}, {}, CPU, "ignore; set lr, weight_decay or adam_betas in the run YAML"),
         ({"train_micro_batch_size_per_gpus": 4}, {}, CPU, "(did you mean 'train_micro_batch_size_per_gpu'?)"),
@@ -308,6 +297,44 @@ def test_values_written_as_text_and_other_names_of_a_key_are_read_as_deepspeed_r
     assert zero["overlap_comm"] is False
     assert bucket_note(resolved, "a.json") is None
     assert model_states(resolved, 1000, 100, 1).device > 0
+
+
+FOREIGN = {
+    "comms_config": {"comms_logger_enabled": False},
+    "monitor_config": {"enabled": False},
+    "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": "auto"}},
+    "zero_optimization": {"stage": 2, "round_robin_gradients": True},
+}
+"""Keys of the files of LLaMA-Factory and Latent-SFT."""
+
+
+def test_keys_of_others_that_do_no_harm_are_left_out_and_named():
+    resolved = resolve_ds_config(FOREIGN, RunConfig(method="cot"), BatchSizes(1, 1, 1), Device("cuda", True, True))
+    assert not {"comms_config", "monitor_config", "optimizer"} & resolved.keys()
+    assert "round_robin_gradients" not in resolved["zero_optimization"]
+    assert ignored_note(FOREIGN, "z.json") == (
+        "of z.json comms_config (DeepSpeed has no such section), monitor_config (DeepSpeed has no such section), "
+        "optimizer.params.torch_adam (the optimizer is this trainer's AdamW), zero_optimization.round_robin_gradients "
+        "(it is off, as DeepSpeed 0.19.8 then mixes up fp32 weights of ranks)"
+    )
+    assert ignored_note({"zero_optimization": {"stage": 2, "round_robin_gradients": False}}, "z.json") is None
+    for name in shipped_ds_jsons():
+        assert ignored_note(read_ds_json(name), name) is None
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        ({"stage": 2}, {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}),
+        ({"stage": 1, "reduce_bucket_size": 7}, {"reduce_bucket_size": 7, "allgather_bucket_size": 50_000_000}),
+        ({"stage": 3}, {"reduce_bucket_size": 50_000_000, "stage3_prefetch_bucket_size": 20_000_000}),
+        ({"stage": 0}, {}),
+    ],
+)
+def test_a_file_without_sizes_of_buckets_gets_small_ones(zero, expected):
+    raw = {"zero_optimization": zero}
+    resolved = resolve_ds_config(raw, RunConfig(method="cot"), BatchSizes(1, 1, 1), Device("cuda", True, True))
+    assert resolved["zero_optimization"] == zero | expected
 
 
 @pytest.mark.parametrize("typo", ["stage3_max_live_parameter", "stage3_prefetch_bucketsize"])
