@@ -38,7 +38,7 @@ from coconut_ds.engine.internals import InternalsError, loss_scale
 from coconut_ds.engine.reset import new_schedule, reset_optimizer_state
 from coconut_ds.engine.states import gather, updates_done
 from coconut_ds.engine.states import restore as restore_states
-from coconut_ds.memory.model_states import model_states
+from coconut_ds.memory.model_states import Elements, model_states
 from coconut_ds.model import fast
 from coconut_ds.model.adapters import load_adapter
 from coconut_ds.model.backbone import Backbone
@@ -469,20 +469,20 @@ def non_finite_stops() -> dict[str, Any]:
     raise AssertionError("a step with a loss that is not finite went through")
 
 
-def states_against_engine(name: str) -> list[int]:
+def states_against_engine(name: str, lora: bool = False) -> list[int]:
     """Bytes an engine keeps between steps, gradients and buckets aside, and what `model_states` says of them."""
     start_process_group()
     sizes = BatchSizes(2, 1, distributed.world_size())
     config = RunConfig()
-    model = tiny.coconut(context=CONTEXT, n_layer=8)
+    model = tiny.coconut(context=CONTEXT, n_layer=8, lora=tiny.LORA if lora else None)
+    elements = Elements.of(model)
     settings = ds_config(name, config, sizes)
     engine = build_engine(model, config, settings)
     optimizer_step(engine, TrainingSteps(examples(4), curriculum(), TOKENS, sizes, distributed.rank(), 1)[0], "token")
-    numels = [parameter.numel() for parameter in model.parameters()]
     without_buckets = settings | {"zero_optimization": settings["zero_optimization"] | {"reduce_bucket_size": 0}}
-    states = model_states(without_buckets, sum(numels), 0, sizes.world)
+    states = model_states(without_buckets, sum(elements.trained), 0, sizes.world, elements.frozen)
     zero = settings["zero_optimization"]
-    gradients = 4 * sum(numels) // (sizes.world if zero.get("stage", 0) == 2 else 1)
+    gradients = 4 * sum(elements.trained) // (sizes.world if zero.get("stage", 0) == 2 else 1)
     return [sum(held_bytes(engine)), states.device + states.host - gradients]
 
 

@@ -258,11 +258,13 @@ def test_buckets_that_cost_are_named_with_what_to_write(tmp_path, run_file, caps
 
 @pytest.mark.ranks
 def test_an_engine_holds_what_the_arithmetic_says():
-    code = "import rank_checks\nresult = [rank_checks.states_against_engine(name) for name in names]"
-    for outcomes in launching.on_ranks(2, code, names=["zero0", "zero1", "zero2", "zero2_offload"]):
-        for held, predicted in outcomes:
+    code = "import rank_checks\nresult = [rank_checks.states_against_engine(*case) for case in cases]"
+    names = ("zero0", "zero1", "zero2", "zero2_offload")
+    cases = [(name, lora) for lora in (False, True) for name in names]
+    for outcomes in launching.on_ranks(2, code, cases=cases):
+        for case, (held, predicted) in zip(cases, outcomes, strict=True):
             # Partitions are padded to whole blocks.
-            assert held == pytest.approx(predicted, rel=0.02)
+            assert held == pytest.approx(predicted, rel=0.02), case
 
 
 @pytest.mark.ranks
