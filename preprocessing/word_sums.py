@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from json_lists import UnusableError, add_readers, write_list
+from json_lists import UnusableError, add_readers, read_list, write_list
 
 SPLITS = ("test", "valid", "train")
 PEOPLE = {"She": "Ada Eva Ida Lea Mia Nora Ruth Zoe".split(), "He": "Ben Carl Finn Hugo Leo Max Otto Tom".split()}
@@ -161,7 +161,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demand_enough(n_steps: list[int], count: int) -> None:
+def _demand_enough(n_steps: list[int], *counts: int) -> None:
+    count = sum(counts)
+    if min(counts) < 1:
+        raise UnusableError(f"{min(counts)} examples: a split needs at least 1")
     if min(n_steps) < 1:
         raise UnusableError(f"--steps {min(n_steps)}: needs at least 1")
     # A story has at least 10 continuations by its first step alone, and eight times 16 names and things.
@@ -172,7 +175,7 @@ def _demand_enough(n_steps: list[int], count: int) -> None:
 def _generate(options: argparse.Namespace) -> int:
     """Write the three files. Test and validation stories come first; training repeats none of them."""
     counts = {split: getattr(options, split) for split in SPLITS}
-    _demand_enough(options.steps, sum(counts.values()))
+    _demand_enough(options.steps, *counts.values())
     seen: set[str] = set()
     for split in SPLITS:
         records = list(generate(counts[split], f"{options.seed}/{split}", tuple(sorted(set(options.steps))), seen))
@@ -183,8 +186,10 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _write_longer_stories(options: argparse.Namespace) -> int:
     _demand_enough(options.steps, options.count)
+    paths = [options.out / f"word_sums_{split}.json" for split in SPLITS]
+    seen = {each["question"] for path in paths if path.exists() for each in read_list(path, "word sums")}
     for n_steps in options.steps:
-        records = list(generate(options.count, f"{options.seed}/ood/{n_steps}", (n_steps,)))
+        records = list(generate(options.count, f"{options.seed}/ood/{n_steps}", (n_steps,), seen))
         write_list(options.out / f"word_sums_ood_{n_steps}.json", records)
     return 0
 

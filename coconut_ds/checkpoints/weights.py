@@ -112,6 +112,8 @@ def load_initial(
                 "python -m coconut_ds.export and name that"
             )
         base = model_id if path is None else str(model_folder(path))
+        # Found from any working directory.
+        base = str(Path(base).resolve()) if Path(base).is_dir() else base
         return _adapted(backbone, lora, base, with_weights)
     if has_thoughts:
         add_markers(backbone)

@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from transformers import TextStreamer
 from coconut_ds import strict_json
 from coconut_ds.commands.command_line import PROG, new_parser, run_command
 from coconut_ds.data.doubts import unread
-from coconut_ds.data.files import read_records
+from coconut_ds.data.files import is_record_file, read_records
 from coconut_ds.data.plain_text import unknown_words
 from coconut_ds.errors import InputError
 from coconut_ds.inference.replies import Question, Reply
@@ -149,7 +148,7 @@ def _questions(options: argparse.Namespace) -> Iterable[Question]:
 
 
 def _is_data(file: str | None) -> bool:
-    return file is not None and Path(file).suffix == ".json"
+    return file is not None and is_record_file(file)
 
 
 def _lines(file: Iterable[str], name: str, n_thoughts: int | None) -> Iterator[Question]:

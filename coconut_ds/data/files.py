@@ -2,7 +2,7 @@
 
 .jsonl, .ndjson                     JSON lines, one record each
 .csv, .tsv                          a header, then one record a line; every value is text as it stands there
-.parquet                            by `datasets`
+.parquet                            by pyarrow
 hub:OWNER/NAME[/CONFIG]:SPLIT       a dataset of the hub, by `datasets`
 .json and other endings             one JSON list of records
 """
@@ -26,6 +26,7 @@ from coconut_ds.data.answers import clean_answer
 from coconut_ds.errors import InputError, did_you_mean, in_one_line
 
 KEYS = ("question", "steps", "answer")
+_REST = "\0rest"
 _JSON_LINES, _CSV = (".jsonl", ".ndjson"), {".csv": ",", ".tsv": "\t"}
 
 Record = dict[str, Any]
@@ -65,6 +66,11 @@ class DataSet(NamedTuple):
     """Those that had empty steps, which are left out."""
     sha256: str | None = None
     """Of all records of a set that is no file; a file has its own."""
+
+
+def is_record_file(path: str) -> bool:
+    """Whether a name is that of a file of records by its ending, or of a dataset of the hub."""
+    return on_hub(path) is not None or Path(path).suffix.lower() in (".json", ".parquet", *_JSON_LINES, *_CSV)
 
 
 def read_records(path: str | Path, limit: int | None = None) -> list[Record]:
@@ -119,7 +125,7 @@ def _raw_records(path: str) -> Any:
         if ending in _JSON_LINES:
             return list(_json_lines(path, file))
         if ending in _CSV:
-            return list(csv.DictReader(file, delimiter=_CSV[ending]))
+            return list(_csv_records(path, file, _CSV[ending]))
         return _json_list(path, file)
 
 
@@ -165,17 +171,30 @@ def _json_lines(path: str, file: TextIO) -> Iterator[Any]:
             raise DataError(f"{path}: line {number} is not JSON: {error}; every line must hold a record") from None
 
 
+def _csv_records(path: str, file: TextIO, delimiter: str) -> Iterator[Record]:
+    rows = csv.DictReader(file, delimiter=delimiter, restkey=_REST)
+    for index, row in enumerate(rows):
+        if _REST in row:
+            raise DataError(
+                f"{path}: record {index}: has more cells than the header (line {rows.line_num}); put text with "
+                f"{delimiter!r} in it in quotes"
+            )
+        yield row
+
+
 def _parquet(path: str) -> list[Record]:
-    from datasets import Dataset
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_table
 
     try:
-        with open(path, "rb"):
-            pass
-        return Dataset.from_parquet(path).to_list()
-    except OSError as error:
-        raise _not_there(path, error) from None
-    except Exception as error:  # whatever pyarrow and datasets raise for a damaged file
+        with open(path, "rb") as file:
+            return list(read_table(file).to_pylist())
+    except ArrowException as error:
         raise DataError(f"{path}: is not Parquet: {in_one_line(error)}") from None
+    except OSError as error:
+        if error.errno is None:  # pyarrow's own, of a damaged page
+            raise DataError(f"{path}: is damaged: {in_one_line(error)}") from None
+        raise _not_there(path, error) from None
 
 
 def _of_hub(path: str, name: str) -> list[Record]:

@@ -19,6 +19,9 @@ from coconut_ds.errors import InputError, in_one_line
 
 PromptFormat = Literal["plain", "chat"]
 
+_DATE = "26 Jul 2024"
+"""What templates of Llama 3 write if they know no date: a prompt must be the same tomorrow."""
+
 
 def question_ids(
     questions: Iterable[str], tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat = "plain"
@@ -35,9 +38,11 @@ def question_ids(
 def _in_chat(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         raise InputError("prompt_format: chat, and the tokenizer has no chat template; set it to plain")
-    message = {"role": "user", "content": question}
+    if "strftime_now" in tokenizer.chat_template and "date_string" not in tokenizer.chat_template:
+        raise InputError("prompt_format: chat: the tokenizer's template writes today's date into prompts; set plain")
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "date_string": _DATE}
     try:
-        return str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template([{"role": "user", "content": question}], **options))
     except Exception as error:  # templates are programs that raise what they like
         raise InputError(
             f"prompt_format: chat: the tokenizer's template fails: {in_one_line(error)}; set plain"
@@ -46,5 +51,7 @@ def _in_chat(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def role_token_in(question: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A special token whose text a question holds, which in a chat could end its message; None if there is none."""
-    special: Any = tokenizer.all_special_tokens
+    # Some tokenizers mark role tokens as special without a place in their map (Llama 3).
+    added: Any = tokenizer.added_tokens_decoder.values()
+    special = [*tokenizer.all_special_tokens, *(str(each) for each in added if each.special)]
     return next((name for name in (*special, *MARKERS) if name in question), None)

@@ -62,14 +62,18 @@ def adapt(model: PreTrainedModel, lora: Lora) -> None:
     from peft import inject_adapter_in_model
 
     model.requires_grad_(False)
-    config = _peft_config(model, lora)
+    config, head = _peft_config(model, lora), model.get_output_embeddings()
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:  # peft's message names the modules that it did not find
         raise InputError(f"lora.targets: {in_one_line(error)}") from None
+    for name, layer in _adapted_layers(model).items():
+        if layer is head or type(layer) not in (nn.Linear, Conv1D):
+            what = "the LM head" if layer is head else type(layer).__name__
+            raise InputError(f"lora.targets: {name} is {what}; name linear layers of the decoder")
     config.base_print = lora.base_print
     if lora.tokens:
-        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        table = model.get_input_embeddings()
         rows = TrainedRows(table, lora.tokens)
         model.set_input_embeddings(rows)
         if head.weight is table.weight:
@@ -95,9 +99,35 @@ def is_adapted(model: nn.Module) -> bool:
     return any(name.endswith("lora_A") for name, _ in model.named_modules())
 
 
-def adapter_rank(model: nn.Module) -> int:
-    """r of an adapted model."""
-    return next(each.shape[0] for name, each in model.named_parameters() if ".lora_A." in name)
+def _adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers below the adapters, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: each.get_base_layer() for name, each in model.named_modules() if isinstance(each, BaseTunerLayer)}
+
+
+def difference(model: PreTrainedModel, lora: Lora) -> str | None:
+    """In what the adapters of a model are not those of `lora`; None if they are."""
+    config: Any = model.peft_config["default"]
+    for key, own, wanted in (
+        ("r", config.r, lora.r),
+        ("alpha", config.lora_alpha, lora.alpha),
+        ("dropout", config.lora_dropout, lora.dropout),
+        ("trainable_tokens", isinstance(model.get_input_embeddings(), TrainedRows), bool(lora.tokens)),
+    ):
+        if own != wanted:
+            return f"lora.{key}: {wanted!r} here, {own!r} there"
+    head: Any = model.get_output_embeddings()
+    head = head.head if isinstance(head, HeadOfRows) else head
+    adapted = set(_adapted_layers(model))
+    linear = {name for name, each in model.named_modules() if type(each) in (nn.Linear, Conv1D) and each is not head}
+    linear = adapted | {name for name in linear if not any(name.startswith(f"{each}.") for each in adapted)}
+    ends = lora.targets
+    meant = {name for name in linear if ends is None or any(f".{name}".endswith(f".{end}") for end in ends)}
+    if other := sorted(meant ^ adapted):
+        what = "all linear layers" if ends is None else list(ends)
+        return f"lora.targets: {what} here, and {other[0]} has {'no ' * (other[0] in meant)}adapter there"
+    return None
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coconut_ds import strict_json
 from coconut_ds.config.methods import METHODS
 from coconut_ds.errors import InputError, in_one_line
-from coconut_ds.model.adapters import is_adapted, stored_adapter, write_adapter
+from coconut_ds.model.adapters import ADAPTER_FILE, CONFIG_FILE, is_adapted, stored_adapter, write_adapter
 from coconut_ds.model.card import model_card
 from coconut_ds.model.jacobi import Jacobi
 from coconut_ds.model.latents import LatentContext, LatentWindow
@@ -76,7 +76,8 @@ def write_folder(
     else:
         base_causallm.save_pretrained(folder, state_dict=weights, max_shard_size=_ONE_FILE)
     # Files of an earlier model in that folder would be read as this one's.
-    for stale in (WINDOW_FILE, _SETTINGS_FILE, _CARD_FILE):
+    others = (WEIGHTS_FILE,) if is_adapted(base_causallm) else (ADAPTER_FILE, CONFIG_FILE)
+    for stale in (WINDOW_FILE, _SETTINGS_FILE, _CARD_FILE, *others):
         (folder / stale).unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
@@ -40,20 +41,25 @@ def load_backbone(name: str) -> Backbone:
 def _adapted(folder: Path, load: Callable[[str], Backbone]) -> Backbone:
     """The base model of the adapters in `folder`, with them."""
     lora = stored_lora(folder)
+    elsewhere = f"or copy {folder} to another place and name the base model in its {CONFIG_FILE}"
     try:
-        base, tokenizer = load(lora.base), load_tokenizer(str(folder))
+        base = load(lora.base)
     except ModelError as error:
-        raise ModelError(f"{folder} holds adapters of {lora.base}: {error}") from None
+        raise ModelError(
+            f"{folder} holds adapters of {lora.base}, which cannot be loaded: {error}; {elsewhere}"
+        ) from None
     if load is load_backbone and (found := fingerprint(base.model)) != lora.base_print:
         raise ModelError(
             f"{folder} holds adapters of another {lora.base}: its weights have the fingerprint {found[:12]}, the ones "
-            f"they were trained on {lora.base_print[:12]}; put the model back, or name it in {CONFIG_FILE}"
+            f"they were trained on {lora.base_print[:12]}; put the model back, {elsewhere}"
         )
     add_markers(base)
     adapt(base.model, lora)
     if load is load_backbone:
         load_adapter(base.model, folder)
-    return Backbone(base.model, tokenizer)
+    # A folder that was saved without a tokenizer has that of its base.
+    has_own = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+    return Backbone(base.model, load_tokenizer(str(folder)) if has_own else base.tokenizer)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -87,14 +93,27 @@ def backbone_from_config(name: str) -> Backbone:
     """
     if is_adapter(Path(name)):
         return _adapted(Path(name), backbone_from_config)
-    model = _load(name, _untrained)
+    return Backbone(model_of_config(name), load_tokenizer(name))
+
+
+def model_of_config(name: str, n_more_tokens: int = 0, n_layers: int | None = None) -> PreTrainedModel:
+    """The model alone, as torch initialises it, with a vocabulary of `n_more_tokens` more, and its first `n_layers`."""
+    load = functools.partial(_untrained, n_more_tokens=n_more_tokens, n_layers=n_layers)
+    model: PreTrainedModel = _load(name, load)
     demand_plain_head(model, name)
-    return Backbone(model, load_tokenizer(name))
+    return model
 
 
-def _untrained(name: str, **options: Any) -> PreTrainedModel:
+def _untrained(name: str, n_more_tokens: int = 0, n_layers: int | None = None, **options: Any) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(name, **options)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    text = config.get_text_config(decoder=True)
+    text.vocab_size += n_more_tokens
+    if n_layers is not None:
+        text.num_hidden_layers = n_layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:n_layers]
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    return model
 
 
 def load_model(name: str) -> PreTrainedModel:

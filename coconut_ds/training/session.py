@@ -163,10 +163,12 @@ def evaluate(draft: DraftRun) -> None:
         evaluation, predictions = outcome
         path = str(config.test_path or config.val_path)
         name = f"eval_{short_name(path)}"
+        if data.name != path:  # a part of it
+            name += f"_{len(data.records)}_records"
         if config.eval_thoughts is not None:
             name += f"_with_{config.eval_thoughts}_thoughts"
         write_predictions(folder, name, predictions)
-        say(summary.evaluation_text(config, path, stage, evaluation))
+        say(summary.evaluation_text(config, data.name, stage, evaluation))
         if evaluation.n_cut:
             say(f"warning: {cut_warning(evaluation.n_cut, evaluation.n_total, config.max_new_tokens)}")
         say(f"predictions: {folder.predictions_file(name)}")

@@ -25,7 +25,7 @@ from coconut_ds.data.teacher import check_taught_lengths
 from coconut_ds.errors import InputError
 from coconut_ds.memory.model_states import Elements
 from coconut_ds.model import fast
-from coconut_ds.model.adapters import adapter_rank, is_adapted
+from coconut_ds.model.adapters import Lora, difference, is_adapted
 from coconut_ds.model.backbone import Backbone
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.distillation import Distillation
@@ -120,15 +120,18 @@ def _demand_same_adapters(config: RunConfig, backbone: Backbone, weights: str | 
     """Raise InputError for weights with adapters that are not those of the run."""
     if not is_adapted(backbone.model):
         return
+    name = weights or config.model_id
     if config.lora is None:
         raise InputError(
-            f"{weights} holds LoRA adapters, and this run trains all weights; set lora, or merge them first: python -m "
-            f"coconut_ds.export {weights} OUT"
+            f"{name} holds LoRA adapters, and this run trains all weights; set lora, or merge them first: python -m "
+            f"coconut_ds.export {name} OUT"
         )
-    if adapter_rank(backbone.model) != config.lora.r:
+    tokens = tuple(backbone.marker_ids().values()) if config.lora.trainable_tokens else ()
+    wanted = Lora(config.lora.r, config.lora.alpha, config.lora.dropout, config.lora.targets, tokens)
+    if differing := difference(backbone.model, wanted):
         raise InputError(
-            f"lora.r: {config.lora.r}, and the adapters in {weights} have rank {adapter_rank(backbone.model)}; set "
-            "that, or merge them first with python -m coconut_ds.export"
+            f"{differing}, in the adapters of {name}; set what they have, or merge them first: python -m "
+            f"coconut_ds.export {name} OUT"
         )
 
 

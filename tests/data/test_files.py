@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import random
+from pathlib import Path
 
 import datasets
 import pytest
@@ -128,6 +129,11 @@ def test_every_format_gives_the_same_records(tmp_path, ending):
     assert found.sha256 is None
 
 
+def test_a_name_with_brackets_is_a_file_and_no_pattern(tmp_path):
+    (tmp_path / "p[1].parquet").write_bytes(Path(written(tmp_path, ".parquet")).read_bytes())
+    assert read_records(tmp_path / "p[1].parquet") == TWO
+
+
 def test_columns_of_other_names_are_taken_and_other_keys_kept(tmp_path):
     record = {"problem": "a", "rationale": " b \n\nc", "label": "d", "answer": "no", "edges": [[0, 1]]}
     columns = {"question": "problem", "steps": "rationale", "answer": "label"}
@@ -150,6 +156,8 @@ def test_columns_of_other_names_are_taken_and_other_keys_kept(tmp_path):
         ("a.csv", "question,steps,answer\na,b", "record 0: key 'answer' must be text, found NoneType"),
         ("a.csv", "question,steps,answer\na,b,c", "key 'steps' must be a list of texts, found str 'b'; set steps_sep"),
         ("a.csv", "question,steps,answer\na," + "b" * 200_000, "is not CSV: field larger than field limit"),
+        ("a.csv", "question,steps,answer\na,b,c,d", "record 0: has more cells than the header (line 2); put text"),
+        ("a.csv", "question,step,answer\na,b,c,d", "record 0: has more cells than the header"),
         ("a.parquet", "PAR", "is not Parquet: "),
         ("a.json", '{"question": "a"}\n{"question": "b"}', "a record each, are read from a file named .jsonl"),
     ],

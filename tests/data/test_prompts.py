@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from coconut_ds import train
 from coconut_ds.commands import ask
@@ -71,9 +71,25 @@ def test_the_text_of_a_role_token_is_refused_in_a_question(tokenizer):
     assert role_token_in("n1 <|latent|>", tokenizer) == "<|latent|>"
 
 
+def test_role_tokens_without_a_place_in_the_map_are_refused_too():
+    tokenizer = word_tokenizer(["n1"], n_positions=96)
+    tokenizer.add_tokens([AddedToken("<|eot_id|>", special=True)])
+    assert "<|eot_id|>" not in tokenizer.all_special_tokens
+    assert role_token_in("n1 <|eot_id|>", tokenizer) == "<|eot_id|>"
+
+
+def test_a_template_that_may_write_the_date_writes_the_same_one_every_day(tokenizer):
+    tokenizer.chat_template = (
+        "{% if date_string is not defined %}{% set date_string = strftime_now('%f') %}{% endif %}{{ date_string }}"
+    )
+    (ids,) = question_ids(["n1"], tokenizer, "chat")
+    assert ids == tokenizer("26 Jul 2024", add_special_tokens=False)["input_ids"]
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
+        ("{{ strftime_now('%d %b %Y') }}", "the tokenizer's template writes today's date into prompts; set plain"),
         (None, "prompt_format: chat, and the tokenizer has no chat template; set it to plain"),
         ("{{ raise_exception('no user messages') }}", "the tokenizer's template fails: no user messages; set plain"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import naive
@@ -11,12 +12,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from coconut_ds import LatentContext
+from coconut_ds import Coconut, LatentContext
 from coconut_ds.errors import InputError, ModelError
 from coconut_ds.model import fast
 from coconut_ds.model.adapters import (
     Lora,
     adapt,
+    difference,
     fingerprint,
     is_adapted,
     load_adapter,
@@ -24,6 +26,9 @@ from coconut_ds.model.adapters import (
     stored_lora,
     write_adapter,
 )
+from coconut_ds.model.backbone import Backbone, add_markers
+from coconut_ds.model.loading import load_model
+from coconut_ds.model.scratch import word_tokenizer
 
 SHAPES = [(9, 2, 2), (4, 1, 1), (12, 3, 3)]
 FAMILIES = ("gpt2", "llama", "qwen3")
@@ -174,6 +179,47 @@ def test_another_rank_or_other_targets_do_not_fit(tmp_path):
 def test_targets_that_name_nothing_are_refused():
     with pytest.raises(InputError, match=r"lora\.targets: "):
         adapt(tiny.backbone("llama"), Lora(4, 8, targets=("c_attn",)))
+
+
+@pytest.mark.parametrize("target", ["lm_head", "wte"])
+def test_the_head_and_the_embedding_are_no_targets(target):
+    with pytest.raises(InputError, match=rf"lora\.targets: .*{target} is .*; name linear layers"):
+        adapt(tiny.backbone("gpt2"), Lora(4, 8, targets=(target, "c_fc")))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_are_told_from_others(family):
+    layer = "c_proj" if family == "gpt2" else "o_proj"
+    for targets in (None, (layer,)):
+        model, lora = tiny.backbone(family), Lora(4, 8, 0.1, targets, ROWS)
+        adapt(model, lora)
+        assert difference(model, lora) is None
+        assert difference(model, replace(lora, alpha=9)) == "lora.alpha: 9 here, 8 there"
+        assert difference(model, replace(lora, tokens=())) == "lora.trainable_tokens: False here, True there"
+        other = (layer,) if targets is None else None
+        said = difference(model, replace(lora, targets=other))
+        assert said.startswith("lora.targets: ")
+        assert said.endswith("has adapter there" if targets is None else "has no adapter there")
+
+
+def test_saved_without_a_tokenizer_and_over_another_kind_of_model(tmp_path):
+    backbone = Backbone(tiny.backbone("gpt2"), word_tokenizer(["a b"], 96))
+    add_markers(backbone)
+    for name in ("base", "other"):
+        backbone.model.save_pretrained(tmp_path / name)
+    backbone.tokenizer.save_pretrained(tmp_path / "base")
+    tokens = tuple(backbone.marker_ids().values())
+    adapted = Backbone(load_model(str(tmp_path / "base")), backbone.tokenizer)
+    adapt(adapted.model, Lora(4, 8, tokens=tokens, base=str(tmp_path / "base"), base_print=fingerprint(adapted.model)))
+    ids = {"start_latent_id": tokens[0], "end_latent_id": tokens[1], "latent_token_id": tokens[2], "eos_token_id": 1}
+    models = [Coconut(each, **ids).eval() for each in (adapted.model, load_model(str(tmp_path / "other")))]
+    with torch.no_grad():
+        for each in trained(models[0]).values():
+            each.add_(0.1)
+        prompt = torch.tensor([[7, 8, tokens[0], tokens[2], tokens[1]]])
+        for model in (*models, *reversed(models)):
+            model.save_pretrained(tmp_path / "saved")
+            assert torch.equal(Coconut.from_pretrained(tmp_path / "saved")(prompt).logits, model(prompt).logits)
 
 
 def test_a_damaged_adapter_is_named(tmp_path):

@@ -78,6 +78,16 @@ def test_longer_stories_have_the_steps_asked_for(tmp_path, capsys):
         assert word_sums.main(["check", str(tmp_path / f"word_sums_ood_{steps}.json")]) == 0
 
 
+def test_new_stories_are_in_none_of_the_files_beside_them(tmp_path, capsys):
+    few = ["--train", "600", "--valid", "20", "--test", "20", "--steps", "1"]
+    assert word_sums.main(["generate", "--out", str(tmp_path), *few]) == 0
+    assert word_sums.main(["ood", "--out", str(tmp_path), "--steps", "1", "--count", "200"]) == 0
+    files = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
+    new = {record["question"] for record in files.pop("word_sums_ood_1")}
+    assert len(new) == 200
+    assert not new & {record["question"] for records in files.values() for record in records}
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -108,6 +118,7 @@ def test_what_is_wrong_is_named(changes, problem, tmp_path, capsys):
     [
         (["generate", "--steps", "0"], "--steps 0: needs at least 1"),
         (["generate", "--steps", "1", "--train", "9999"], "10699 examples of 1 steps: there are not as many stories"),
+        (["generate", "--train", "-5"], "-5 examples: a split needs at least 1"),
         (["ood", "--steps", "-1"], "--steps -1: needs at least 1"),
     ],
 )

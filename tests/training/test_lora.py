@@ -104,7 +104,16 @@ def test_a_run_goes_on_with_the_adapters_of_another(folder):
     ("values", "message"),
     [
         ({"lora": None}, "holds LoRA adapters, and this run trains all weights; set lora, or merge them first: python"),
-        ({"lora": {"r": 3}}, "lora.r: 3, and the adapters in"),
+        ({"lora": {"r": 3, "alpha": 4}}, "lora.r: 3 here, 2 there, in the adapters of"),
+        ({"lora": {"r": 2, "alpha": 64}}, "lora.alpha: 64 here, 4 there"),
+        ({"lora": LORA | {"dropout": 0.5}}, "lora.dropout: 0.5 here, 0.0 there"),
+        ({"lora": LORA | {"trainable_tokens": False}}, "lora.trainable_tokens: False here, True there"),
+        ({"lora": LORA | {"targets": ["c_fc"]}}, "lora.targets: ['c_fc'] here, and transformer.h.0"),
+        ({"lora": {"targets": ["lm_head"]}, "load_model_path": "base"}, "lora.targets: lm_head is the LM head; name"),
+        (
+            {"lora": {"targets": ["wte"]}, "load_model_path": "base"},
+            "transformer.wte is Embedding; name linear layers",
+        ),
         ({"lora": {"targets": ["none"]}, "load_model_path": "base"}, "lora.targets: Target modules {'none'} not found"),
         ({"load_model_path": None}, "lora: model_id scratch has random weights, which adapters would freeze"),
         ({"load_model_path": "weights.pt"}, "weights.pt is a file; write a folder from it with python -m coconut_ds"),
@@ -132,3 +141,4 @@ def test_another_base_model_is_refused(folder, capsys):
         save_file(own, weights, {"format": "pt"})
     error = capsys.readouterr().err
     assert f"holds adapters of another {folder / 'base'}: its weights have the fingerprint" in error
+    assert "to another place and name the base model in its adapter_config.json" in error
