@@ -1,6 +1,7 @@
 """Memory of a run before it is started.
 
     python -m coconut_ds plan --run RUN.yaml --memory GIB [--ranks N] [key=value ...]
+    python -m coconut_ds plan --model NAME --memory GIB [--ranks N] [--question N --steps N --answer N --thoughts N]
 
 GIB is what torch sees of a card ("total capacity" in its messages): 10.76 of an 11 GB card. Of it the CUDA context and
 NCCL take about 0.7, and 7% of the rest are left to fragments and to what kernels need while they run.
@@ -8,6 +9,10 @@ NCCL take about 0.7, and 7% of the rest are left to fragments and to what kernel
 Reads the run's data and the shape of its model (of a folder or hub id only config.json and the tokenizer), measures the
 activations of every stage on tensors without data (about twenty seconds per stage for GPT-2 on 2 CPU cores), and prints
 what fits on a card of that size: per stage with the run's DeepSpeed file, and for every file of `ds_configs/`.
+
+Without a run file, --model names a folder, a config.json or a hub id, of which config.json alone is read: the largest
+micro-batch with all weights or LoRA, activations kept or recomputed, for every file of `ds_configs/`, and a line to
+start with. The lengths are those of the longest example, in tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from typing import Any
 import torch
 
 from coconut_ds.commands.command_line import PROG, add_overrides, new_parser, run_command
+from coconut_ds.commands.plan_model import Lengths, plan_of_model
 from coconut_ds.config.batch_sizes import BatchSizes, batch_sizes, stated_micro_batch
 from coconut_ds.config.deepspeed_config import (
     Device,
@@ -52,6 +58,10 @@ from coconut_ds.training.setup import Setup, load_setup
 _CARD = Device(kind="cuda", has_bf16=True, has_fp16=True)
 
 
+_LENGTHS = {"question": 128, "steps": 96, "answer": 12, "thoughts": 6, "rank": 16}
+"""For --model; by default room for nearly all of GSM8K-Aug, and the rank of the adapters."""
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """One stage: its longest sequence, and the memory that a forward and backward over it costs."""
@@ -65,9 +75,13 @@ class StagePlan:
 def main(arguments: list[str] | None = None, prog: str = f"{PROG} plan") -> int:
     """0 if a plan was printed; other statuses as `run_command` says."""
     parser = new_parser(prog, __doc__)
-    parser.add_argument("--run", required=True, help="run YAML, see run_configs/")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", help="run YAML, see run_configs/")
+    which.add_argument("--model", metavar="NAME", help="a model without a run file")
     parser.add_argument("--memory", type=float, required=True, help="GiB that torch sees of one card (11 GB: 10.76)")
-    parser.add_argument("--ranks", type=int, default=2, help="number of cards (default 2)")
+    parser.add_argument("--ranks", "--gpus", type=int, default=2, help="number of cards (default 2)")
+    for name, usual in _LENGTHS.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"with --model (default {usual})")
     add_overrides(parser)
     return run_command(_plan, parser, arguments)
 
@@ -76,6 +90,18 @@ def _plan(options: argparse.Namespace) -> None:
     quiet_libraries()
     if not 0 < options.memory < float("inf") or options.ranks < 1:
         raise InputError(f"--memory {options.memory:g} --ranks {options.ranks}: both must be above 0, memory in GiB")
+    lengths = {name: getattr(options, name) for name in _LENGTHS}
+    if options.model is not None:
+        if options.overrides:
+            raise InputError(f"{options.overrides[0]}: values are for --run; leave them out")
+        given = _LENGTHS | {name: value for name, value in lengths.items() if value is not None}
+        if wrong := [name for name, value in given.items() if value < 1]:
+            raise InputError(f"--{wrong[0]} {given[wrong[0]]}: must be at least 1")
+        rank = given.pop("rank")
+        print(plan_of_model(options.model, options.memory, options.ranks, Lengths(**given), rank))
+        return
+    if wrong := [name for name, value in lengths.items() if value is not None]:
+        raise InputError(f"--{wrong[0]} is for --model; leave it out")
     config = load_run_config(options.run, options.overrides)
     raw = read_ds_json(config.deepspeed)
     _resolved(raw, config, BatchSizes(1, 1, options.ranks))
