@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from coconut_ds import Coconut
-from coconut_ds.commands import plan
+from coconut_ds.commands import plan, plan_model
 from coconut_ds.commands.plan_model import Lengths, _measured, _sequences
 from coconut_ds.memory.activations import measure
 from coconut_ds.memory.model_states import Elements
@@ -63,23 +63,31 @@ def test_what_few_layers_give_is_what_all_of_them_take(family, lora, recomputed,
             assert deeper.most_rows(budget) == pytest.approx(rows, rel=0.1, abs=1)
 
 
-def test_the_table_has_every_way_and_a_line_to_start_with(tmp_path, capsys):
+@pytest.fixture
+def shallow(monkeypatch) -> list[str]:
+    """Options that are measured fast, with fewer layers."""
+    monkeypatch.setattr(plan_model, "_FEW", 1)
+    monkeypatch.setattr(plan_model, "_MORE", 2)
+    return ["--question", "30", "--steps", "8", "--thoughts", "1"]
+
+
+def test_the_table_has_every_way_and_a_line_to_start_with(shallow, tmp_path, capsys):
     name = str(configuration("llama", tmp_path))
-    assert plan.main(["--model", name, "--memory", "1.5", "--gpus", "2", "--question", "30", "--rank", "4"]) == 0
+    assert plan.main(["--model", name, "--memory", "1.5", "--gpus", "2", "--rank", "4", *shallow]) == 0
     shown = capsys.readouterr().out
     row = r"^(all weights|LoRA, r 4) +(kept|recomputed) +ds_configs/(\w+)\.json +(\S+) +(\S+) +(\d+)$"
     rows = re.findall(row, shown, re.MULTILINE)
     assert len(rows) == 2 * 2 * 5
     assert len({row[:3] for row in rows}) == len(rows)
-    assert "a question of 30 tokens, steps of 96, an answer of 12, 6 thoughts" in shown
+    assert "a question of 30 tokens, steps of 8, an answer of 12, 1 thoughts" in shown
     start = f"start: deepspeed --num_gpus 2 coconut_ds/train.py --run RUN.yaml model_id={name} "
     assert f"{start}deepspeed=ds_configs/zero1.json precision=auto batch_size_training=auto" in shown
     assert "lora" not in shown.splitlines()[-1], "all weights fit"
 
 
-def test_where_nothing_fits_it_says_so(tmp_path, capsys):
+def test_where_nothing_fits_it_says_so(shallow, tmp_path, capsys):
     name = str(configuration("gpt2", tmp_path))
-    assert plan.main(["--model", name, "--memory", "0.71", "--ranks", "1", "--question", "80"]) == 0
+    assert plan.main(["--model", name, "--memory", "0.71", "--ranks", "1", *shallow]) == 0
     assert "Nothing fits; take a smaller model, shorter examples or larger cards." in capsys.readouterr().out
 
 
