@@ -19,8 +19,8 @@ from coconut_ds.memory.batch_size import CARD_OVERHEAD_GIB, CARD_SHARE, card_bud
 from coconut_ds.memory.faster_file import costs
 from coconut_ds.memory.meter import GIB
 from coconut_ds.memory.model_states import Elements, ModelStates
+from coconut_ds.memory.shape_only import shape_of
 from coconut_ds.model.adapters import Lora
-from coconut_ds.model.shape_only import shape_of
 
 # Cards of 11 GB have no bf16.
 _CARD = Device(kind="cuda", has_bf16=False, has_fp16=True)

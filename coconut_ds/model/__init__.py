@@ -11,6 +11,8 @@ Read in this order; after the first three files a thought is understood:
 6. `coconut.py`: `Coconut`, the passes with that loss and decoder; loading and saving.
 7. `self_check.py`: the compatibility check of a model family, run on a few tokens when a model is wrapped.
 
+What else can be learned or solved: `jacobi.py` (all thoughts at once), `step_decoder.py` (steps written from thoughts),
+`distillation.py` (states taught by the same model with its steps), `adapters.py` (LoRA on frozen weights).
 `thought_readings.py` reads the thoughts of a batch back, for inspection. Around the model:
 
 * `backbone.py` (the transformers model and its tokenizer, marker tokens), `loading.py` (from a folder or the hub),

@@ -14,9 +14,9 @@ from coconut_ds.commands import plan, plan_model
 from coconut_ds.commands.plan_model import Lengths, _measured, _sequences
 from coconut_ds.memory.activations import measure
 from coconut_ds.memory.model_states import Elements
+from coconut_ds.memory.shape_only import shape_of
 from coconut_ds.model import fast
 from coconut_ds.model.adapters import Lora, adapt
-from coconut_ds.model.shape_only import shape_of
 
 LENGTHS = Lengths(question=30, steps=12, answer=4, thoughts=3)
 DEPTH = 5

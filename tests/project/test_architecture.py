@@ -46,6 +46,12 @@ def room(module: str) -> int:
     return ROOMS.index(max((each for each in ROOMS if name.startswith(f"{each}.") or not each), key=len))
 
 
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("coconut_ds.model.")])
+def test_the_model_is_complete_without_its_speed_layer(module):
+    if not module.startswith("coconut_ds.model.fast."):
+        assert "coconut_ds.model.fast" not in imports(MODULES[module])
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_one_way(module):
     for imported in imports(MODULES[module]) & set(MODULES):
