@@ -167,7 +167,7 @@ def test_code_in_a_pickle_is_never_run(tmp_path):
 def test_an_exported_folder_and_the_checkpoint_around_it(tmp_path):
     trained = make("llama", markers=True, seed=1)
     settings = {"method": "coconut", "stage": 3, "latent_norm": "rms", "latent_projection": None, "solver": None}
-    settings["curriculum"] = "reversed"
+    settings |= {"curriculum": "reversed", "prompt_format": "plain"}
     published(tmp_path / "epoch_0001", trained, settings)
     for path in (tmp_path / "epoch_0001", tmp_path / "epoch_0001" / "model"):
         assert equal(initial(run(load_model_path=str(path))), trained)
@@ -214,7 +214,7 @@ def test_export_makes_a_folder_of_a_published_state_dict(tmp_path, capsys):
 def test_export_of_a_checkpoint_verifies_its_manifest_first(tmp_path, capsys):
     trained = make("llama", markers=True, seed=1)
     settings = {"method": "coconut", "stage": 2, "latent_norm": "none", "latent_projection": None, "solver": None}
-    settings["curriculum"] = "forward"
+    settings |= {"curriculum": "forward", "prompt_format": "plain"}
     path = published(tmp_path / "epoch_0001", trained, settings)
     assert export.main([str(path), str(tmp_path / "out")]) == 0
     assert equal(initial(run(load_model_path=str(tmp_path / "out"))), trained)

@@ -130,7 +130,9 @@ def test_the_descriptions_of_a_run_and_of_a_checkpoint(tmp_path, value):
     data.write_text("[]")
     config = RunConfig(save_path=str(tmp_path), name="run", train_path=str(data), val_path=str(data))
     run = SimpleNamespace(config=config, ds_config={"gradient_clipping": value}, sizes=BatchSizes(1, 1, 1))
-    _record_start(run, RunFolder(config.run_folder), SimpleNamespace(train_set=[], valid_set=[]), None)
+    _record_start(
+        run, RunFolder(config.run_folder), SimpleNamespace(train_set=[], valid_set=[], hashes=(None, None)), None
+    )
     assert strictly((tmp_path / "run" / "ds_config.json").read_text()) == {"gradient_clipping": None}
     assert strictly((tmp_path / "run" / "environment.json").read_text())["packages"]
     _write_progress(tmp_path, Stored(Progress(best_accuracy=value), 8, 0, 0, 0, {"cur_scale": value}))
