@@ -25,7 +25,7 @@ from statistics import mean
 from typing import Any
 
 from hops_tables import GRAPHS, count_tables, draw_table, follow, is_single_cycle
-from json_lists import UnusableError, add_readers, demand_right, read_list, write_list
+from json_lists import UnusableError, add_readers, demand_right, read_list, run_command, write_list
 
 FORMS = ("edges", "symbolic")
 SPLITS = ("test", "valid", "train")
@@ -198,12 +198,7 @@ def _guess(walk: list[str], n_nodes: int, followed: int) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except (UnusableError, OSError) as error:
-        print(f"hops.py {options.command}: {error}", file=sys.stderr)
-        return 2
+    return run_command("hops.py", _parser(), arguments)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -45,6 +45,17 @@ def report_problems(path: Path, records: list[dict[str, Any]], problem_with: Cal
     return 1 if problems else 0
 
 
+def run_command(script: str, parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
+    """The exit status of the chosen command: its own, or 2 after an error that the request or a file caused."""
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        return status
+    except (UnusableError, OSError) as error:
+        print(f"{script} {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
 def add_readers(
     commands: Any,
     task: str,

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from json_lists import UnusableError, add_readers, read_list, write_list
+from json_lists import UnusableError, add_readers, read_list, run_command, write_list
 
 SPLITS = ("test", "valid", "train")
 PEOPLE = {"She": "Ada Eva Ida Lea Mia Nora Ruth Zoe".split(), "He": "Ben Carl Finn Hugo Leo Max Otto Tom".split()}
@@ -65,7 +65,7 @@ def told(question: str) -> dict[str, Any]:
     """A record with the steps and the answer that follow from a story; raises ValueError for any other text."""
     story = _STORY.fullmatch(question)
     if story is None:
-        raise ValueError("is no story of this task")
+        raise ValueError("is not a word sums story")
     _, start, _, changes = story.groups()
     count, steps = int(start), []
     for sentence in changes.removesuffix(".").split(". "):
@@ -131,12 +131,7 @@ def statistics(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except (UnusableError, OSError) as error:
-        print(f"word_sums.py {options.command}: {error}", file=sys.stderr)
-        return 2
+    return run_command("word_sums.py", _parser(), arguments)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -34,7 +34,7 @@ from coconut_ds import strict_json
 from coconut_ds.engine import internals, states
 from coconut_ds.errors import InputError
 from coconut_ds.memory.meter import GIB
-from coconut_ds.model.backbone import Backbone
+from coconut_ds.model.backbone import Backbone, trained_parameters
 from coconut_ds.model.folder import MODEL_FOLDER, stored_weights, stored_window, write_folder
 from coconut_ds.model.step_decoder import PREFIX as DECODER_PREFIX
 from coconut_ds.model.step_decoder import stored_decoder, write_decoder
@@ -205,8 +205,7 @@ def demand_weights(path: Path, model: nn.Module) -> None:
     """Raise CheckpointError if a checkpoint lacks weights of a `model` that is to resume from it."""
     stored = {f"{_PREFIX}{name}" for name in stored_weights(path)}
     stored |= {*stored_window(str(path)), *stored_decoder(path)}
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if missing := [name for name in trained if name not in stored]:
+    if missing := [name for name in trained_parameters(model) if name not in stored]:
         raise CheckpointError(
             f"{path} has no {missing[0]} ({len(missing)} such weights): the run was started without them; give this "
             f"one another name, with load_model_path={path} to start from the same model"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from coconut_ds.engine import internals
+from coconut_ds.model.backbone import trained_parameters
 from coconut_ds.runtime import distributed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -39,7 +40,7 @@ def gather(engine: deepspeed.DeepSpeedEngine, moment: str | None = None) -> dict
     """
     masters = internals.fp32_masters(engine)
     gathered = {}
-    for name, parameter in _trained(engine):
+    for name, parameter in trained_parameters(engine.module).items():
         whole = _held(engine, masters, parameter, moment)
         if distributed.is_main():
             gathered[name] = whole.detach().float().cpu()
@@ -54,7 +55,7 @@ def restore(engine: deepspeed.DeepSpeedEngine, updates: int, weights: Tensors, m
     if updates:
         _allocate_moments(engine, updates)
     masters = internals.fp32_masters(engine)
-    for name, parameter in _trained(engine):
+    for name, parameter in trained_parameters(engine.module).items():
         if parameter.dtype != torch.float32:
             _set(engine, masters, parameter, None, weights[name])
         for moment in moments if updates else ():
@@ -74,10 +75,6 @@ def whole_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
         return
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())), internals.gathering_switched_off(engine):
         yield
-
-
-def _trained(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, each) for name, each in engine.module.named_parameters() if each.requires_grad)
 
 
 def _allocate_moments(engine: deepspeed.DeepSpeedEngine, updates: int) -> None:

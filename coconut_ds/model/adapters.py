@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from coconut_ds.errors import InputError, ModelError, demand_libraries, in_one_line
+from coconut_ds.model.backbone import trained_parameters
 
 CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _ROWS, _PEFT_ROWS = "base_model.model.", ".rows", ".token_adapter.trainable_tokens_delta"
@@ -50,7 +51,7 @@ class Lora:
     base: str = ""
     """The folder or hub id of the frozen model."""
     base_print: str = ""
-    """Its `fingerprint`; empty for a model with random weights in place of its own."""
+    """Its `fingerprint`; empty if its weights were not loaded, as in a memory plan."""
 
 
 def adapt(model: PreTrainedModel, lora: Lora) -> None:
@@ -278,7 +279,7 @@ def stored_lora(folder: Path) -> Lora:
 @torch.no_grad()
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Fill the adapters of `model` with those in `folder`; raises ModelError for other names or shapes."""
-    own = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    own = trained_parameters(model)
     stored = stored_adapter(folder)
     if set(own) != set(stored):
         differing = sorted(set(own) ^ set(stored))

@@ -58,6 +58,11 @@ def add_markers(backbone: Backbone) -> None:
             weight[new] = weight[source].clone() if source is not None else weight[:n_before].mean(dim=0)
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, by name."""
+    return {name: each for name, each in model.named_parameters() if each.requires_grad}
+
+
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the floating-point parameters of a model in place, as DeepSpeed does in half precision, and no buffers.
 

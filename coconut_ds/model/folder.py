@@ -24,6 +24,7 @@ from coconut_ds import strict_json
 from coconut_ds.config.methods import METHODS
 from coconut_ds.errors import InputError, in_one_line
 from coconut_ds.model.adapters import ADAPTER_FILE, CONFIG_FILE, is_adapted, stored_adapter, write_adapter
+from coconut_ds.model.backbone import trained_parameters
 from coconut_ds.model.card import model_card
 from coconut_ds.model.jacobi import Jacobi
 from coconut_ds.model.latents import LatentContext, LatentWindow
@@ -93,7 +94,7 @@ def write_folder(
 
 
 def _trained(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    return {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
+    return {name: each.detach() for name, each in trained_parameters(model).items()}
 
 
 def stored_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

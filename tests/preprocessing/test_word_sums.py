@@ -93,7 +93,7 @@ def test_new_stories_are_in_none_of_the_files_beside_them(tmp_path, capsys):
     [
         ({"answer": "1"}, "the answer is '1', the story's '"),
         ({"steps": []}, "the steps are [], the story's ["),
-        ({"question": "How many?"}, "the question is no story of this task"),
+        ({"question": "How many?"}, "the question is not a word sums story"),
         (
             {"question": "Mia has 7 pens. She eats 2. How many pens does Mia have?"},
             "a sentence 'She eats 2' that is none",

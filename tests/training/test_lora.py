@@ -1,4 +1,4 @@
-"""Runs with LoRA from end to end: trained, resumed, evaluated, gone on with, merged, refused."""
+"""LoRA end to end: training, resume, evaluation, a second run from the adapters, export, error messages."""
 
 from __future__ import annotations
 
